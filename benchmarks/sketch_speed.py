@@ -1,0 +1,142 @@
+"""Time and accuracy of score sketching, side by side with a plain forward and backward on the same tokens.
+
+    OMP_NUM_THREADS=1 python benchmarks/sketch_speed.py
+
+Prints, as ratios to one plain forward and backward (median of interleaved repetitions): the forward alone, a
+forward and backward with frozen weights (no hook method can be faster), and the sketching methods. Then
+k_eff = 1/(rms error of pairwise cosines)^2 against exact gradients, the size of an ideal random projection with
+the same error. Exits with status 1 if Kronecker sketching costs more than 1.15 of a plain forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from passk_guard.sketch import ScoreSketcher
+
+
+def build_model(layers: int, vocab: int, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+
+
+def build_batch(
+    samples: int, width: int, prompt: int, vocab: int, slots: int, device: str
+) -> dict[str, torch.Tensor]:
+    input_ids = torch.randint(1, vocab, (samples, width), device=device)
+    completion_mask = torch.ones_like(input_ids)
+    completion_mask[:, :prompt] = 0
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "completion_mask": completion_mask,
+        "slots": torch.arange(samples, device=device) % slots,
+    }
+
+
+def plain(model: torch.nn.Module, batch: dict[str, torch.Tensor], mode: str) -> None:
+    """One forward ("forward"), with backward to the embeddings ("frozen") or to the weights ("train")."""
+    model.requires_grad_(mode == "train")
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: out.requires_grad_() if mode == "frozen" else out
+    )
+    with torch.set_grad_enabled(mode != "forward"):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        targets = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
+        if mode != "forward":
+            loss.backward()
+    handle.remove()
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(True)
+
+
+def measure(runs: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each run, the runs taken in turn so that they share whatever else the machine does."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            if device != "cpu":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if repeat > 0:  # the first round warms caches and draws the projections
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def cosines(rows: torch.Tensor) -> torch.Tensor:
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    pairs = torch.triu_indices(len(rows), len(rows), 1, device=rows.device)
+    return (unit @ unit.T)[pairs[0], pairs[1]]
+
+
+def k_eff(model: torch.nn.Module, batch: dict[str, torch.Tensor], method: str, dim: int, seeds: int) -> float:
+    samples = len(batch["slots"])
+    exact = cosines(ScoreSketcher(model, method="identity").sketch(**batch, num_slots=samples))
+    sketcher = ScoreSketcher(model, dim=dim, method=method)
+    squared = []
+    for seed in range(seeds):
+        sketcher.reseed(seed)
+        squared.append((cosines(sketcher.sketch(**batch, num_slots=samples)) - exact).square().mean())
+    return 1 / float(torch.stack(squared).mean())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dim", type=int, default=16384)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--slots", type=int, default=2, help="slots while timing; k_eff takes one a sample")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    args = parser.parse_args()
+
+    model = build_model(args.layers, args.vocab, args.device, getattr(torch, args.dtype))
+    batch = build_batch(args.samples, args.width, args.prompt, args.vocab, args.slots, args.device)
+    kron, count = (ScoreSketcher(model, dim=args.dim, method=m) for m in ("kronecker", "countsketch"))
+    seconds = measure(
+        {
+            "plain forward+backward": lambda: plain(model, batch, "train"),
+            "forward only": lambda: plain(model, batch, "forward"),
+            "frozen forward+backward": lambda: plain(model, batch, "frozen"),
+            "kronecker": lambda: kron.sketch(**batch, num_slots=args.slots),
+            "countsketch": lambda: count.sketch(**batch, num_slots=args.slots),
+        },
+        args.repeats,
+        args.device,
+    )
+    base = seconds["plain forward+backward"]
+    for name, value in seconds.items():
+        print(f"{name:26s} {value * 1e3:8.1f} ms   ratio {value / base:.2f}")
+    per_sample = batch | {"slots": torch.arange(args.samples, device=args.device)}
+    for method in ("kronecker", "countsketch"):
+        print(f"{method:26s} dim {args.dim}, k_eff {k_eff(model, per_sample, method, args.dim, args.seeds):,.0f}")
+    return int(seconds["kronecker"] / base > 1.15)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

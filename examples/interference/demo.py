@@ -1,0 +1,113 @@
+"""The demo: GRPO on pass@8 loses pass@1, and the guard, which only observes, says so before most of it is lost.
+
+    python -m examples.interference.demo [--seeds 0 1 2] [--out runs/demo]
+
+Each seed has its own warm start, its own prompts and its own folder:
+
+    results.jsonl        exact pass@1, pass@8 and cosine at each evaluation, and a summary
+    passk_guard.jsonl    what the guard saw and when its verdict changed
+    demo.png             both on one time axis
+    tensorboard/         everything that TRL and the guard log
+
+The learning rate is a quarter of `train`'s: at 0.075 pass@1 is lost within five steps, at 0.02 the fall takes
+thirty, as in a run that somebody is watching. The exit status is 1 when a run does not show the claim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOTrainer
+
+from examples.interference import report
+from examples.interference.task import correct, make_prompts
+from examples.interference.train import train
+from examples.interference.warm_start import warm_start, warm_start_dir
+from passk_guard import GuardConfig, PassKGuardCallback, ProbeSet
+
+K, STEPS, LEARNING_RATE, EVALUATE_EVERY = 8, 60, 0.02, 2
+
+
+class ProgressBar(TrainerCallback):
+    """One line for the run: pass@1 and pass@k (exact) and the guard's cosine, in place of a line for each step."""
+
+    def on_train_begin(self, args, state, control, **_):
+        self.bar, self.shown = tqdm(total=state.max_steps, desc=f"GRPO on pass@{K}"), {}
+
+    def on_log(self, args, state, control, logs=None, **_):
+        names = {"pass@1": "exact/pass_at_1", f"pass@{K}": f"exact/pass_at_{K}", "cosine": "passk_guard/cosine"}
+        self.shown |= {label: f"{logs[name]:.3f}" for label, name in names.items() if logs.get(name) is not None}
+        self.bar.set_postfix(self.shown, refresh=False)
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
+
+def attach_guard(trainer: GRPOTrainer) -> None:
+    """The guard as a user would add it, observing only: the run is the one it would have been without it."""
+    probe = ProbeSet.from_list(make_prompts("probe", 2048, seed=trainer.args.seed))
+    config = GuardConfig(k=K)
+    trainer.add_callback(PassKGuardCallback(trainer, probe=probe, correct=correct, config=config))
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressBar())
+
+
+def run(seed: int, out: Path, cache: Path, console: Console) -> report.Summary:
+    """One seed: warm start, GRPO under observation, and the files and the table that show it."""
+    model_dir = warm_start(cache, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "passk_guard.jsonl").unlink(missing_ok=True)  # the guard appends, for runs that are resumed
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard" / time.strftime("%Y%m%d-%H%M%S"))
+    _, records = train(
+        model_dir, out, steps=STEPS, k=K, seed=seed, evaluate_every=EVALUATE_EVERY, prepare=attach_guard,
+        learning_rate=LEARNING_RATE, disable_tqdm=True,
+    )  # fmt: skip
+
+    events = report.read_events(out / "passk_guard.jsonl")
+    summary = report.summarise(records, events, K)
+    report.write_results(out / "results.jsonl", records, summary)
+    report.draw(out / "demo.png", records, events, K)
+    report.print_table(console, f"seed {seed}, {STEPS} steps of GRPO on pass@{K}", records, summary)
+    return summary
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where results are written")
+    parser.add_argument("--cache", type=Path, default=Path("runs/warm_start"), help="where warm starts are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
+    args = parser.parse_args()
+
+    console = Console()
+    todo = sum(not warm_start_dir(args.cache, seed).exists() for seed in args.seeds)
+    console.print(
+        f"Plan: {todo} warm start(s) of 1-2 minutes (cached in {args.cache}), then {len(args.seeds)} run(s) of {STEPS} "
+        f"GRPO steps on pass@{K} with the guard observing, 1-2 minutes each on 2 cores."
+    )
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the stack's own renamed settings
+    started, failures = time.monotonic(), []
+    with logging_redirect_tqdm([logging.getLogger("passk_guard")]):
+        for seed in args.seeds:
+            summary = run(seed, args.out / f"seed{seed}", args.cache, console)
+            failures += [f"seed {seed}: {reason}" for reason in summary.failures()]
+    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes. Figures, results and TensorBoard: {args.out}")
+    for failure in failures:
+        print(f"The demo did not show its claim. {failure}.", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""What a run has shown: the numbers, a table, a figure, and whether the claim of the demo held.
+
+Left out: averaging over seeds. Each run stands on its own figure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+Record = dict[str, float]
+
+# Okabe and Ito: told apart with any colour vision, and in grey.
+PASS_1, PASS_K, GUARD, EXACT, ALARM = "#D55E00", "#0072B2", "#009E73", "#000000", "#666666"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The run in five numbers.
+
+    Attributes:
+        pass_1, pass_k: exact (start, end) on held-out test prompts.
+        first_conflict: step of the first change to CONFLICT, None without one.
+        fall_to_come: share of the whole fall of pass@1 that came after that step; None without fall or conflict.
+    """
+
+    k: int
+    pass_1: tuple[float, float]
+    pass_k: tuple[float, float]
+    first_conflict: int | None
+    fall_to_come: float | None
+
+    def failures(self) -> list[str]:
+        """Why the demo did not show what it is there to show; empty when it did."""
+        failed = []
+        if self.pass_1[1] >= self.pass_1[0]:
+            failed.append("pass@1 did not fall: {:.3f} -> {:.3f}".format(*self.pass_1))
+        if self.pass_k[1] <= self.pass_k[0]:
+            failed.append("pass@{} did not rise: {:.3f} -> {:.3f}".format(self.k, *self.pass_k))
+        if self.first_conflict is None:
+            failed.append("the guard never said CONFLICT")
+        elif self.fall_to_come is not None and self.fall_to_come <= 0.5:
+            failed.append(
+                f"CONFLICT came late, at step {self.first_conflict}: only {self.fall_to_come:.0%} of the fall of "
+                "pass@1 was still to come"
+            )
+        return failed
+
+
+def read_events(path: Path) -> list[dict]:
+    """The guard's own record: one JSON object a line."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def conflict_steps(events: Sequence[dict]) -> list[int]:
+    """Steps at which the guard's verdict changed to CONFLICT."""
+    return [e["step"] for e in events if e["event"] == "state" and str(e["to"]).lower() == "conflict"]
+
+
+def summarise(records: Sequence[Record], events: Sequence[dict], k: int) -> Summary:
+    """Put the exact evaluations and the guard's events together."""
+    start, end = records[0], records[-1]
+    alarms = conflict_steps(events)
+    first = alarms[0] if alarms else None
+    fall = start["pass_at_1"] - end["pass_at_1"]
+    to_come = None
+    if first is not None and fall > 0:
+        to_come = (value_at(records, first, "pass_at_1") - end["pass_at_1"]) / fall
+    return Summary(
+        k=k,
+        pass_1=(start["pass_at_1"], end["pass_at_1"]),
+        pass_k=(start[f"pass_at_{k}"], end[f"pass_at_{k}"]),
+        first_conflict=first,
+        fall_to_come=to_come,
+    )
+
+
+def value_at(records: Sequence[Record], step: int, name: str) -> float:
+    """An exact value at any step, linear between the two evaluations around it."""
+    for before, after in pairwise(records):
+        if before["step"] <= step <= after["step"]:
+            part = (step - before["step"]) / (after["step"] - before["step"])
+            return before[name] + part * (after[name] - before[name])
+    raise ValueError(f"Expected a step between {records[0]['step']} and {records[-1]['step']}; found {step}.")
+
+
+def write_results(path: Path, records: Sequence[Record], summary: Summary) -> None:
+    """The exact evaluations and the summary, one JSON object a line."""
+    lines = [{"event": "exact", **record} for record in records] + [{"event": "summary", **asdict(summary)}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def print_table(console: Console, title: str, records: Sequence[Record], summary: Summary) -> None:
+    """pass@1 and pass@k at the start and the end, over all test prompts and per kind."""
+    start, end = records[0], records[-1]
+    table = Table(title=title, title_justify="left")
+    table.add_column("test prompts")
+    for name in ("pass@1", f"pass@{summary.k}"):
+        for column in (name, "end", "change"):
+            table.add_column(column, justify="right")
+    for label, prefix in [("all", ""), ("easy, 70 %", "easy/"), ("hard, 15 %", "hard/"), ("neutral, 15 %", "neutral/")]:
+        cells = []
+        for j in (1, summary.k):
+            name = f"{prefix}pass_at_{j}"
+            cells += [f"{start[name]:.3f}", f"{end[name]:.3f}", f"{end[name] - start[name]:+.3f}"]
+        table.add_row(label, *cells, end_section=label == "all")
+    console.print(table)
+    if summary.first_conflict is None:
+        console.print("The guard never said CONFLICT.")
+    elif summary.fall_to_come is not None:
+        console.print(
+            f"First CONFLICT at step {summary.first_conflict}; {summary.fall_to_come:.0%} of the fall of pass@1 came "
+            "after it."
+        )
+
+
+def draw(path: Path, records: Sequence[Record], events: Sequence[dict], k: int) -> None:
+    """Two panels over training steps: what happened to pass@1 and pass@k, and what the guard saw."""
+    figure = Figure(figsize=(7.5, 6.0), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    _draw_pass_rates(top, records, k)
+    _draw_cosine(bottom, records, events, k)
+    for step in conflict_steps(events):
+        for axes in (top, bottom):
+            axes.axvline(step, color=ALARM, linewidth=1)
+        top.annotate(
+            f"CONFLICT, step {step}", (step, 1.0), (4, -4), xycoords=("data", "axes fraction"),
+            textcoords="offset points", va="top", color=ALARM, fontsize=9,
+        )  # fmt: skip
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+    # Room on the right for the labels of the lines.
+    top.set_xlim(0, records[-1]["step"] * 1.16)
+    bottom.set_xlabel("optimizer step")
+    figure.savefig(path, dpi=160)
+
+
+def _draw_pass_rates(axes: Axes, records: Sequence[Record], k: int) -> None:
+    steps = [r["step"] for r in records]
+    for name, label, color in ((f"pass_at_{k}", f"pass@{k}", PASS_K), ("pass_at_1", "pass@1", PASS_1)):
+        values = [r[name] for r in records]
+        axes.axhline(values[0], color=color, linestyle="--", linewidth=0.8, alpha=0.7)
+        axes.plot(steps, values, color=color, linewidth=2)
+        _label(axes, steps[-1], values[-1], f"{label}\n{values[-1] - values[0]:+.3f}", color)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.1 * (high - low))  # room for the labels of the alarms
+    axes.set_ylabel("success rate")
+    axes.set_title(f"GRPO on pass@{k}: exact rates on held-out prompts (dashed: at the start)", loc="left", fontsize=11)
+
+
+def _draw_cosine(axes: Axes, records: Sequence[Record], events: Sequence[dict], k: int) -> None:
+    seen = [e for e in events if e["event"] == "refresh" and e.get("cosine") is not None]
+    steps = [e["step"] for e in seen]
+    banded = [e for e in seen if e.get("ci_low") is not None and e.get("ci_high") is not None]
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.fill_between(
+        [e["step"] for e in banded], [e["ci_low"] for e in banded], [e["ci_high"] for e in banded],
+        color=GUARD, alpha=0.2, linewidth=0,
+    )  # fmt: skip
+    axes.plot(steps, [e["cosine"] for e in seen], color=GUARD, linewidth=2)
+    axes.plot([r["step"] for r in records], [r["cosine"] for r in records], ".", color=EXACT, markersize=5)
+    if seen:
+        _label(axes, steps[-1], seen[-1]["cosine"], "guard,\n95% band", GUARD)
+    axes.annotate(
+        "dots: exact", (0.995, 0.04), xycoords="axes fraction", ha="right", va="bottom", color=EXACT, fontsize=9
+    )
+    axes.set_ylim(-1.05, 1.05)
+    axes.set_ylabel(f"cos(pass@1, pass@{k})")
+
+
+def _label(axes: Axes, x: float, y: float, text: str, color: str) -> None:
+    axes.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)

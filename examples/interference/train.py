@@ -1,0 +1,129 @@
+"""GRPO on pass@k with TRL, and an evaluation that leaves the run as it found it.
+
+Left out: vLLM, checkpoints, several epochs over the same samples, a KL penalty. One step samples 512 completions
+(32 prompts x 16), takes one SGD step on them and throws them away, so the update is the plain policy gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from examples.interference.exact import Rows, evaluate, gradient_cosine
+from examples.interference.task import MIXTURE, correct, make_prompts
+from passk_guard.objective import PassKObjective
+
+PROMPTS_PER_STEP, SAMPLES_PER_PROMPT = 32, 16
+
+
+def make_config(output_dir: str | Path, *, steps: int, seed: int, **overrides: object) -> GRPOConfig:
+    """The settings of the run; `overrides` are any GRPOConfig fields.
+
+    TRL's "dr_grpo" loss divides the sum over tokens by `max_completion_length`, 5: a learning rate of 0.075 here is
+    one of 0.015 on grad J_k itself. ("grpo" divides by each completion's own length, which is 5 for nearly all.)
+    """
+    settings = {
+        "max_steps": steps,
+        "seed": seed,
+        "per_device_train_batch_size": PROMPTS_PER_STEP * SAMPLES_PER_PROMPT,
+        "num_generations": SAMPLES_PER_PROMPT,
+        "max_completion_length": 5,  # four digits and end-of-sequence
+        "temperature": 1.0,
+        "loss_type": "dr_grpo",
+        "scale_rewards": "none",  # dividing by the group's deviation would cancel the pass@k weights
+        "beta": 0.0,
+        "optim": "sgd",
+        "learning_rate": 0.075,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,  # off: clipping would change the length of the steps that are compared
+        "logging_steps": 1,
+        "report_to": "tensorboard",
+        "save_strategy": "no",
+        # For speed on a CPU: the model is tiny and float32, there is nothing to save memory on.
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+    return GRPOConfig(output_dir=str(output_dir), **(settings | overrides))
+
+
+def build_trainer(
+    model_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    steps: int = 60,
+    seed: int = 0,
+    mixture: dict[str, float] = MIXTURE,
+    **overrides: object,
+) -> GRPOTrainer:
+    """TRL's GRPOTrainer on the interference task, with its own advantages: install `PassKObjective` for pass@k."""
+    return GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model_dir),
+        reward_funcs=[correct],
+        args=make_config(output_dir, steps=steps, seed=seed, **overrides),
+        train_dataset=Dataset.from_list(make_prompts("train", steps * PROMPTS_PER_STEP, seed, mixture)),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+    )
+
+
+class ExactEvaluation(TrainerCallback):
+    """Exact pass@1, pass@k and gradient cosine on `rows`, at the start and every few steps.
+
+    Nothing is sampled, no mode is changed and no `.grad` is touched: the run is the same with and without it.
+
+    Attributes:
+        records: one dict per evaluation: `step`, `pass_at_1`, `pass_at_8`, `cosine`, `easy/pass_at_1`, ...
+    """
+
+    def __init__(self, trainer: GRPOTrainer, rows: Rows, *, k: int = 8, every: int = 5) -> None:
+        self.trainer, self.rows, self.k, self.every = trainer, rows, k, every
+        self.records: list[dict[str, float]] = []
+
+    def on_train_begin(self, args, state, control, **_):
+        self.trainer.log(self._measure(state.global_step))
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            # TRL averages what it finds here into the step's own log row; calling log() now would flush that row.
+            for name, value in self._measure(state.global_step).items():
+                self.trainer._metrics["train"][name].append(value)
+
+    def _measure(self, step: int) -> dict[str, float]:
+        model, tokenizer = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.processing_class
+        values = evaluate(model, tokenizer, self.rows, self.k)
+        values["cosine"] = gradient_cosine(model, tokenizer, self.rows, [self.k])[self.k]
+        self.records.append({"step": step, **values})
+        return {f"exact/{name}": value for name, value in values.items()}
+
+
+def train(
+    model_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    steps: int = 60,
+    k: int = 8,
+    seed: int = 0,
+    evaluate_every: int = 5,
+    prepare: Callable[[GRPOTrainer], None] = lambda trainer: None,
+    **overrides: object,
+) -> tuple[GRPOTrainer, list[dict[str, float]]]:
+    """One GRPO run on pass@k from a warm-started model.
+
+    Args:
+        prepare: called with the trainer before it starts; the place to add callbacks, such as the guard.
+        overrides: any GRPOConfig fields, and `mixture` for other shares of easy, hard and neutral prompts.
+
+    Returns:
+        The trainer (its logs in `trainer.state.log_history`) and the records of `ExactEvaluation` on 768 test prompts.
+    """
+    trainer = build_trainer(model_dir, output_dir, steps=steps, seed=seed, **overrides)
+    evaluation = ExactEvaluation(trainer, make_prompts("test", 768, seed=0), k=k, every=evaluate_every)
+    trainer.add_callback(evaluation)
+    prepare(trainer)
+    with PassKObjective(trainer, k=k):
+        trainer.train()
+    return trainer, evaluation.records

@@ -1,0 +1,70 @@
+"""passk_guard: is this step buying pass@k with pass@1?
+
+The mathematics (closed forms, estimates, decision) needs torch alone and imports without the rest of the stack; the
+callback and its parts are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.estimator import estimate_conflict, estimate_pooled
+from passk_guard.passk import pass_at_k, passk_advantages, passk_weight
+from passk_guard.pkpo import max_at_k, pkpo_transform
+from passk_guard.population import population_conflict
+from passk_guard.types import ConflictEstimate, ProbeGram
+
+if TYPE_CHECKING:
+    from passk_guard.callback import PassKGuardCallback
+    from passk_guard.config import GuardConfig
+    from passk_guard.objective import PassKObjective
+    from passk_guard.probe import ProbeSet
+    from passk_guard.sampling import GenerateSampler, Sampler, TRLSampler
+    from passk_guard.scoring import Verifier
+    from passk_guard.sketch import ScoreSketcher
+
+_LAZY = {
+    "GenerateSampler": "passk_guard.sampling",
+    "GuardConfig": "passk_guard.config",
+    "PassKGuardCallback": "passk_guard.callback",
+    "PassKObjective": "passk_guard.objective",
+    "ProbeSet": "passk_guard.probe",
+    "Sampler": "passk_guard.sampling",
+    "ScoreSketcher": "passk_guard.sketch",
+    "TRLSampler": "passk_guard.sampling",
+    "Verifier": "passk_guard.scoring",
+}
+
+__all__ = [
+    "ConflictEstimate",
+    "GenerateSampler",
+    "GuardConfig",
+    "GuardError",
+    "PassKGuardCallback",
+    "PassKObjective",
+    "ProbeGram",
+    "ProbeSet",
+    "Sampler",
+    "ScoreSketcher",
+    "TRLSampler",
+    "Verifier",
+    "VoidRefresh",
+    "estimate_conflict",
+    "estimate_pooled",
+    "max_at_k",
+    "pass_at_k",
+    "passk_advantages",
+    "passk_weight",
+    "pkpo_transform",
+    "population_conflict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,222 @@
+"""The guard as a TrainerCallback: wiring only.
+
+probe set --sample--> rollouts --score--> outcomes --sketch--> Gram matrix --estimate--> estimate --decide--> verdict
+--report--> log rows, alerts, journal.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from passk_guard.assembly import check_groups, choose_verifier, held_out_source
+from passk_guard.config import GuardConfig
+from passk_guard.decision import DecisionRule, step
+from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.estimator import estimate_pooled
+from passk_guard.isolation import untouched
+from passk_guard.memory import Memory, load_memory, save_memory
+from passk_guard.progress import sampling_bar, wants_bar
+from passk_guard.ranks import Ranks
+from passk_guard.refresh import Refresher
+from passk_guard.reporting import Reporter
+from passk_guard.sampling import BatchTap, Sampler
+from passk_guard.sketch import ScoreSketcher
+from passk_guard.sources import HeldOut
+from passk_guard.types import ConflictEstimate, Outcomes, Rollouts
+
+logger = logging.getLogger(__name__)
+
+
+class PassKGuardCallback(TrainerCallback):
+    """Watches the angle between the pass@k and the pass@1 gradient of a run, and changes nothing in it.
+
+    Every `refresh_steps` optimizer steps, before the step, the guard samples fresh probe prompts, scores the
+    completions, estimates cos(grad J_k, grad J_1) with its confidence interval (arXiv 2602.21189, Sec. 4), and
+    reports: on the row of the loss, as one warning line when the verdict changes, in `passk_guard.jsonl`, and as an
+    alert in wandb or trackio. Weights, losses, gradients and random states stay bit-for-bit as without it. A refresh
+    that fails is void, with its reason in the log, and training goes on.
+
+    Args:
+        trainer: a transformers Trainer of a causal LM, or TRL's GRPOTrainer or RLOOTrainer.
+        probe: held-out prompts: a ProbeSet, a list of rows, a JSONL path, or a datasets.Dataset, each row with
+            `prompt` and the columns the reward function needs. Left out only with `source="training_batch"`.
+        correct: the reward function that means *correct*, in TRL's signature, or the name of one of the trainer's.
+        config: settings; the defaults otherwise.
+        sampler: draws the completions; by default the TRL trainer's own generation, else `model.generate`.
+
+    Raises:
+        GuardError: misuse, each time with what to pass instead: no probe, probe prompts that are also in the
+            training set, columns the reward function lacks, prompts longer than the context, no trainable parameter,
+            an unknown reward function, or a training batch that cannot serve as probe.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        probe: Any = None,
+        correct: Any = None,
+        config: GuardConfig | None = None,
+        sampler: Sampler | None = None,
+    ) -> None:
+        self.config = config or GuardConfig()
+        self.memory = Memory()
+        self.estimate: ConflictEstimate | None = None
+        self._trainer = trainer
+        self._verifier = choose_verifier(trainer, correct, self.config)
+        self._sketcher = self._new_sketcher()
+        self._reporter = Reporter(trainer, held_out=self.config.source == "held_out")
+        self._last_refresh = -1
+        self._source: HeldOut | None = None
+        self._tap: BatchTap | None = None
+        if self.config.source == "training_batch":
+            check_groups(trainer, self.config)
+            self._tap = BatchTap(trainer, self._on_training_batch)
+        else:
+            self._source = held_out_source(trainer, probe, self._verifier, sampler, self.config)
+
+    # Events of the Trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bind to this train(): engines exist only now, and a resumed run has a past."""
+        self._undo()  # a train() that raised never came to its end
+        self._reporter.open()
+        if self._tap is not None:
+            self._tap.install()
+        self._ranks = Ranks(self._trainer.accelerator.device)
+        self._sketcher = self._new_sketcher()
+        self._last_refresh = -1
+        self.memory = self._recall(args, state)
+        self._announce()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refresh from the probe set, where this step is due."""
+        if self._source is None or not self._due(state.global_step):
+            return
+        number = state.global_step // self.config.refresh_steps
+        self._refresh(state.global_step, lambda: self._sample(number), self._source.keys(number))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the guard's memory into the checkpoint."""
+        if not state.is_world_process_zero:
+            return
+        try:
+            save_memory(self.memory, _checkpoint(args, state))
+        except OSError as error:
+            logger.warning("passk_guard: the checkpoint holds no memory of the guard: %s", error)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the trainer its methods back."""
+        self._undo()
+
+    # The picture at the top of this file
+
+    def _refresh(
+        self, step_number: int, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable]
+    ) -> None:
+        self._last_refresh = step_number
+        began = time.perf_counter()
+        try:
+            with untouched(self._trainer.model, self._trainer.processing_class):
+                seed = self.config.probe_seed * 1_000_003 + step_number
+                probe, remark = self._refresher().gram(sample, keys, seed)
+            memory = self.memory.with_refresh(probe, self.config.pool_refreshes)
+            estimate = self._estimate(memory)
+        except VoidRefresh as error:
+            self.memory = replace(self.memory, voids=self.memory.voids + 1)
+            alert_after = self.config.void_alert
+            self._reporter.void(step_number, str(error), streak=self.memory.voids, alert_after=alert_after)
+            return
+        decision, verdict = step(memory.decision, estimate, DecisionRule(self.config.patience, self.config.cooldown))
+        self.memory, self.estimate = replace(memory, decision=decision), estimate
+        seconds = time.perf_counter() - began
+        self._reporter.refresh(step_number, estimate, verdict.status, remark=remark, seconds=seconds)
+        if verdict.changed:
+            self._reporter.change(
+                step_number, estimate, before=verdict.previous, after=verdict.status, action="observe"
+            )
+
+    def _sample(self, number: int) -> tuple[Rollouts, Outcomes]:
+        assert self._source is not None
+        with sampling_bar(self._source.sampler, wants_bar(self.config.progress_bar, self._trainer)):
+            rollouts = self._source.rollouts(number, self._ranks.index, self._ranks.count)
+        return rollouts, self._verifier.score(rollouts, trainer_state=self._trainer.state)
+
+    def _on_training_batch(self, rollouts: Rollouts, rewards: torch.Tensor) -> None:
+        step_number = self._trainer.state.global_step
+        if self._due(step_number):
+            self._refresh(step_number, lambda: (rollouts, self._batch_outcomes(rollouts, rewards)), ())
+
+    def _batch_outcomes(self, rollouts: Rollouts, rewards: torch.Tensor) -> Outcomes:
+        """The trainer has scored its batch; the function is called again only when it is not one of the trainer's."""
+        functions = list(self._trainer.reward_funcs)
+        if self._verifier.function in functions:
+            return self._verifier.outcomes(rewards[:, functions.index(self._verifier.function)])
+        return self._verifier.score(rollouts, trainer_state=self._trainer.state)
+
+    def _estimate(self, memory: Memory) -> ConflictEstimate:
+        config = self.config
+        try:
+            return estimate_pooled(memory.history, config.k, threshold=config.threshold, confidence=config.confidence)
+        except GuardError as error:  # the user has made no mistake here: this refresh is at fault
+            raise VoidRefresh(str(error)) from error
+
+    # Parts
+
+    def _announce(self) -> None:
+        config = self.config
+        what = "the training batch (not held out)"
+        if self._source is not None:
+            size = min(self._source.size, len(self._source.probe))
+            what = f"{size} of {len(self._source.probe)} held-out prompts x {config.num_samples} samples"
+        self._reporter.info(
+            f"passk_guard observes cos(pass@1, pass@{config.k}) every {config.refresh_steps} steps on {what}; the "
+            f"sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters"
+        )
+
+    def _refresher(self) -> Refresher:
+        tokenizer = getattr(self._trainer.processing_class, "tokenizer", self._trainer.processing_class)
+        candidates = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
+        return Refresher(
+            sketcher=self._sketcher,
+            ranks=self._ranks,
+            k=self.config.k,
+            max_tokens=self.config.max_probe_tokens,
+            pad_token_id=next(token for token in candidates if token is not None),
+            autocast=self._trainer.accelerator.autocast,
+        )
+
+    def _due(self, step_number: int) -> bool:
+        return step_number % self.config.refresh_steps == 0 and step_number != self._last_refresh
+
+    def _new_sketcher(self) -> ScoreSketcher:
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        return ScoreSketcher(model, self.config.sketch_dim, self.config.sketch_method)
+
+    def _recall(self, args: Any, state: Any) -> Memory:
+        if state.global_step == 0:
+            return Memory()
+        memory = load_memory(_checkpoint(args, state))
+        # Ranks that do not share a disk would decide differently from here on.
+        if self._ranks.max(int(memory is None)) or memory is None:
+            self._reporter.warn(
+                f"passk_guard step {state.global_step}: resumed without the guard's memory, starting afresh"
+            )
+            return Memory()
+        return memory
+
+    def _undo(self) -> None:
+        self._reporter.close()
+        if self._tap is not None:
+            self._tap.remove()
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

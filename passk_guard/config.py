@@ -1,0 +1,95 @@
+"""Every setting of the guard, with its bounds and its help; from Python, YAML or a command line (TrlParser)."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from passk_guard.errors import GuardError
+
+
+def _setting(default: Any, text: str) -> Any:
+    # HfArgumentParser hands everything in the metadata to argparse, so the bounds are in the annotations instead.
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+AtLeast1 = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class GuardConfig:
+    """Settings of `PassKGuardCallback`.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): a value outside its bounds, k above num_samples, or an unknown name.
+    """
+
+    k: Annotated[int, Field(ge=2)] = _setting(8, "The k of pass@k whose gradient is watched.")
+    probe_prompts: Annotated[int, Field(ge=3)] = _setting(
+        64, "Prompts drawn from the probe set for each refresh, over all ranks."
+    )
+    num_samples: Annotated[int, Field(ge=2)] = _setting(16, "Completions sampled of each probe prompt; at least k.")
+    refresh_steps: AtLeast1 = _setting(5, "Optimizer steps between refreshes of the estimate.")
+    pool_refreshes: AtLeast1 = _setting(3, "Newest refreshes whose statistics are averaged for the estimate.")
+    threshold: Annotated[float, Field(gt=-1, lt=1)] = _setting(0.0, "Cosine below which the two gradients conflict.")
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = _setting(0.95, "Confidence of the interval and of the verdict.")
+    patience: AtLeast1 = _setting(2, "Refreshes in a row that must agree before the verdict changes.")
+    cooldown: AtLeast1 = _setting(3, "Refreshes in a row without an established conflict that end a CONFLICT.")
+    correct_threshold: float = _setting(1.0, "Rewards at or above it count as correct.")
+    source: Literal["held_out", "training_batch"] = _setting(
+        "held_out",
+        "Where the probe's completions come from: held_out samples the probe set; training_batch reuses the batch a "
+        "GRPO/RLOO trainer has just generated, which costs no generation but is not held out.",
+    )
+    allow_overlap: bool = _setting(False, "Accept probe prompts that are also in the training set.")
+    sketch_method: Literal["kronecker", "countsketch"] = _setting(
+        "kronecker", "Projection of the gradients; countsketch keeps inner products better and is slower."
+    )
+    sketch_dim: Annotated[int, Field(ge=256)] = _setting(16384, "Dimension of the sketched gradients.")
+    max_probe_tokens: AtLeast1 = _setting(16384, "Tokens, padding included, in one forward pass of the sketch.")
+    probe_batch_size: AtLeast1 = _setting(
+        64, "Completions generated at once with model.generate; TRL trainers use their own."
+    )
+    probe_temperature: Annotated[float, Field(gt=0)] = _setting(
+        1.0, "Sampling temperature with model.generate; TRL trainers use their own."
+    )
+    probe_max_new_tokens: AtLeast1 = _setting(
+        256, "Longest completion with model.generate; TRL trainers use their own."
+    )
+    void_alert: AtLeast1 = _setting(3, "Void refreshes in a row after which an alert says that the guard is blind.")
+    probe_seed: Natural = _setting(0, "Seed of the probe's own randomness; training's is never touched.")
+    progress_bar: bool | None = _setting(None, "Progress bar while probing; None shows it in a terminal only.")
+
+    @model_validator(mode="after")
+    def _samples_reach_k(self) -> "GuardConfig":
+        if self.num_samples < self.k:
+            raise ValueError(
+                f"Expected `num_samples` >= k; found num_samples={self.num_samples}, k={self.k}. No unbiased estimate "
+                "exists above the number of samples: raise `num_samples` or lower `k`."
+            )
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "GuardConfig":
+        """Read a YAML mapping of settings, either the whole file or what stands under `passk_guard:`.
+
+        Raises:
+            GuardError: no such file, not a mapping, an unknown setting or a value outside its bounds.
+        """
+        import yaml
+
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise GuardError(f"Cannot read the guard's settings from {path}: {error}") from error
+        if isinstance(content, dict) and "passk_guard" in content:
+            content = content["passk_guard"]
+        if not isinstance(content, dict):
+            raise GuardError(f"Expected a mapping of settings in {path}; found {type(content).__name__}.")
+        try:
+            return cls(**content)
+        except ValidationError as error:
+            raise GuardError(f"Settings in {path}: {error}") from error

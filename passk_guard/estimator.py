@@ -1,0 +1,243 @@
+"""From Gram matrices to the conflict between pass@k and pass@1, with its uncertainty. Needs torch alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from passk_guard.agreement import informative, prompt_view, weight_and_agreement
+from passk_guard.errors import GuardError
+from passk_guard.intervals import cosine_bounds, student_t_quantile
+from passk_guard.passk import pass_at_k
+from passk_guard.types import ConflictCurve, ConflictEstimate, ProbeGram, Status
+from passk_guard.ustatistics import Moments, pooled_moments
+
+_FEWEST_PROMPTS = 3  # two would give a U-statistic of one pair, and no jackknife
+
+
+def estimate_conflict(
+    gram: Tensor,
+    num_samples: Tensor,
+    num_correct: Tensor,
+    k: int,
+    *,
+    threshold: float = 0.0,
+    confidence: float = 0.95,
+    history: Sequence[ProbeGram] = (),
+    prompt_keys: Sequence[object] = (),
+) -> ConflictEstimate:
+    r"""Estimate cos(grad J_k, grad J_1) from the Gram matrix of per-prompt score sums.
+
+    Prompt-level U-statistics $U_{kl} = \frac{1}{m(m-1)}\sum_{x \ne x'} \langle g_k(x), g_l(x')\rangle$ with the
+    leave-one-out $g_k(x) = \alpha^+_k S^+_x + \alpha^-_k S^-_x$ are unbiased for the inner products of
+    arXiv 2602.21189, Sec. 4; the cosine is $U_{k1} / \sqrt{U_{11} U_{kk}}$. Same-prompt pairs are left out: with
+    them the statistic is biased towards "no conflict" by the noise of one prompt's gradient. Uncertainty is a
+    jackknife over prompts, turned into bounds on the cosine by `intervals.cosine_bounds`.
+
+    Args:
+        gram: [2m, 2m] inner products of [S+_1..S+_m, S-_1..S-_m], S being *sums* of score vectors.
+        num_samples: [m] samples with a verdict, each at least k.
+        num_correct: [m] correct ones.
+        k: of pass@k, at least 2 for the angle to mean anything (k = 1 gives cosine 1).
+        threshold: cosine below which there is a conflict.
+        confidence: of the interval (two-sided) and of the verdict (one-sided).
+        history: Gram matrices of earlier refreshes, pooled with this one by averaging the U-statistics.
+        prompt_keys: m hashable names, so that a prompt met again in `history` is recognised.
+
+    Returns:
+        A `ConflictEstimate`. Per-prompt fields describe this refresh, scalars the pooled ones, except the pass
+        rates, which are this refresh's.
+
+    Raises:
+        GuardError: shapes that do not fit, a Gram matrix that is not finite or not symmetric, or n < k.
+    """
+    newest = ProbeGram(gram, num_samples, num_correct, prompt_keys)
+    return estimate_pooled([*history, newest], k, threshold=threshold, confidence=confidence)
+
+
+def estimate_pooled(
+    probes: Sequence[ProbeGram], k: int, *, threshold: float = 0.0, confidence: float = 0.95
+) -> ConflictEstimate:
+    """`estimate_conflict` over a sequence of refreshes, the newest last.
+
+    Raises:
+        GuardError: as `estimate_conflict`, or no refresh at all.
+    """
+    if not probes:
+        raise GuardError("Expected at least one refresh to estimate from; found none.")
+    if not 0 < confidence < 1 or not -1 < threshold < 1:
+        raise GuardError(f"Expected 0 < confidence < 1 and -1 < threshold < 1; found {confidence=}, {threshold=}.")
+    probes = [_checked(probe, k) for probe in probes]
+    base = _base(probes, k, threshold, confidence)
+    if min(p.num_samples.numel() for p in probes) < _FEWEST_PROMPTS or base.num_informative < _FEWEST_PROMPTS:
+        return replace(base, reason=_too_little(probes))
+    ks = torch.arange(1, min(int(p.num_samples.min()) for p in probes) + 1)
+    moments = pooled_moments(probes, ks)
+    base = _with_inner_products(base, moments.value[k - 1], moments.covariance[k - 1])
+    for name, norm_sq, error in (
+        ("1", base.norm1_sq, moments.covariance[k - 1, 1, 1]),
+        (str(k), base.normk_sq, moments.covariance[k - 1, 2, 2]),
+    ):
+        if norm_sq is None or not norm_sq > 0:
+            reason = (
+                f"the probe holds no pass@{name} signal: "
+                f"|grad J_{name}|^2 = {norm_sq:.2g} ± {float(error) ** 0.5:.2g}; "
+                "use more prompts or samples, or pool more refreshes"
+            )
+            return replace(base, reason=reason)
+    estimate = replace(base, **weight_and_agreement(probes, k), **prompt_view(probes[-1], k))
+    return _with_cosine(estimate, moments, ks)
+
+
+def _base(probes: Sequence[ProbeGram], k: int, threshold: float, confidence: float) -> ConflictEstimate:
+    """What every estimate states, with or without an angle."""
+    newest = probes[-1]
+    rate1, error1 = _mean_and_error(pass_at_k(newest.num_samples, newest.num_correct, 1))
+    ratek, errork = _mean_and_error(pass_at_k(newest.num_samples, newest.num_correct, k))
+    return ConflictEstimate(
+        k=k,
+        status="undetermined",
+        reason="",
+        confidence=confidence,
+        threshold=threshold,
+        num_prompts=sum(p.num_samples.numel() for p in probes),
+        num_informative=sum(int(informative(p).sum()) for p in probes),
+        num_refreshes=len(probes),
+        pass_at_1=rate1,
+        pass_at_1_se=error1,
+        pass_at_k=ratek,
+        pass_at_k_se=errork,
+    )
+
+
+def _with_inner_products(base: ConflictEstimate, value: Tensor, covariance: Tensor) -> ConflictEstimate:
+    inner, norm1_sq, normk_sq = (float(x) for x in value)
+    return replace(
+        base,
+        inner_product=inner,
+        inner_product_se=float(covariance[0, 0]) ** 0.5,
+        mean_weighted_agreement=inner,
+        norm1_sq=norm1_sq,
+        normk_sq=normk_sq,
+    )
+
+
+def _with_cosine(base: ConflictEstimate, moments: Moments, ks: Tensor) -> ConflictEstimate:
+    value, covariance = moments.value[base.k - 1], moments.covariance[base.k - 1]
+    degrees = base.num_informative - 1
+    two_sided = student_t_quantile((1 + base.confidence) / 2, degrees)
+    one_sided = student_t_quantile(base.confidence, degrees)
+    cosine, error = _cosine(value, covariance)
+    ci_low, ci_high = cosine_bounds(value, covariance, two_sided)
+    if (ci_low, ci_high) == (-1.0, 1.0):
+        level = f"{100 * base.confidence:g}%"
+        return replace(base, reason=f"the probe holds no signal: the {level} interval of the cosine is all of [-1, 1]")
+    lower, upper = cosine_bounds(value, covariance, one_sided)
+    status, reason = _status(lower, upper, base.threshold, base.confidence)
+    curve = _curve(moments, ks, two_sided, one_sided, base.threshold)
+    return replace(
+        base,
+        status=status,
+        reason=reason,
+        cosine=cosine,
+        standard_error=error,
+        ci_low=ci_low,
+        ci_high=ci_high,
+        lower_bound=lower,
+        upper_bound=upper,
+        naive_cosine=_naive_cosine(moments.naive[base.k - 1]),
+        k_star=_k_star(curve),
+        curve=curve,
+    )
+
+
+def _status(lower: float, upper: float, threshold: float, confidence: float) -> tuple[Status, str]:
+    level = f"{100 * confidence:g}%"
+    if upper < threshold:
+        return "conflict", f"upper {level} bound {upper:+.2f} is below the threshold {threshold:g}"
+    if lower > threshold:
+        return "clear", f"lower {level} bound {lower:+.2f} is above the threshold {threshold:g}"
+    return "undetermined", (
+        f"the {level} bounds [{lower:+.2f}, {upper:+.2f}] hold the threshold {threshold:g}: the probe cannot tell"
+    )
+
+
+def _cosine(value: Tensor, covariance: Tensor) -> tuple[float, float]:
+    """Point estimate, clipped to [-1, 1], and its delta-method standard error."""
+    inner, norm1_sq, normk_sq = (float(x) for x in value)
+    scale = math.sqrt(norm1_sq * normk_sq)
+    cosine = inner / scale
+    slope = torch.tensor([1 / scale, -cosine / (2 * norm1_sq), -cosine / (2 * normk_sq)], dtype=torch.float64)
+    return max(-1.0, min(1.0, cosine)), float(slope @ covariance @ slope) ** 0.5
+
+
+def _naive_cosine(value: Tensor) -> float | None:
+    inner, norm1_sq, normk_sq = (float(x) for x in value)
+    return inner / math.sqrt(norm1_sq * normk_sq) if norm1_sq > 0 and normk_sq > 0 else None
+
+
+def _curve(moments: Moments, ks: Tensor, two_sided: float, one_sided: float, threshold: float) -> ConflictCurve:
+    numbers = torch.full((3, len(ks)), math.nan, dtype=torch.float64)
+    established = torch.zeros(len(ks), dtype=torch.bool)
+    for i, (value, covariance) in enumerate(zip(moments.value, moments.covariance, strict=True)):
+        if bool((value[1:] > 0).all()):
+            bounds = cosine_bounds(value, covariance, two_sided)
+            numbers[:, i] = torch.tensor([_cosine(value, covariance)[0], *bounds])
+            established[i] = cosine_bounds(value, covariance, one_sided)[1] < threshold
+    return ConflictCurve(ks, numbers[0], numbers[1], numbers[2], established)
+
+
+def _k_star(curve: ConflictCurve) -> int:
+    """The largest k such that no conflict is established at it or below it."""
+    first = curve.established.int().argmax() if bool(curve.established.any()) else len(curve.k)
+    return int(curve.k[int(first) - 1])
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float | None]:
+    count = values.numel()
+    return float(values.mean()), float(values.std() / math.sqrt(count)) if count > 1 else None
+
+
+def _too_little(probes: list[ProbeGram]) -> str:
+    smallest = min(p.num_samples.numel() for p in probes)
+    if smallest < _FEWEST_PROMPTS:
+        return f"only {smallest} prompts had enough scored samples; at least {_FEWEST_PROMPTS} are needed"
+    solved = sum(int((p.num_correct == p.num_samples).sum()) for p in probes)
+    failed = sum(int((p.num_correct == 0).sum()) for p in probes)
+    total = sum(p.num_samples.numel() for p in probes)
+    mixed = total - solved - failed
+    return (
+        f"of {total} prompts {solved} were always solved and {failed} never, which leaves {mixed} with a gradient; "
+        "choose prompts the model solves sometimes"
+    )
+
+
+def _checked(probe: ProbeGram, k: int) -> ProbeGram:
+    n, c = (torch.as_tensor(t).cpu().to(torch.int64) for t in (probe.num_samples, probe.num_correct))
+    gram = torch.as_tensor(probe.gram).detach().cpu().double()
+    m = n.numel()
+    if n.ndim != 1 or c.shape != n.shape or gram.shape != (2 * m, 2 * m):
+        raise GuardError(
+            "Expected `num_samples` [m], `num_correct` [m] and `gram` [2m, 2m]; found "
+            f"{tuple(n.shape)}, {tuple(c.shape)} and {tuple(gram.shape)}."
+        )
+    if m == 0:
+        raise GuardError("Expected at least one prompt; found an empty Gram matrix.")
+    if k < 1 or int(n.min()) < k:
+        raise GuardError(
+            f"Expected `num_samples` >= k >= 1; found num_samples={int(n.min())}, k={k}. "
+            "Raise `num_samples` or lower `k`."
+        )
+    if bool(((c < 0) | (c > n)).any()):
+        raise GuardError("Expected 0 <= `num_correct` <= `num_samples`; found a count outside.")
+    if not bool(torch.isfinite(gram).all()):
+        raise GuardError("Expected a finite Gram matrix; found NaN or infinity. Void this refresh.")
+    if not torch.allclose(gram, gram.T, rtol=1e-4, atol=1e-6 * float(gram.abs().max())):
+        raise GuardError("Expected a symmetric Gram matrix, S @ S.T of the 2m score sums; found an asymmetric one.")
+    if len(probe.prompt_keys) not in (0, m):
+        raise GuardError(f"Expected no `prompt_keys` or {m} of them; found {len(probe.prompt_keys)}.")
+    return ProbeGram(gram, n, c, probe.prompt_keys)

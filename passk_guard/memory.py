@@ -1,0 +1,78 @@
+"""What the guard remembers across a checkpoint: the standing decision and the refreshes that are pooled."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from passk_guard.decision import DecisionState
+from passk_guard.types import ProbeGram
+
+FILE_NAME = "passk_guard.pt"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Everything that the next verdict depends on, immutable.
+
+    Attributes:
+        decision: state of the decision.
+        history: newest refreshes, oldest first, at most as many as are pooled.
+        voids: void refreshes in a row.
+    """
+
+    decision: DecisionState = field(default_factory=DecisionState)
+    history: tuple[ProbeGram, ...] = ()
+    voids: int = 0
+
+    def with_refresh(self, probe: ProbeGram, pool: int) -> Memory:
+        """The same with one more refresh, and the streak of void ones ended."""
+        return Memory(self.decision, (*self.history, probe)[-pool:], 0)
+
+
+def save_memory(memory: Memory, folder: Path) -> None:
+    """Write `passk_guard.pt` into a checkpoint folder, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    content = {
+        "format": _FORMAT,
+        "decision": asdict(memory.decision),
+        "voids": memory.voids,
+        "history": [
+            {
+                "gram": probe.gram,
+                "num_samples": probe.num_samples,
+                "num_correct": probe.num_correct,
+                "prompt_keys": [str(key) for key in probe.prompt_keys],
+            }
+            for probe in memory.history
+        ],
+    }
+    partial = folder / (FILE_NAME + ".partial")
+    torch.save(content, partial)
+    os.replace(partial, folder / FILE_NAME)
+
+
+def load_memory(folder: Path) -> Memory | None:
+    """Read it back; None where the checkpoint is older than the guard or of another format.
+
+    Loaded with weights_only: a checkpoint from elsewhere cannot run code.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    if content.get("format") != _FORMAT:
+        return None
+    return Memory(
+        decision=DecisionState(**content["decision"]),
+        history=tuple(ProbeGram(**probe) for probe in content["history"]),
+        voids=content["voids"],
+    )

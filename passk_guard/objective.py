@@ -1,0 +1,167 @@
+"""Training on pass@k with TRL, which has no such objective: an existing trainer's advantages become pass@k ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passk_guard.errors import GuardError
+from passk_guard.passk import passk_advantages
+from passk_guard.patch import MethodPatch
+
+logger = logging.getLogger(__name__)
+
+
+class PassKObjective:
+    r"""Replaces the advantages of a TRL GRPOTrainer or RLOOTrainer by pass@k advantages.
+
+    Each completion gets $A_i = f(W_i)(r_i - b_i)$ of `passk_advantages`: leave-one-out weight and baseline over the
+    completions of its prompt, so the policy gradient is an unbiased estimate of grad J_k (arXiv 2602.21189, Sec. 3).
+    A pass@k *reward function* is not the same: the trainer's own baseline biases its weights, and dividing by the
+    group's standard deviation cancels them. A completion without a reward (None) gets advantage 0; so does a whole
+    group with fewer than k rewards. Evaluation is left alone.
+
+    Use as a context manager around `trainer.train()`, or `install()` and `remove()`.
+
+    Args:
+        trainer: GRPOTrainer or RLOOTrainer.
+        k: 1 <= k <= trainer.num_generations; k = 1 is RLOO.
+        correct: name of the reward function that means *correct*; may be left out when there is only one.
+        threshold: rewards at or above it count as correct.
+        floor, cap: clip the prompt weight to [floor, cap]; may be changed between steps.
+
+    Raises:
+        GuardError: the trainer computes no advantages, num_generations < k, the reward function is unknown or not
+            named where there are several, or settings that would rescale the advantages: `scale_rewards` other than
+            "none" (GRPO) or `normalize_advantages` (RLOO).
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        k: int,
+        *,
+        correct: str | None = None,
+        threshold: float = 1.0,
+        floor: float | None = None,
+        cap: float | None = None,
+    ) -> None:
+        _check_trainer(trainer, k)
+        self.k, self.threshold, self.floor, self.cap = k, threshold, floor, cap
+        self._trainer = trainer
+        self._column = _reward_column(trainer, correct)
+        self._rewards: Tensor | None = None
+        self._patches = [
+            MethodPatch(trainer, "_calculate_rewards", self._keep_rewards, owner="PassKObjective"),
+            MethodPatch(trainer, "_generate_and_score_completions", self._replace_advantages, owner="PassKObjective"),
+        ]
+
+    def install(self) -> PassKObjective:
+        """Take over the advantages. Raises GuardError when the trainer has a pass@k objective already."""
+        for patch in self._patches:
+            patch.install()
+        return self
+
+    def remove(self) -> None:
+        """Give the trainer its own advantages back."""
+        for patch in self._patches:
+            patch.remove()
+
+    def __enter__(self) -> PassKObjective:
+        return self.install()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def advantages(self, rewards: Tensor, num_generations: int) -> Tensor:
+        """Pass@k advantages of a batch.
+
+        Args:
+            rewards: [B] of the reward function that means correct, groups of `num_generations` in a row; NaN: none.
+            num_generations: completions of each prompt.
+
+        Returns:
+            [B] float32.
+        """
+        grouped = rewards.view(-1, num_generations)
+        scored = ~torch.isnan(grouped)
+        # A group with fewer than k rewards has no unbiased estimate; it must not stop the run, so it sits out.
+        scored &= scored.sum(1, keepdim=True) >= self.k
+        right = (grouped >= self.threshold) & scored
+        return passk_advantages(right.float(), self.k, mask=scored, floor=self.floor, cap=self.cap).view(-1)
+
+    def _keep_rewards(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def calculate_rewards(*args: Any, **kwargs: Any) -> Tensor:
+            rewards = original(*args, **kwargs)
+            self._rewards = rewards[:, self._column].detach()  # gathered: all ranks, in order
+            return rewards
+
+        return calculate_rewards
+
+    def _replace_advantages(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate_and_score(inputs: Any) -> Any:
+            output = original(inputs)
+            if not self._trainer.model.training or self._rewards is None:
+                return output
+            everyone = self.advantages(self._rewards, self._trainer.num_generations)
+            local = output["advantages"]
+            start = self._trainer.accelerator.process_index * local.shape[0]
+            output["advantages"] = everyone[start : start + local.shape[0]].to(local)
+            _correct_completion_log(self._trainer, everyone)
+            return output
+
+        return generate_and_score
+
+
+def _correct_completion_log(trainer: Any, advantages: Tensor) -> None:
+    """TRL has put its own advantages into the table of completions by now; show the ones that are used."""
+    log = getattr(trainer, "_logs", {}).get("advantages")
+    if log is None or len(log) < advantages.numel():
+        return
+    for _ in range(advantages.numel()):
+        log.pop()
+    log.extend(advantages.tolist())
+
+
+def _check_trainer(trainer: Any, k: int) -> None:
+    if not hasattr(trainer, "_generate_and_score_completions"):
+        raise GuardError(
+            f"Expected a TRL GRPOTrainer or RLOOTrainer; found {type(trainer).__name__}, which computes no advantages."
+        )
+    if not 1 <= k <= trainer.num_generations:
+        raise GuardError(
+            f"Expected 1 <= k <= num_generations; found k={k}, num_generations={trainer.num_generations}. "
+            "No unbiased pass@k gradient exists above it: raise `num_generations` or lower `k`."
+        )
+    args = trainer.args
+    scaling = getattr(args, "scale_rewards", "none")
+    if scaling not in ("none", False):
+        raise GuardError(
+            f"Expected scale_rewards='none'; found {scaling!r}. Dividing by a standard deviation cancels the prompt "
+            "weights that make the objective pass@k, so it would be ignored here: set it to 'none'."
+        )
+    if getattr(args, "normalize_advantages", False):
+        raise GuardError("Expected normalize_advantages=False; found True, which would rescale the pass@k weights.")
+    if getattr(args, "loss_type", "dr_grpo") in ("grpo", "sapo"):
+        logger.warning(
+            "loss_type=%r divides each completion's loss by its length, so long completions count less than in grad "
+            "J_k. Use loss_type='dr_grpo' unless all completions have the same length.",
+            args.loss_type,
+        )
+
+
+def _reward_column(trainer: Any, correct: str | None) -> int:
+    names = list(trainer.reward_func_names)
+    if correct is None and len(names) == 1:
+        return 0
+    if correct not in names:
+        found = "none was named" if correct is None else f"found {correct!r}"
+        raise GuardError(f"Expected `correct` to name the reward function that means correct, one of {names}; {found}.")
+    return names.index(correct)

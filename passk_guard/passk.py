@@ -1,0 +1,198 @@
+"""Closed forms of pass@k: success rates, prompt weights, and per-sample advantages. Needs torch alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from passk_guard.errors import GuardError
+
+_TERMS_PER_CHUNK = 1024
+
+
+def pass_at_k(num_samples: Tensor | int, num_correct: Tensor | int, k: Tensor | int) -> Tensor:
+    r"""Unbiased estimate of pass@k, the chance that at least one of k samples is right.
+
+    $1 - \binom{n-c}{k} / \binom{n}{k}$, computed as a sum of $\min(k, c)$ logarithms, so that neither large n nor
+    small rates lose digits (n up to 1e5). Source: Codex, arXiv 2107.03374, Eq. 1.
+
+    Args:
+        num_samples: n, samples of each prompt; any shape that broadcasts with the others.
+        num_correct: c, how many of them are correct, 0 <= c <= n.
+        k: 1 <= k <= n.
+
+    Returns:
+        float64 tensor of the broadcast shape, in [0, 1].
+
+    Raises:
+        GuardError: k > n (no unbiased estimate exists there), k < 1, or c outside 0..n.
+    """
+    n, c, k = _counts(num_samples, num_correct, k)
+    return -torch.expm1(_log_miss(n, c, k))
+
+
+def passk_weight(pass_rate: Tensor, k: int | float | Tensor) -> Tensor:
+    r"""Weight of a prompt's gradient in grad J_k: $w_k(p) = k (1-p)^{k-1}$ (arXiv 2602.21189, Sec. 3).
+
+    Args:
+        pass_rate: p in [0, 1], any shape.
+        k: real and at least 1; broadcasts.
+
+    Returns:
+        Tensor of the broadcast shape, in [0, k].
+    """
+    return k * (1 - pass_rate) ** (k - 1)
+
+
+def unbiased_passk_weight(num_samples: Tensor, num_correct: Tensor, k: int | Tensor) -> Tensor:
+    r"""Unbiased estimate of w_k(p) from n samples: $k \binom{n-c}{k-1} / \binom{n}{k-1}$.
+
+    Args:
+        num_samples: n, any shape; num_correct: c, same shape.
+        k: 1 <= k <= n + 1.
+
+    Returns:
+        float64 tensor, in [0, k].
+
+    Raises:
+        GuardError: k - 1 > n, or c outside 0..n.
+    """
+    n, c, subset = _counts(num_samples, num_correct, torch.as_tensor(k) - 1, smallest_k=0)
+    return (subset + 1) * torch.exp(_log_miss(n, c, subset))
+
+
+def sample_coefficients(
+    num_samples: Tensor,
+    num_correct: Tensor,
+    k: int | Tensor,
+    *,
+    floor: float | None = None,
+    cap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The two numbers that turn score sums into a prompt's pass@k gradient.
+
+    With S+ (S-) the sum of score vectors over the correct (wrong) samples,
+    $g_k = \alpha^+ S^+ + \alpha^- S^-$ is unbiased for $w_k(p) \nabla p$, where
+    $\alpha^+ = f(W(c-1)) (1 - \frac{c-1}{n-1}) / n$, $\alpha^- = -f(W(c)) \frac{c}{n-1} / n$,
+    $W(c') = k \binom{n-1-c'}{k-1} / \binom{n-1}{k-1}$ is the weight as seen from the n - 1 *other* samples, of which
+    c' are correct, and f clips to [floor, cap]. Weight and baseline never look at the sample they multiply.
+
+    Args:
+        num_samples: n, any shape. A single sample (n = 1, so k = 1) has no others; its baseline is 0.
+        num_correct: c, same shape.
+        k: 1 <= k <= n, broadcasts.
+        floor, cap: bounds on the weight; None for none. With them the estimate is unbiased for
+            $E[f(W)] \nabla p$ instead.
+
+    Returns:
+        alpha+ and alpha-, float64. A prompt with c = 0 has alpha- = 0, one with c = n has alpha+ = 0, and
+        where n = 0 both are 0.
+
+    Raises:
+        GuardError: k > n for some n > 0, k < 1, c outside 0..n, or floor > cap.
+    """
+    _check_bounds(floor, cap)
+    n, c, wanted = torch.broadcast_tensors(*_counts(num_samples, num_correct, k, empty_ok=True))
+    others = (n - 1).clamp(min=0)
+
+    def weight(correct_others: Tensor) -> Tensor:
+        subset = torch.minimum(wanted - 1, others)
+        w = wanted * torch.exp(_log_miss(others, torch.minimum(correct_others, others), subset))
+        return w.clamp(min=floor, max=cap) if floor is not None or cap is not None else w
+
+    others_or_1 = others.clamp(min=1)
+    n_or_1 = n.clamp(min=1)
+    c_above = (c - 1).clamp(min=0)
+    positive = weight(c_above) * (1 - c_above / others_or_1) / n_or_1
+    negative = -weight(c) * (c / others_or_1) / n_or_1
+    single = n == 1
+    positive = torch.where(c > 0, positive, 0.0)
+    negative = torch.where((c < n) & ~single, negative, 0.0)
+    return positive, negative
+
+
+def passk_advantages(
+    correct: Tensor,
+    k: int,
+    *,
+    mask: Tensor | None = None,
+    floor: float | None = None,
+    cap: float | None = None,
+) -> Tensor:
+    r"""Advantages whose policy gradient is the pass@k gradient.
+
+    $A_i = f(W_i)(r_i - b_i)$ with leave-one-out weight and baseline (`sample_coefficients`), so that
+    $\frac{1}{n}\sum_i A_i \nabla \log \pi(y_i)$ is an unbiased estimate of $w_k(p) \nabla p$. k = 1 is RLOO.
+
+    Args:
+        correct: [m, n] of 0/1 (bool, int or float), n samples for each of m prompts.
+        k: 1 <= k <= n.
+        mask: [m, n] bool, False where a sample has no verdict: its advantage is 0 and n is lowered for its
+            prompt. The mean is over the n samples that are left. A prompt with none left gets zeros.
+        floor, cap: clip the weight to [floor, cap]; None for no bound.
+
+    Returns:
+        [m, n] tensor: correct's dtype where it is floating, else torch's default float.
+
+    Raises:
+        GuardError: k larger than the samples of a prompt, values other than 0/1, or shapes that do not fit.
+    """
+    if correct.ndim != 2:
+        raise GuardError(f"Expected `correct` of shape [prompts, samples]; found {tuple(correct.shape)}.")
+    valid = torch.ones_like(correct, dtype=torch.bool) if mask is None else mask.bool()
+    if valid.shape != correct.shape:
+        raise GuardError(f"Expected `mask` of shape {tuple(correct.shape)}; found {tuple(valid.shape)}.")
+    if not bool(((correct == 0) | (correct == 1) | ~valid).all()):
+        raise GuardError("Expected `correct` to hold 0 and 1 only; compare your rewards with a threshold first.")
+    right = (correct == 1) & valid
+    num_samples, num_correct = valid.sum(1), right.sum(1)
+    positive, negative = sample_coefficients(num_samples, num_correct, k, floor=floor, cap=cap)
+    advantages = torch.where(right, positive[:, None], negative[:, None]) * num_samples[:, None]
+    dtype = correct.dtype if correct.is_floating_point() else torch.get_default_dtype()
+    return torch.where(valid, advantages, 0.0).to(dtype)
+
+
+def _log_miss(n: Tensor, c: Tensor, k: Tensor) -> Tensor:
+    """log of C(n-c, k) / C(n, k), the chance that a k-subset of n samples misses all c correct ones."""
+    n, c, k = torch.broadcast_tensors(n, c, k)
+    # The ratio is symmetric in c and k; the product over the smaller one has the fewer factors.
+    terms, drawn = torch.minimum(c, k), torch.maximum(c, k)
+    total = torch.zeros_like(n)
+    most = int(terms.max()) if terms.numel() else 0
+    for start in range(0, most, _TERMS_PER_CHUNK):
+        j = torch.arange(start, min(start + _TERMS_PER_CHUNK, most), device=n.device, dtype=n.dtype)
+        factor = -drawn[..., None] / (n[..., None] - j).clamp(min=1)
+        total = total + torch.where(j < terms[..., None], torch.log1p(factor.clamp(min=-1)), 0.0).sum(-1)
+    return torch.where(n - c < k, -torch.inf, total)
+
+
+def _counts(
+    num_samples: Tensor | int,
+    num_correct: Tensor | int,
+    k: Tensor | int,
+    *,
+    smallest_k: int = 1,
+    empty_ok: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three counts as float64 tensors on one device, checked."""
+    given = [torch.as_tensor(value) for value in (num_samples, num_correct, k)]
+    device = next((t.device for t in given if t.ndim), given[0].device)
+    n, c, k = (t.to(device=device, dtype=torch.float64) for t in given)
+    if bool((k < smallest_k).any()):
+        raise GuardError(f"Expected `k` >= {smallest_k}; found k={int(k.min())}.")
+    too_few = (n < k) & ~((n == 0) & empty_ok)
+    if bool(too_few.any()):
+        worst_n, worst_k = torch.broadcast_tensors(n, k)
+        at = int(too_few.flatten().nonzero()[0])
+        raise GuardError(
+            f"Expected `num_samples` >= k; found num_samples={int(worst_n.flatten()[at])}, "
+            f"k={int(worst_k.flatten()[at])}. No unbiased estimate exists above n: raise `num_samples` or lower `k`."
+        )
+    if bool(((c < 0) | (c > n)).any()):
+        raise GuardError("Expected 0 <= `num_correct` <= `num_samples`; found a count outside.")
+    return n, c, k
+
+
+def _check_bounds(floor: float | None, cap: float | None) -> None:
+    if floor is not None and cap is not None and floor > cap:
+        raise GuardError(f"Expected `floor` <= `cap`; found floor={floor}, cap={cap}.")

@@ -1,0 +1,136 @@
+"""The conflict of a known population: exact gradients and pass rates in, the paper's quantities out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from passk_guard.errors import GuardError
+from passk_guard.passk import passk_weight
+
+
+@dataclass(frozen=True)
+class PopulationConflict:
+    """The paper's quantities over a finite population of prompts (arXiv 2602.21189, Sec. 4).
+
+    Attributes:
+        inner_product: <grad J_k, grad J_1> = E[w_k a].
+        norm1, normk: |grad J_1|, |grad J_k|.
+        cosine: of the angle between them.
+        agreement: [m] a(x) = E_x' kappa(x, x'), prompt x included.
+        weight: [m] w_k(p(x)).
+        mean_weight: E[w_k]; weight_agreement_cov: cov(w_k, a).
+        mixing: the smallest lambda >= 0 at which grad J_k + lambda grad J_1 no longer conflicts; it is also the
+            constant to add to every prompt weight.
+    """
+
+    inner_product: float
+    norm1: float
+    normk: float
+    cosine: float
+    agreement: Tensor
+    weight: Tensor
+    mean_weight: float
+    weight_agreement_cov: float
+    mixing: float
+
+
+def population_conflict(
+    kernel: Tensor, pass_rate: Tensor, k: float, prompt_probability: Tensor | None = None
+) -> PopulationConflict:
+    r"""Conflict between grad J_k and grad J_1 when p(x) and grad p(x) are known for every prompt.
+
+    $\langle \nabla J_k, \nabla J_1 \rangle = E[w_k a] = E[w_k] |\nabla J_1|^2 + cov(w_k, a)$
+    (arXiv 2602.21189, Sec. 4). Same-prompt pairs belong to it: nothing here is sampled.
+
+    Args:
+        kernel: [m, m] similarity kernel kappa(x, x') = <grad p(x), grad p(x')>.
+        pass_rate: [m] p(x) in [0, 1].
+        k: real and at least 1.
+        prompt_probability: [m] weights that sum to 1; None for uniform.
+
+    Raises:
+        GuardError: shapes that do not fit, or probabilities that do not sum to 1.
+    """
+    p = pass_rate.double()
+    kappa = kernel.double()
+    m = p.numel()
+    if kappa.shape != (m, m):
+        raise GuardError(f"Expected `kernel` of shape ({m}, {m}) for {m} pass rates; found {tuple(kappa.shape)}.")
+    q = torch.full_like(p, 1 / m) if prompt_probability is None else prompt_probability.double()
+    if q.shape != p.shape or abs(float(q.sum()) - 1) > 1e-6:
+        raise GuardError("Expected `prompt_probability` of the shape of `pass_rate`, summing to 1.")
+    weight = passk_weight(p, k)
+    agreement = kappa @ q
+    weighted = q * weight
+    inner = float(weighted @ agreement)
+    norm1_sq, normk_sq = float(q @ agreement), float(weighted @ kappa @ weighted)
+    mean_weight = float(weighted.sum())
+    scale = (norm1_sq * normk_sq) ** 0.5
+    return PopulationConflict(
+        inner_product=inner,
+        norm1=norm1_sq**0.5,
+        normk=normk_sq**0.5,
+        cosine=inner / scale if scale > 0 else float("nan"),
+        agreement=agreement,
+        weight=weight,
+        mean_weight=mean_weight,
+        weight_agreement_cov=inner - mean_weight * norm1_sq,
+        mixing=max(0.0, -inner / norm1_sq) if norm1_sq > 0 else float("nan"),
+    )
+
+
+def population_k_star(
+    kernel: Tensor, pass_rate: Tensor, prompt_probability: Tensor | None = None, *, largest: float = 1024.0
+) -> float | None:
+    """The smallest real k > 1 at which the inner product turns negative, by scan and bisection.
+
+    Args:
+        kernel, pass_rate, prompt_probability: as for `population_conflict`.
+        largest: where the search ends.
+
+    Returns:
+        k*, or None when there is no conflict up to `largest`.
+    """
+
+    def inner(k: float) -> float:
+        return population_conflict(kernel, pass_rate, k, prompt_probability).inner_product
+
+    grid = torch.logspace(0, torch.tensor(largest).log10().item(), 2000, dtype=torch.float64).tolist()
+    crossing = next((i for i, k in enumerate(grid) if inner(k) < 0), None)
+    if not crossing:
+        return None
+    low, high = grid[crossing - 1], grid[crossing]
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if inner(middle) < 0 else (middle, high)
+    return (low + high) / 2
+
+
+def conflict_threshold(
+    hard_mass: float, gradient_bound: float, margin: float, easy_gap: float, hard_gap: float
+) -> float:
+    r"""k above which interference is sufficient for conflict (arXiv 2602.21189, Prop. 4.5).
+
+    $k^* = 1 + \log\frac{(1-q) G^2}{q m} / \log\frac{1-\epsilon}{1-\delta}$.
+
+    Args:
+        hard_mass: q in (0, 1), probability of the negatively interfering hard prompts.
+        gradient_bound: G, bound on |grad p(x)|.
+        margin: m > 0, hard prompts have a(x) <= -m.
+        easy_gap: delta, easy prompts have p(x) >= delta.
+        hard_gap: epsilon < delta, hard prompts have p(x) <= epsilon.
+
+    Raises:
+        GuardError: an argument outside its range.
+    """
+    if not (0 < hard_mass < 1 and margin > 0 and gradient_bound > 0 and 0 <= hard_gap < easy_gap < 1):
+        raise GuardError(
+            "Expected 0 < hard_mass < 1, margin > 0, gradient_bound > 0 and 0 <= hard_gap < easy_gap < 1; found "
+            f"{hard_mass=}, {margin=}, {gradient_bound=}, {hard_gap=}, {easy_gap=}."
+        )
+    ratio = torch.tensor((1 - hard_mass) * gradient_bound**2 / (hard_mass * margin), dtype=torch.float64)
+    spread = torch.tensor((1 - hard_gap) / (1 - easy_gap), dtype=torch.float64)
+    return float(1 + ratio.log() / spread.log())

@@ -1,0 +1,242 @@
+"""The held-out prompts: where they come from, which of them a refresh uses, and whether training saw them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from passk_guard.errors import GuardError
+
+Row = Mapping[str, Any]
+_SHAPE = "a non-empty text or a list of chat messages with `role` and `content`"
+
+
+class ProbeSet:
+    """At least two different prompts held out from training, with the columns that the reward needs.
+
+    Attributes:
+        rows: the rows kept, in the order given.
+
+    Args:
+        rows: mappings with `prompt` (a non-empty text, or a list of messages with `role` and `content`; the same
+            kind in all rows) and any other columns. A prompt met again, up to case and white space, is dropped
+            with a warning: the estimate pairs different prompts, and would pair it with itself.
+
+    Raises:
+        GuardError: a row of another form, rows of both kinds, or fewer than two different prompts.
+    """
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        kept: dict[str, Row] = {}
+        found = 0
+        for found, row in enumerate(rows, start=1):
+            _check_row(row, f"row {found - 1}")
+            kept.setdefault(prompt_key(row["prompt"]), dict(row))
+        self.rows: tuple[Row, ...] = tuple(kept.values())
+        self._keys = tuple(kept)
+        if len(kept) < 2:
+            raise GuardError(
+                f"Expected a probe of at least 2 different prompts, since the estimate compares prompts with one "
+                f"another; found {len(kept)} in {found} rows. Pass 64 or more held-out prompts."
+            )
+        if len({isinstance(row["prompt"], str) for row in self.rows}) > 1:
+            raise GuardError(
+                "Expected probe prompts of one kind; found texts and lists of messages. Convert the texts to "
+                '[{"role": "user", "content": text}], or apply the chat template to the messages.'
+            )
+        if (dropped := found - len(kept)) > 0:
+            warnings.warn(
+                f"passk_guard: dropped {dropped} of {found} probe prompts that occur twice, up to case and white "
+                "space.",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def of(cls, source: Any) -> ProbeSet:
+        """A probe from any of: a ProbeSet (returned as it is), a list of rows, a JSONL path, a datasets.Dataset."""
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, (str, Path)):
+            return cls.from_jsonl(source)
+        if isinstance(source, (list, tuple)):
+            return cls.from_list(source)
+        return cls.from_dataset(source)
+
+    @classmethod
+    def from_list(cls, rows: Sequence[Row]) -> ProbeSet:
+        """A probe of these rows; see the class for their form and the errors."""
+        return cls(rows)
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path) -> ProbeSet:
+        """A probe of a file with one JSON object a line; empty lines are skipped.
+
+        Raises:
+            GuardError: no such file, or a line that is no JSON object with a prompt, naming file and line.
+        """
+        return cls(_read_jsonl(Path(path)))
+
+    @classmethod
+    def from_dataset(cls, dataset: Any) -> ProbeSet:
+        """A probe of all rows of a datasets.Dataset, or of anything that has a length and iterates over rows.
+
+        Raises:
+            GuardError: several splits in one, or a stream, which has no length.
+        """
+        if isinstance(dataset, Mapping):
+            raise GuardError(f"Expected one split as probe; found the splits {list(dataset)}. Pass one of them.")
+        if not hasattr(dataset, "__iter__") or not hasattr(dataset, "__len__"):
+            raise GuardError(
+                f"Expected a dataset, a list of rows or a JSONL path as probe; found {type(dataset).__name__}, which "
+                "has no length or no rows. Pass a list: list(stream.take(256))."
+            )
+        return cls(dataset)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    def key(self, index: int) -> str:
+        """Identity of a prompt: `prompt_key` of row `index`."""
+        return self._keys[index]
+
+    def require_columns(self, names: Iterable[str]) -> None:
+        """Raise GuardError unless every row has all these columns."""
+        for name in names:
+            lacking = sum(name not in row for row in self.rows)
+            if lacking:
+                raise GuardError(
+                    f"Expected the column `{name}`, which the reward function needs, in every probe row; found it "
+                    f"missing in {lacking} of {len(self)} (first row: {sorted(self.rows[0])}). Add it to the probe."
+                )
+
+    def overlap(self, training: Any) -> list[int] | None:
+        """Indices of the probe prompts that also occur among the training prompts, by `prompt_key`.
+
+        Reads the `prompt` column once, in batches, and no other column where the dataset allows it.
+
+        Args:
+            training: rows, or a dataset with a `prompt` column.
+
+        Returns:
+            The indices in rising order, or None when it cannot be checked: a stream without a length, or no prompts.
+        """
+        if not hasattr(training, "__len__") or not _has_prompts(training):
+            return None
+        index = {key: i for i, key in enumerate(self._keys)}
+        keys = (prompt_key(prompt) for prompt in _prompts(training) if _is_prompt(prompt))
+        found = {index[key] for key in keys if key in index}
+        return sorted(found)
+
+    def draw(self, refresh: int, size: int, seed: int) -> list[int]:
+        """Indices of the prompts of one refresh, a pure function of the arguments: resuming needs no state.
+
+        Refreshes walk through a random permutation, `size` prompts each, until all were used; the last refresh
+        of the walk is filled up at random from the others, and the next one begins a new permutation.
+
+        Args:
+            refresh: number of the refresh, from 0.
+            size: prompts wanted.
+            seed: of the permutations.
+
+        Returns:
+            min(size, len(self)) different indices.
+
+        Raises:
+            GuardError: `refresh` < 0 or `size` < 1.
+        """
+        if refresh < 0 or size < 1:
+            raise GuardError(f"Expected refresh >= 0 and size >= 1; found refresh={refresh}, size={size}.")
+        size = min(size, len(self))
+        epoch, position = divmod(refresh, -(-len(self) // size))
+        generator = random.Random(f"{seed}/{epoch}")  # a text is hashed with SHA-512: the same on every machine
+        order = generator.sample(range(len(self)), len(self))
+        before, drawn = order[: position * size], order[position * size : (position + 1) * size]
+        return drawn + generator.sample(before, size - len(drawn))
+
+
+def prompt_key(prompt: Any) -> str:
+    """Hash of a prompt, the same for texts that differ in Unicode form (NFKC), white space or case.
+
+    Messages count by role and content. Returns 32 hexadecimal digits.
+    """
+    if not isinstance(prompt, str):
+        prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
+    canonical = json.dumps(_normalised(prompt), sort_keys=True, ensure_ascii=False, default=repr)
+    return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _normalised(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(unicodedata.normalize("NFKC", value).casefold().split())
+    if isinstance(value, Mapping):
+        # Arrow fills the fields that one message has and another lacks with None.
+        return {key: _normalised(v) for key, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_normalised(v) for v in value]
+    return value
+
+
+def _check_row(row: Any, where: str) -> None:
+    if not isinstance(row, Mapping):
+        raise GuardError(
+            f"Expected mappings with a `prompt` as probe rows; found {type(row).__name__} in {where}. "
+            'Pass {"prompt": text, ...}.'
+        )
+    if "prompt" not in row:
+        raise GuardError(f"Expected a `prompt` in every probe row; found only {sorted(row)} in {where}.")
+    if not _is_prompt(row["prompt"]):
+        raise GuardError(f"Expected `prompt` to be {_SHAPE}; found {row['prompt']!r:.80} in {where}.")
+
+
+def _is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    return (
+        isinstance(prompt, list)
+        and len(prompt) > 0
+        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
+    )
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        raise GuardError(f"Expected a JSONL file of probe prompts; found no file at {str(path)!r}.")
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path.name}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise GuardError(
+                    f"Expected one JSON object a line; found malformed JSON in {where}: {error.msg}."
+                ) from None
+            _check_row(row, where)
+            yield row
+
+
+def _has_prompts(training: Any) -> bool:
+    columns = getattr(training, "column_names", None)
+    return columns is None or "prompt" in columns
+
+
+def _prompts(training: Any) -> Iterator[Any]:
+    """The training prompts one by one; of a datasets.Dataset only this column is read, so no image is decoded."""
+    if hasattr(training, "select_columns") and hasattr(training, "iter"):
+        for batch in training.select_columns(["prompt"]).iter(batch_size=1000):
+            yield from batch["prompt"]
+        return
+    for i in range(len(training)):
+        row = training[i]
+        if isinstance(row, Mapping):
+            yield row.get("prompt")

@@ -1,0 +1,78 @@
+"""What the ranks of a run agree on. In a single process every method is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from passk_guard.errors import VoidRefresh
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of a run.
+
+    Args:
+        device: where collectives take their tensors from (NCCL: this rank's GPU).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.index = dist.get_rank() if self._many else 0
+        self.count = dist.get_world_size() if self._many else 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Elementwise sum over ranks, the same bits on each, on the device and in the dtype of `tensor`."""
+        if not self._many:
+            return tensor
+        moved = tensor.to(self.device, copy=True)
+        dist.all_reduce(moved)
+        return moved.to(tensor.device)
+
+    def max(self, value: int) -> int:
+        """Largest of the ranks' values."""
+        if not self._many:
+            return value
+        moved = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(moved, op=dist.ReduceOp.MAX)
+        return int(moved)
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor on every rank; the others pass one of the same shape and dtype."""
+        if not self._many:
+            return tensor
+        moved = tensor.to(self.device, copy=True)
+        dist.broadcast(moved, src=0)
+        return moved.to(tensor.device)
+
+    def together(self, stage: Callable[[], T]) -> T:
+        """Run `stage`; when it fails on any rank, it fails on all of them with the same reason.
+
+        A rank that raised would otherwise leave the others waiting in their next collective for ever.
+
+        Raises:
+            VoidRefresh: with the reason of the first rank that failed.
+        """
+        reason: str | None = None
+        cause: Exception | None = None
+        result: T | None = None
+        try:
+            result = stage()
+        except VoidRefresh as error:
+            reason, cause = str(error), error
+        except Exception as error:  # whatever it was, training goes on
+            reason, cause = f"{type(error).__name__}: {error}", error
+        if self._many and self.max(int(reason is not None)):
+            reasons: list[str | None] = [None] * self.count
+            dist.all_gather_object(reasons, reason)
+            failed = next(rank for rank, text in enumerate(reasons) if text is not None)
+            reason = f"rank {failed}: {reasons[failed]}"
+        if reason is not None:
+            raise VoidRefresh(reason) from cause
+        return result  # type: ignore[return-value]

@@ -1,0 +1,146 @@
+"""One refresh: rollouts -> correct or not -> sketched score sums -> Gram matrix, on all ranks together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from passk_guard.errors import VoidRefresh
+from passk_guard.ranks import Ranks
+from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
+from passk_guard.types import Outcomes, ProbeGram, Rollouts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refresher:
+    """Turns the rollouts of all ranks into one Gram matrix, the same on each.
+
+    Attributes:
+        sketcher: projects score vectors.
+        ranks: the processes of the run.
+        k: prompts with fewer than k verdicts are left out.
+        max_tokens: of one forward pass.
+        pad_token_id: for the batches of the sketch.
+        autocast: makes the context the forward passes run in, as training does.
+    """
+
+    sketcher: ScoreSketcher
+    ranks: Ranks
+    k: int
+    max_tokens: int
+    pad_token_id: int
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def gram(
+        self, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable], seed: int
+    ) -> tuple[ProbeGram, str | None]:
+        """Run all stages. Every rank calls this, and every rank gets the same Gram matrix or the same VoidRefresh.
+
+        Args:
+            sample: gives this rank's rollouts and their outcomes.
+            keys: identities of the prompts over all ranks, or none.
+            seed: of the projections, new for each refresh so that pooling averages the sketch's error out.
+
+        Returns:
+            The Gram matrix of the prompts that have at least k verdicts, and a remark on what was left out.
+
+        Raises:
+            VoidRefresh: a stage failed on some rank, too few prompts have k verdicts, or a score is not finite.
+        """
+        rollouts, outcomes = self.ranks.together(sample)
+        num_samples, num_correct = self._counts(rollouts, outcomes)
+        failures = int(self.ranks.sum(torch.tensor([outcomes.failures]))[0])
+        kept = (num_samples >= self.k).nonzero().squeeze(1)
+        remark = _remark(outcomes, failures, num_correct, dropped=num_samples.numel() - kept.numel(), k=self.k)
+        if kept.numel() == 0:
+            raise VoidRefresh(f"no prompt has {self.k} samples with a verdict; {remark}")
+        mixed = (num_samples >= self.k) & (num_correct > 0) & (num_correct < num_samples)
+        sums = self._score_sums(rollouts, _slots(rollouts, outcomes, mixed), 2 * num_samples.numel(), seed)
+        rows = torch.cat([kept, kept + num_samples.numel()]).to(sums.device)
+        gram = self.ranks.from_first(_gram(sums[rows]))
+        if not bool(torch.isfinite(gram).all()):
+            raise VoidRefresh("the inner products of the score vectors are not finite")
+        names = [keys[i] for i in kept.tolist()] if len(keys) else ()
+        return ProbeGram(gram, num_samples[kept], num_correct[kept], names), remark
+
+    def _counts(self, rollouts: Rollouts, outcomes: Outcomes) -> tuple[Tensor, Tensor]:
+        """[m] samples with a verdict and [m] correct ones, over all ranks."""
+        index = torch.tensor(rollouts.prompt_index, dtype=torch.int64)
+        counts = torch.zeros(2, rollouts.num_prompts, dtype=torch.int64)
+        verdict = (outcomes.correct >= 0) & (index >= 0)
+        counts[0].index_add_(0, index[verdict], torch.ones_like(index[verdict]))
+        counts[1].index_add_(0, index[verdict], outcomes.correct[verdict].to(torch.int64))
+        counts = self.ranks.sum(counts)
+        return counts[0], counts[1]
+
+    def _score_sums(self, rollouts: Rollouts, slots: Tensor, num_slots: int, seed: int) -> Tensor:
+        """[2m, dim] sketched sums S+ and S- over the samples of all ranks."""
+        device = self.ranks.device
+        self.sketcher.reseed(seed)
+        batches = self.ranks.together(
+            lambda: list(
+                token_batches(
+                    rollouts.prompt_ids,
+                    rollouts.completion_ids,
+                    slots.tolist(),
+                    max_tokens=self.max_tokens,
+                    pad_token_id=self.pad_token_id,
+                    device=device,
+                )
+            )
+        )
+        # Ranks that hold parts of one model must run equally many passes.
+        missing = self.ranks.max(len(batches)) - len(batches)
+        batches += [filler_batch(pad_token_id=self.pad_token_id, device=device)] * missing
+
+        def sketch() -> Tensor:
+            total = torch.zeros(num_slots, self.sketcher.dim, device=device)
+            for batch in batches:
+                with self.autocast():
+                    total = total + self.sketcher.sketch(
+                        batch.input_ids,
+                        batch.attention_mask,
+                        batch.completion_mask,
+                        batch.slots,
+                        num_slots,
+                        temperature=rollouts.temperature,
+                    )
+            return total
+
+        return self.ranks.sum(self.ranks.together(sketch))
+
+
+def _slots(rollouts: Rollouts, outcomes: Outcomes, mixed: Tensor) -> Tensor:
+    """[B] row of the score sums each sample belongs to: x or m + x; -1 for those that cannot matter.
+
+    A prompt whose samples are all right or all wrong has zero gradient estimates, so its backward is skipped.
+    """
+    index = torch.tensor(rollouts.prompt_index, dtype=torch.int64)
+    row = torch.where(outcomes.correct == 1, index, index + rollouts.num_prompts)
+    matters = (outcomes.correct >= 0) & (index >= 0) & mixed[index.clamp(min=0)]
+    return torch.where(matters, row, -1)
+
+
+def _gram(sums: Tensor) -> Tensor:
+    """[2m, 2m] float64 on the CPU."""
+    wide = sums.double().cpu()
+    return wide @ wide.T
+
+
+def _remark(outcomes: Outcomes, failures: int, num_correct: Tensor, *, dropped: int, k: int) -> str | None:
+    parts = []
+    if failures:
+        cause = f" ({outcomes.reason})" if outcomes.reason else ""
+        parts.append(f"the reward function raised on {failures} samples{cause}")
+    if dropped:
+        parts.append(f"{dropped} prompts had fewer than {k} samples with a verdict")
+    if not bool(num_correct.any()) and outcomes.best_reward is not None:
+        parts.append(f"no sample counts as correct; the largest reward seen is {outcomes.best_reward:g}")
+    return "; ".join(parts) or None

@@ -1,0 +1,47 @@
+"""Putting the guard's numbers on the same log row as the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from passk_guard.patch import MethodPatch
+from passk_guard.reporting.metrics import Metrics, log_row
+
+
+class LogRows:
+    """Adds the newest metrics to the next row the trainer logs with a loss.
+
+    The row is completed inside `trainer.log`: what a callback changes in on_log reaches neither log_history nor
+    the trackers. Each refresh is reported once.
+
+    Args:
+        trainer: a transformers Trainer or one of its children.
+
+    Raises:
+        GuardError: from `install`, when another guard is installed on this trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._waiting: dict[str, float] = {}
+        self._patch = MethodPatch(trainer, "log", self._complete, owner="passk_guard.LogRows")
+
+    def put(self, metrics: Metrics) -> None:
+        """Numbers for the next row; newer ones replace older ones of the same refresh cycle."""
+        self._waiting = log_row(metrics)
+
+    def install(self) -> None:
+        """Start completing rows."""
+        self._patch.install()
+
+    def remove(self) -> None:
+        """Give the trainer its own `log` back."""
+        self._patch.remove()
+
+    def _complete(self, original: Callable[..., None]) -> Callable[..., None]:
+        def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs and self._waiting:
+                logs, self._waiting = {**logs, **self._waiting}, {}
+            return original(logs, *args, **kwargs)
+
+        return log

@@ -1,0 +1,107 @@
+"""Every way out of the guard in one place: log rows, warning lines, journal, tracker alerts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from passk_guard.reporting.alerts import send_alert
+from passk_guard.reporting.journal import Journal
+from passk_guard.reporting.log_rows import LogRows
+from passk_guard.reporting.message import blind, state_change, void_refresh
+from passk_guard.reporting.metrics import estimate_metrics
+from passk_guard.types import ConflictEstimate, Status
+
+logger = logging.getLogger("passk_guard")
+
+JOURNAL_NAME = "passk_guard.jsonl"
+
+
+class Reporter:
+    """Tells the user; only the first rank speaks.
+
+    Args:
+        trainer: whose log rows are completed, and whose `report_to` names the trackers.
+        held_out: False where the numbers describe the training batch, which every line then says.
+    """
+
+    def __init__(self, trainer: Any, *, held_out: bool) -> None:
+        self._trainer = trainer
+        self._held_out = held_out
+        self._rows = LogRows(trainer)
+        self._journal = Journal(None)
+
+    def open(self) -> None:
+        """Start a run: complete log rows from here on, and append to `passk_guard.jsonl` in its output folder.
+
+        Raises:
+            GuardError: another guard reports on this trainer.
+        """
+        self._rows.install()
+        folder = Path(self._trainer.args.output_dir)
+        self._journal = Journal(folder / JOURNAL_NAME if self._speaks else None)
+
+    def close(self) -> None:
+        """Give the trainer its own `log` back."""
+        self._rows.remove()
+
+    def refresh(
+        self, step: int, estimate: ConflictEstimate, verdict: Status, *, remark: str | None, seconds: float
+    ) -> None:
+        """Numbers of one refresh, for the next log row and the journal."""
+        metrics = estimate_metrics(estimate, verdict) | {"probe_seconds": seconds}
+        self._rows.put(metrics)
+        self._journal.write(
+            "refresh",
+            step,
+            status=estimate.status,
+            verdict=verdict,
+            reason=estimate.reason,
+            confidence=estimate.confidence,
+            refreshes=estimate.num_refreshes,
+            prompts=estimate.num_prompts,
+            informative=estimate.num_informative,
+            held_out=self._held_out,
+            remark=remark,
+            inner_product=estimate.inner_product,
+            inner_product_se=estimate.inner_product_se,
+            norm1_sq=estimate.norm1_sq,
+            normk_sq=estimate.normk_sq,
+            weight_agreement_cov=estimate.weight_agreement_cov,
+            **metrics,
+        )
+        if remark:
+            self.warn(f"passk_guard step {step}: {remark}")
+
+    def change(self, step: int, estimate: ConflictEstimate, *, before: Status, after: Status, action: str) -> None:
+        """A change of verdict: one warning line, one line in the journal, one alert."""
+        message = state_change(step, after, estimate, action, held_out=self._held_out)
+        self._journal.write("state", step, **{"from": before, "to": after}, message=message)
+        self._alert(f"passk_guard: {after.upper()}", message)
+
+    def void(self, step: int, reason: str, *, streak: int, alert_after: int) -> None:
+        """A refresh without an estimate; after `alert_after` in a row an alert says that the guard is blind."""
+        self._journal.write("void", step, reason=reason, streak=streak)
+        self.warn(void_refresh(step, reason))
+        if streak == alert_after:
+            self._alert("passk_guard: BLIND", blind(step, streak, reason))
+
+    def warn(self, message: str) -> None:
+        """One line of warning."""
+        if self._speaks:
+            logger.warning("%s", message)
+
+    def info(self, message: str) -> None:
+        """One line for those who ask for it."""
+        if self._speaks:
+            logger.info("%s", message)
+
+    def _alert(self, title: str, message: str) -> None:
+        self.warn(message)
+        if self._speaks:
+            send_alert(title, message, self._trainer.args.report_to or ())
+
+    @property
+    def _speaks(self) -> bool:
+        return bool(self._trainer.state.is_world_process_zero)

@@ -1,0 +1,125 @@
+"""The training batch itself as the probe: nothing is generated."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.patch import Method, MethodPatch
+from passk_guard.types import Rollouts
+
+logger = logging.getLogger(__name__)
+
+OnRollouts = Callable[[Rollouts, Tensor], None]
+
+
+class BatchTap:
+    """Hands over each batch a GRPOTrainer or RLOOTrainer generates for training, with its rewards.
+
+    The estimate then describes the prompts being trained on, and not held-out ones. What goes wrong in
+    `on_rollouts` is logged, once for each reason, and training goes on.
+
+    Args:
+        trainer: a GRPOTrainer or RLOOTrainer without tools, environments or a rollout_func.
+        on_rollouts: called after each generation in train mode with this rank's `Rollouts` of B samples and
+            rewards [B, number of reward functions], NaN where a function gave none. `prompt_index` counts over
+            all ranks, since a group of completions can straddle two of them.
+
+    Raises:
+        GuardError: another trainer or an unsupported one; `install` raises it when a tap is installed already.
+    """
+
+    def __init__(self, trainer: Any, on_rollouts: OnRollouts) -> None:
+        for name in ("tools", "environment_factories", "rollout_func"):
+            if getattr(trainer, name, None):
+                raise GuardError(
+                    f"Expected a trainer without `{name}`, whose completions are all the policy's own; found one "
+                    "with it. Pass held-out prompts as `probe`, with a `sampler` of your own."
+                )
+        self.trainer = trainer
+        self.on_rollouts = on_rollouts
+        self._scored: tuple[Sequence[Any], Sequence[Sequence[int]], Tensor] | None = None
+        self._reasons: set[str] = set()
+        self._patches = [
+            MethodPatch(trainer, "_calculate_rewards", self._around_rewards, owner="BatchTap"),
+            MethodPatch(trainer, "_generate_and_score_completions", self._around_generation, owner="BatchTap"),
+        ]
+
+    def install(self) -> BatchTap:
+        """Start listening and return self. Raises GuardError when another tap listens to this trainer."""
+        for patch in self._patches:
+            patch.install()
+        return self
+
+    def remove(self) -> None:
+        """Stop listening and give the trainer its methods back."""
+        for patch in reversed(self._patches):
+            patch.remove()
+
+    def __enter__(self) -> BatchTap:
+        return self.install()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _around_rewards(self, calculate: Method) -> Method:
+        # Rewards are not in the output of the generation, and completions there are padded and masked.
+        def wrapper(inputs: Any, prompts: Any, completions: Any, completion_ids: Any) -> Tensor:
+            rewards: Tensor = calculate(inputs, prompts, completions, completion_ids)
+            self._scored = (completions, completion_ids, rewards)
+            return rewards
+
+        return wrapper
+
+    def _around_generation(self, generate: Method) -> Method:
+        def wrapper(inputs: Any) -> Any:
+            training = self.trainer.model.training
+            self._scored = None
+            output = generate(inputs)
+            if training:
+                self._hand_over(inputs, output)
+            self._scored = None
+            return output
+
+        return wrapper
+
+    def _hand_over(self, inputs: Sequence[Mapping[str, Any]], output: Mapping[str, Any]) -> None:
+        try:
+            self.on_rollouts(*self._collect(inputs, output))
+        except Exception as error:
+            reason = str(error) if isinstance(error, VoidRefresh) else f"{type(error).__name__}: {error}"
+            if reason not in self._reasons:
+                self._reasons.add(reason)
+                logger.warning("passk_guard: no estimate from the training batch: %s", reason)
+
+    def _collect(self, inputs: Sequence[Mapping[str, Any]], output: Mapping[str, Any]) -> tuple[Rollouts, Tensor]:
+        if self._scored is None:
+            raise VoidRefresh(f"{type(self.trainer).__name__} scored this batch without `_calculate_rewards`.")
+        if foreign := [name for name in ("tool_mask", "num_images") if output.get(name) is not None]:
+            raise VoidRefresh(f"the batch holds `{foreign[0]}`; only text that the policy sampled can be scored.")
+        completions, completion_ids, rewards = self._scored
+        local, start = len(inputs), self.trainer.accelerator.process_index * len(inputs)
+        group = self.trainer.num_generations
+        rollouts = Rollouts(
+            rows=list(inputs),
+            prompt_index=[(start + i) // group for i in range(local)],
+            prompt_ids=_unpadded(output["prompt_ids"], output["prompt_mask"]),
+            completion_ids=[list(ids) for ids in completion_ids],
+            completions=list(completions),
+            num_prompts=len(rewards) // group,
+            temperature=float(self.trainer.temperature),
+            held_out=False,
+        )
+        return rollouts, rewards[start : start + local].clone()
+
+
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Rows of ids [B, T] where mask [B, T] is not 0."""
+    return [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]

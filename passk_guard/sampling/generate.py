@@ -1,0 +1,184 @@
+"""Sampling with `model.generate`, for any causal LM of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from passk_guard.errors import GuardError
+from passk_guard.sampling.lengths import context_length, refuse_misfits
+from passk_guard.sampling.modes import sampling_mode
+from passk_guard.sampling.protocol import Samples
+
+Row = Mapping[str, Any]
+
+
+class GenerateSampler:
+    """Samples from softmax(logits / temperature) with `model.generate`, whatever the model's own defaults say.
+
+    Args:
+        model: a causal LM, or a wrapper that holds one as `.module`.
+        tokenizer: its tokenizer, or a processor that holds one; needs a chat template for conversational prompts.
+        temperature: of the softmax, > 0.
+        max_new_tokens: longest completion, in tokens.
+        batch_size: completions generated at once. A count and not a number of tokens, since ranks that hold
+            parts of one model must all run the same number of batches.
+        top_p: nucleus; None for none. Scores are taken of the whole softmax, so anything else is a mismatch.
+        chat_template_kwargs: passed to `apply_chat_template`, e.g. {"enable_thinking": False}.
+        on_progress: called with (completions done, completions in all) after each batch.
+
+    Raises:
+        GuardError: an argument out of its range, a model that cannot generate, a tokenizer with neither a
+            padding nor an end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+        batch_size: int = 64,
+        top_p: float | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.model = model if hasattr(model, "generate") else getattr(model, "module", model)
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.top_p = top_p
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.on_progress = on_progress
+        self._refuse_misuse()
+        self._eos = _eos_ids(self.model, self.tokenizer)
+        pad = self.tokenizer.pad_token_id
+        self._pad: int = self._eos[0] if pad is None else pad
+
+    def _refuse_misuse(self) -> None:
+        if not hasattr(self.model, "generate"):
+            raise GuardError(
+                f"Expected a model with `generate`; found {type(self.model).__name__}. Pass a causal LM of "
+                "transformers, or your own `sampler`."
+            )
+        if not self.temperature > 0:
+            raise GuardError(
+                f"Expected `temperature` > 0; found {self.temperature}. Greedy decoding has no score vectors: "
+                "pass the temperature of training."
+            )
+        if self.max_new_tokens < 1 or self.batch_size < 1:
+            raise GuardError(
+                f"Expected `max_new_tokens` and `batch_size` >= 1; found {self.max_new_tokens} and {self.batch_size}."
+            )
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise GuardError(f"Expected `top_p` in (0, 1] or None; found {self.top_p}.")
+        if self.tokenizer.pad_token_id is None and not _eos_ids(self.model, self.tokenizer):
+            raise GuardError(
+                "Expected a tokenizer with a padding or an end-of-sequence token; found neither. "
+                "Set `tokenizer.pad_token`."
+            )
+
+    def check_lengths(self, rows: Sequence[Row]) -> None:
+        """Raise GuardError when a prompt is empty or longer than max_position_embeddings - max_new_tokens.
+
+        Also when prompts are conversational and the tokenizer has no chat template.
+        """
+        if self.tokenizer.chat_template is None and any(not isinstance(row["prompt"], str) for row in rows):
+            raise GuardError(
+                "Expected a tokenizer with a chat template, for conversational prompts; found none. Set "
+                "`tokenizer.chat_template` or pass the prompts as texts."
+            )
+        lengths = [len(self._encode(row["prompt"])) for row in rows]
+        refuse_misfits(lengths, context_length(self.model), self.max_new_tokens, "max_new_tokens")
+
+    def sample(self, rows: Sequence[Row], num_samples: int, seed: int) -> Samples:
+        """Draw n = `num_samples` completions of each of m rows; the same arguments give the same samples.
+
+        Returns:
+            Samples of m * n entries, prompt-major.
+        """
+        encoded = [self._encode(row["prompt"]) for row in rows]
+        prompt_ids = [ids for ids in encoded for _ in range(num_samples)]
+        completion_ids = self._generate(prompt_ids, seed)
+        texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        chats = [not isinstance(row["prompt"], str) for row in rows for _ in range(num_samples)]
+        completions = [
+            [{"role": "assistant", "content": text}] if chat else text for text, chat in zip(texts, chats, strict=True)
+        ]
+        return Samples(prompt_ids, completion_ids, completions)
+
+    def _encode(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        encoded = self.tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
+        )
+        return list(encoded["input_ids"])
+
+    def _generate(self, prompt_ids: list[list[int]], seed: int) -> list[list[int]]:
+        """Tokens sampled after each prompt. Prompts of like length share a batch, to spare padding."""
+        completions: list[list[int]] = [[] for _ in prompt_ids]
+        order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
+        config = self._config()
+        with sampling_mode(self.model, seed):
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                input_ids, mask = _left_pad([prompt_ids[i] for i in batch], self._pad, self.model.device)
+                output = self.model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+                for i, ids in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
+                    completions[i] = _until_eos(ids, self._eos)
+                if self.on_progress is not None:
+                    self.on_progress(min(start + self.batch_size, len(order)), len(order))
+        return completions
+
+    def _config(self) -> GenerationConfig:
+        """Plain sampling. `generate` fills what is None from the model's own config, so all is spelled out."""
+        return GenerationConfig(
+            do_sample=True,
+            num_beams=1,
+            temperature=self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=0,
+            min_p=0.0,
+            typical_p=1.0,
+            epsilon_cutoff=0.0,
+            eta_cutoff=0.0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            min_length=0,
+            min_new_tokens=0,
+            max_new_tokens=self.max_new_tokens,
+            num_return_sequences=1,
+            return_dict_in_generate=False,
+            use_cache=True,
+            pad_token_id=self._pad,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self._eos or None,
+            disable_compile=True,
+        )
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a completion: the tokenizer's, and those the model declares (end of turn)."""
+    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    declared = declared if isinstance(declared, (list, tuple)) else [declared]
+    return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *declared) if i is not None))
+
+
+def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and attention mask [b, longest], prompts at the right edge."""
+    longest = max(len(ids) for ids in prompts)
+    ids = [[pad] * (longest - len(p)) + p for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _until_eos(ids: list[int], eos: Sequence[int]) -> list[int]:
+    """The tokens up to and with the first end-of-sequence token."""
+    end = next((position for position, token in enumerate(ids) if token in eos), len(ids) - 1)
+    return ids[: end + 1]

@@ -1,0 +1,169 @@
+"""Sampling through a TRL trainer's own generation path, so that vLLM setups work as they are."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from passk_guard.errors import GuardError
+from passk_guard.sampling.lengths import context_length, refuse_misfits
+from passk_guard.sampling.modes import attributes, sampling_mode
+from passk_guard.sampling.protocol import Samples
+
+logger = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+_REMEDY = "Pass `sampler=GenerateSampler(model, tokenizer, ...)` or a sampler of your own."
+
+
+class TRLSampler:
+    """Samples the way `GRPOTrainer` or `RLOOTrainer` samples its training batch: same engine, same settings.
+
+    The trainer's metrics, logs, step counters, generation config and module flags are left alone.
+
+    Args:
+        trainer: a GRPOTrainer or RLOOTrainer, on transformers or vLLM generation.
+        on_progress: called with (completions done, completions in all) after each call of the engine.
+
+    Raises:
+        GuardError: another trainer; or tools, environments, a rollout_func or continuous batching, whose
+            completions are not one turn of the policy or whose generation changes the model.
+    """
+
+    def __init__(self, trainer: Any, *, on_progress: Callable[[int, int], None] | None = None) -> None:
+        _refuse(trainer)
+        self.trainer = trainer
+        self.on_progress = on_progress
+        _warn_of_truncated_sampling(trainer)
+
+    @property
+    def temperature(self) -> float:
+        """The trainer's sampling temperature."""
+        return float(self.trainer.temperature)
+
+    def check_lengths(self, rows: Sequence[Row]) -> None:
+        """Raise GuardError when a prompt holds images, is empty, or leaves no room for `max_completion_length`."""
+        if any(_has_images(row) for row in rows):
+            raise GuardError(f"Expected probe prompts of text; found images. {_REMEDY}")
+        ids, _, _ = self.trainer._tokenize_prompts([copy.deepcopy(row["prompt"]) for row in rows])
+        limits = [context_length(self.trainer.accelerator.unwrap_model(self.trainer.model))]
+        if self.trainer.use_vllm:
+            limits.append(getattr(self.trainer.args, "vllm_max_model_length", None))
+        context = min((limit for limit in limits if limit is not None), default=None)
+        longest = self.trainer.max_completion_length
+        refuse_misfits([len(p) for p in ids], context, longest, "max_completion_length")
+
+    def sample(self, rows: Sequence[Row], num_samples: int, seed: int) -> Samples:
+        """Draw n = `num_samples` completions of each of m rows.
+
+        Every rank calls with the same number of rows. With vLLM the engine keeps its own random state, which
+        `seed` does not reach; with transformers the same arguments give the same samples.
+
+        Returns:
+            Samples of m * n entries, prompt-major.
+        """
+        prompts = [copy.deepcopy(row["prompt"]) for row in rows for _ in range(num_samples)]
+        size = self._completions_per_call(len(prompts))
+        prompt_ids: list[list[int]] = []
+        completion_ids: list[list[int]] = []
+        with self._undisturbed(num_samples, seed):
+            for start in range(0, len(prompts), size):
+                ids, images, fields = self.trainer._tokenize_prompts(prompts[start : start + size])
+                completion_ids += [list(c) for c in self._generate(ids, images, fields, num_samples)]
+                prompt_ids += [list(p) for p in ids]
+                if self.on_progress is not None:
+                    self.on_progress(len(completion_ids), len(prompts))
+        return Samples(prompt_ids, completion_ids, self._decode(prompts, prompt_ids, completion_ids))
+
+    def _completions_per_call(self, total: int) -> int:
+        """What training generates at once, which is known to fit in memory; vLLM schedules by itself."""
+        if self.trainer.use_vllm:
+            return max(total, 1)
+        args = self.trainer.args
+        return int(args.per_device_train_batch_size * args.steps_per_generation)
+
+    @contextmanager
+    def _undisturbed(self, num_samples: int, seed: int) -> Iterator[None]:
+        # RLOO reads the number of completions a prompt from itself, by mode; GRPO is told.
+        counts = {"num_generations": num_samples, "num_generations_eval": num_samples}
+        with ExitStack() as stack:
+            stack.enter_context(sampling_mode(self.trainer.model, seed))
+            stack.enter_context(attributes(self.trainer, counts))
+            # TRL's profiling would add the probe's time to the run's own, and move the tracker's step.
+            stack.enter_context(attributes(self.trainer.args, {"report_to": []}))
+            yield
+
+    def _generate(self, prompt_ids: Any, images: Any, fields: Any, num_samples: int) -> list[list[int]]:
+        # Asked of the class: a wrapper set on the instance may hide the signature.
+        asks = _takes(type(self.trainer)._generate_single_turn, "num_generations")
+        told = {"num_generations": num_samples} if asks else {}
+        result = self.trainer._generate_single_turn(prompt_ids, images, fields, **told)
+        return list(result[0] if isinstance(result, tuple) else result)  # GRPO adds log-probabilities
+
+    def _decode(self, prompts: list[Any], prompt_ids: list[list[int]], ids: list[list[int]]) -> list[Any]:
+        """As `_generate` of the trainer does: a text, or one assistant message."""
+        processor = self.trainer.processing_class
+        if not prompts or isinstance(prompts[0], str):
+            return list(processor.batch_decode(ids, skip_special_tokens=True))
+        if (parse := _response_parser(self.trainer)) is not None:
+            return [[parse(c, p)] for c, p in zip(ids, prompt_ids, strict=True)]
+        texts = processor.batch_decode(ids, skip_special_tokens=True)
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def _refuse(trainer: Any) -> None:
+    needed = ("_tokenize_prompts", "_generate_single_turn", "temperature", "use_vllm")
+    if missing := [name for name in needed if not hasattr(trainer, name)]:
+        raise GuardError(
+            f"Expected a GRPOTrainer or RLOOTrainer of trl >= 1.0; found {type(trainer).__name__}, which has no "
+            f"`{missing[0]}`. {_REMEDY}"
+        )
+    unsupported = {
+        "tools": "tool results are not sampled from the policy",
+        "environment_factories": "an environment makes up the prompts",
+        "rollout_func": "its completions may hold more than one turn of the policy",
+        "use_transformers_continuous_batching": "it casts the trained weights in place",
+    }
+    for name, why in unsupported.items():
+        if getattr(trainer, name, None):
+            raise GuardError(f"Expected a trainer without `{name}` ({why}); found one. {_REMEDY}")
+
+
+def _warn_of_truncated_sampling(trainer: Any) -> None:
+    neutral = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0), "repetition_penalty": (None, 1.0)}
+    found = {n: getattr(trainer, n, None) for n in neutral if getattr(trainer, n, None) not in neutral[n]}
+    if found:
+        logger.warning(
+            "passk_guard: the trainer samples with %s. Score vectors are taken of the whole softmax, so the "
+            "conflict is measured for a policy that differs from the one sampled; set them to their neutral values.",
+            ", ".join(f"{name}={value}" for name, value in found.items()),
+        )
+
+
+def _has_images(row: Row) -> bool:
+    if row.get("image") is not None or row.get("images"):
+        return True
+    contents = [] if isinstance(row["prompt"], str) else [message["content"] for message in row["prompt"]]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(function).parameters
+
+
+def _response_parser(trainer: Any) -> Callable[[list[int], list[int]], Any] | None:
+    """(completion, prompt) -> message, where GRPO would parse the response by the tokenizer's schema."""
+    tokenizer: Any = getattr(trainer, "_tokenizer", None)
+    schemas = (getattr(tokenizer, "response_template", None), getattr(tokenizer, "response_schema", None))
+    if not hasattr(trainer, "tools") or all(schema is None for schema in schemas):
+        return None  # RLOO, which has no tools, decodes to plain text
+    from trl.chat_template_utils import parse_response
+
+    if not _takes(parse_response, "prefix"):
+        return lambda completion, _: parse_response(tokenizer, completion)
+    return lambda completion, prompt: parse_response(tokenizer, completion, prefix=prompt)

@@ -1,0 +1,241 @@
+"""Reward functions written for TRL -> correct or not, for each sample."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.types import Outcomes, Rollouts
+
+RewardFunction = Callable[..., Any]
+_STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_NOT_COLUMNS = ("prompt", "completion", "completion_ids")
+
+
+class Verifier:
+    """Says of each sample whether it is correct: reward >= threshold is 1, less is 0, None and NaN are no verdict.
+
+    Args:
+        function: a reward function with TRL's signature, f(prompts, completions, completion_ids, **columns) ->
+            one float, bool or None a sample; sync or async. Without **kwargs it is passed only what it names.
+        threshold: rewards from here on count as correct; compared in float32, as TRL keeps rewards.
+
+    Raises:
+        GuardError: `function` is a reward model or not callable, or `threshold` is not a finite number.
+    """
+
+    def __init__(self, function: RewardFunction, *, threshold: float = 1.0) -> None:
+        if isinstance(function, nn.Module):
+            raise GuardError(
+                f"Expected a function that checks an answer; found the reward model {type(function).__name__}, "
+                "whose score is no verdict. Wrap it: a function that returns 1.0 where the score passes your "
+                "threshold, else 0.0."
+            )
+        if not callable(function):
+            raise GuardError(
+                f"Expected a reward function f(prompts, completions, completion_ids, **columns); found "
+                f"{type(function).__name__}. Pass a function, or the name of one of the trainer's."
+            )
+        if not math.isfinite(threshold):
+            raise GuardError(f"Expected a finite `threshold`; found {threshold}.")
+        self.function = function
+        self.threshold = threshold
+        self.name = _name(function)
+        self._accepted, self.required_columns = _read_signature(function)
+
+    def score(self, rollouts: Rollouts, *, trainer_state: Any = None) -> Outcomes:
+        """Call the function on all B samples at once; if that raises, sample by sample.
+
+        Fillers (prompt_index -1) are not scored. The function gets copies of rows and completions.
+
+        Args:
+            rollouts: B samples.
+            trainer_state: passed on to functions that take it.
+
+        Returns:
+            Outcomes with correct [B].
+
+        Raises:
+            VoidRefresh: the function raised on every sample, or returned something else than one number or None
+                a sample.
+        """
+        scored = [i for i, prompt in enumerate(rollouts.prompt_index) if prompt >= 0]
+        rewards = [math.nan] * len(rollouts)
+        if not scored:
+            return self.outcomes(rewards)
+        given, failures, reason = self._call(rollouts, scored, trainer_state)
+        for i, reward in zip(scored, given, strict=True):
+            rewards[i] = reward
+        return self.outcomes(rewards, failures=failures, reason=reason)
+
+    def outcomes(self, rewards: Sequence[float] | Tensor, *, failures: int = 0, reason: str | None = None) -> Outcomes:
+        """Compare rewards [B], NaN for none, with the threshold; `failures` and `reason` are passed through."""
+        values = torch.as_tensor(rewards, dtype=torch.float32).detach().cpu()
+        known = ~values.isnan()
+        correct = torch.where(known, (values >= self.threshold).to(torch.int8), torch.tensor(-1, dtype=torch.int8))
+        best = values[known].max().item() if known.any() else None
+        return Outcomes(correct=correct, failures=failures, reason=reason, best_reward=best)
+
+    def _call(self, rollouts: Rollouts, scored: list[int], trainer_state: Any) -> tuple[list[float], int, str | None]:
+        """Rewards of the samples in `scored`, how many of them raised, and the first reason."""
+        try:
+            result = _settle(self.function(**self._arguments(rollouts, scored, trainer_state)))
+        except Exception:
+            # One bad completion must not void the others: find out which.
+            single = [self._attempt(self._arguments(rollouts, [i], trainer_state)) for i in scored]
+            return self._merge(_settle_all(single))
+        return self._numbers(result, len(scored)), 0, None
+
+    def _attempt(self, arguments: dict[str, Any]) -> Any:
+        try:
+            return self.function(**arguments)
+        except Exception as error:
+            return error
+
+    def _merge(self, results: list[Any]) -> tuple[list[float], int, str | None]:
+        errors = [f"{type(r).__name__}: {r}" for r in results if isinstance(r, Exception)]
+        if len(errors) == len(results):
+            raise VoidRefresh(f"`{self.name}` raised on each of {len(results)} samples, first {errors[0]}")
+        rewards = [math.nan if isinstance(r, Exception) else self._numbers(r, 1)[0] for r in results]
+        return rewards, len(errors), errors[0] if errors else None
+
+    def _numbers(self, result: Any, expected: int) -> list[float]:
+        """`expected` rewards as floats, None as NaN."""
+        wanted = f"`{self.name}` returned %s; expected a list of {expected}, one float, bool or None a completion"
+        if isinstance(result, (str, bytes, Mapping)) or not hasattr(result, "__iter__"):
+            raise VoidRefresh(wanted % f"{type(result).__name__} {result!r:.80}")
+        rewards = list(result)
+        if len(rewards) != expected:
+            raise VoidRefresh(wanted % f"{len(rewards)} rewards")
+        try:
+            return [_number(reward) for reward in rewards]
+        except (TypeError, ValueError, RuntimeError):
+            odd = next(r for r in rewards if not _is_number(r))
+            raise VoidRefresh(wanted % f"a reward {odd!r:.80} of type {type(odd).__name__}") from None
+
+    def _arguments(self, rollouts: Rollouts, picked: list[int], trainer_state: Any) -> dict[str, Any]:
+        rows = [copy.deepcopy(dict(rollouts.rows[i])) for i in picked]
+        names = dict.fromkeys(name for row in rows for name in row if name not in _NOT_COLUMNS)
+        arguments: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
+        arguments |= {
+            "prompts": [row["prompt"] for row in rows],
+            "completions": [copy.deepcopy(rollouts.completions[i]) for i in picked],
+            "completion_ids": [list(rollouts.completion_ids[i]) for i in picked],
+            "trainer_state": trainer_state,
+            "log_extra": _log_nothing,
+            "log_metric": _log_nothing,
+        }
+        if self._accepted is None:
+            return arguments
+        return {name: value for name, value in arguments.items() if name in self._accepted}
+
+
+def resolve_verifier(
+    correct: RewardFunction | Verifier | str,
+    reward_funcs: Sequence[Any] = (),
+    reward_func_names: Sequence[str] = (),
+    *,
+    threshold: float = 1.0,
+) -> Verifier:
+    """The verifier that the user means.
+
+    Args:
+        correct: a reward function, a Verifier (returned as it is), or the name of a reward function of the trainer.
+        reward_funcs, reward_func_names: the trainer's, in the same order.
+        threshold: for a new Verifier.
+
+    Raises:
+        GuardError: no reward function, or more than one, has that name; or what it names is not a function.
+    """
+    if isinstance(correct, Verifier):
+        return correct
+    if not isinstance(correct, str):
+        return Verifier(correct, threshold=threshold)
+    named = [f for f, name in zip(reward_funcs, reward_func_names, strict=True) if name == correct]
+    if len(named) != 1:
+        known = ", ".join(map(repr, reward_func_names)) or "none"
+        raise GuardError(
+            f"Expected `correct` to name one of the trainer's reward functions ({known}); found {correct!r}, which "
+            f"names {len(named)}. Pass one of these names, or the function itself."
+        )
+    return Verifier(named[0], threshold=threshold)
+
+
+def _read_signature(function: RewardFunction) -> tuple[frozenset[str] | None, tuple[str, ...]]:
+    """Names the function accepts (None: all, it has **kwargs), and the dataset columns it cannot do without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None, ()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = tuple(p.name for p in named if p.default is p.empty and p.name not in _STANDARD)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return None if open_ended else frozenset(p.name for p in named), required
+
+
+def _name(function: Any) -> str:
+    """The name TRL gives a reward function: partials unwrapped, instances by their class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def _settle(result: Any) -> Any:
+    """The value of `result`, awaited if it is a coroutine."""
+    return _run(_wait(result)) if inspect.isawaitable(result) else result
+
+
+def _settle_all(results: list[Any]) -> list[Any]:
+    """The same for many, awaited together; exceptions are returned in their places."""
+    pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+    if not pending:
+        return results
+
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*(_wait(results[i]) for i in pending), return_exceptions=True)
+
+    settled = dict(zip(pending, _run(gather()), strict=True))
+    return [settled.get(i, result) for i, result in enumerate(results)]
+
+
+async def _wait(awaitable: Any) -> Any:
+    try:
+        return await awaitable
+    except asyncio.CancelledError as error:  # no Exception: it would end training
+        raise RuntimeError("the reward call was cancelled") from error
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run to the end in a loop and a thread of its own: a notebook already runs a loop in this one."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="passk-guard-reward") as pool:
+        return pool.submit(asyncio.run, coroutine).result()
+
+
+def _number(reward: Any) -> float:
+    if reward is None:
+        return math.nan
+    if isinstance(reward, (str, bytes)):  # float("1.0") would pass
+        raise TypeError(reward)
+    return float(reward)
+
+
+def _is_number(reward: Any) -> bool:
+    try:
+        _number(reward)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """In place of TRL's loggers: the probe's rewards do not belong in the metrics of training."""

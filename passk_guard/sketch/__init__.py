@@ -1,0 +1,7 @@
+"""Sketched score vectors: what a batch of completions says about the gradient, in a few thousand numbers."""
+
+from passk_guard.sketch.batches import TokenBatch, filler_batch, token_batches
+from passk_guard.sketch.coverage import Coverage
+from passk_guard.sketch.sketcher import Method, ScoreSketcher
+
+__all__ = ["Coverage", "Method", "ScoreSketcher", "TokenBatch", "filler_batch", "token_batches"]

@@ -1,0 +1,94 @@
+"""Form each layer's gradient once per slot, and then write it down (identity) or hash it (countsketch)."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from passk_guard.sketch.accumulator import Accumulator
+from passk_guard.sketch.random_signs import generator_for, random_buckets, random_signs
+
+_CHUNK = 1 << 22  # scalars of a weight gradient formed at a time: bounds memory for a vocabulary matrix
+
+
+class ExactAccumulator(Accumulator):
+    """Forms G_s = sum_{i in slot s} sum_t left_t right_t^T and hands it, some rows at a time, to `deposit`."""
+
+    @abstractmethod
+    def deposit(self, name: str, rows: Tensor, cols: int) -> tuple[Tensor, Tensor | None]:
+        """Where entries [rows, 0..cols-1] of a weight go: places [R, cols] in a row, and signs or None."""
+
+    def project(self, name: str, side: str, x: Tensor) -> Tensor:
+        return x
+
+    def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
+        height, width = self.shapes[name]
+        step = max(1, _CHUNK // width)
+        for first in range(0, height, step):
+            part = torch.arange(first, min(first + step, height), device=left.device)
+            places, signs = self.deposit(name, part, width)
+            for row, (_, start, end) in enumerate(self.layout.groups):
+                columns = left[start:end, :, first : first + step].flatten(0, 1)
+                self._add(row, columns.t() @ right[start:end].flatten(0, 1), places, signs)
+
+    def add_rows(self, name: str, indices: Tensor, right: Tensor) -> None:
+        step = max(1, _CHUNK // right.shape[-1])
+        for row, (_, start, end) in enumerate(self.layout.groups):
+            looked_up, values = indices[start:end].flatten(), right[start:end].flatten(0, 1)
+            for ids, part in zip(looked_up.split(step), values.split(step), strict=True):
+                self._add(row, part, *self.deposit(name, ids, part.shape[-1]))
+
+    def add_vector(self, name: str, values: Tensor) -> None:
+        places, signs = self.deposit(name, torch.arange(values.shape[-1], device=values.device), 1)
+        for row, (_, start, end) in enumerate(self.layout.groups):
+            self._add(row, values[start:end].sum(0)[:, None], places, signs)
+
+    def fold_into(self, sketch: Tensor) -> None:
+        for row, (slot, _, _) in enumerate(self.layout.groups):
+            sketch[slot] += self.rows[row]
+
+    def _add(self, row: int, values: Tensor, places: Tensor, signs: Tensor | None) -> None:
+        values = values.to(self.rows.dtype)
+        values = values if signs is None else values * signs
+        self.rows[row].scatter_add_(0, places.flatten(), values.flatten())
+
+
+class IdentityAccumulator(ExactAccumulator):
+    """The flattened gradient itself, parameters one after the other."""
+
+    def deposit(self, name: str, rows: Tensor, cols: int) -> tuple[Tensor, None]:
+        starts = self.draws.keep("starts", self._starts)
+        return starts[name] + rows[:, None] * cols + torch.arange(cols, device=rows.device), None
+
+    def _starts(self) -> dict[str, int]:
+        starts, total = {}, 0
+        for name, shape in self.shapes.items():
+            starts[name] = total
+            total += math.prod(shape)
+        return starts
+
+
+class CountSketchAccumulator(ExactAccumulator):
+    """Entry (r, c) of a weight goes to bucket (h(r) + g(c)) mod dim with sign s(r) z(c).
+
+    Two hashes of size rows and cols stand for one of size rows x cols (Pham and Pagh, KDD 2013, degree 2), so
+    that nothing of the size of the model is stored.
+    """
+
+    def deposit(self, name: str, rows: Tensor, cols: int) -> tuple[Tensor, Tensor]:
+        key = (name, rows.device)
+        row_hash, row_signs, col_hash, col_signs = self.draws.keep(key, lambda: self._draw(name, rows.device))
+        places = row_hash[rows][:, None] + col_hash[:cols]
+        return places.remainder_(self.rows.shape[1]), row_signs[rows][:, None] * col_signs[:cols]
+
+    def _draw(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        drawn: list[Tensor] = []
+        height, width = (*self.shapes[name], 1)[:2]
+        for part, size in (("rows", height), ("cols", width)):
+            generator = generator_for(self.draws.seed, name, part)
+            buckets = random_buckets(size, self.rows.shape[1], generator)
+            drawn += [buckets.to(device), random_signs((size,), generator).to(self.rows.dtype).to(device)]
+        return drawn[0], drawn[1], drawn[2], drawn[3]

@@ -1,0 +1,193 @@
+"""Score vectors of completions, summed by slot and sketched, in one forward and backward with frozen weights."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.sketch.accumulator import Accumulator, Draws, Layout, lay_out
+from passk_guard.sketch.checks import check_batch, check_dim, check_prompts
+from passk_guard.sketch.coverage import Coverage, warn_if_low, warn_missed
+from passk_guard.sketch.exact import CountSketchAccumulator, IdentityAccumulator
+from passk_guard.sketch.forward import forward_logits
+from passk_guard.sketch.frozen import untouched
+from passk_guard.sketch.kronecker import KroneckerAccumulator
+from passk_guard.sketch.loss import score_logits
+from passk_guard.sketch.plan import make_plan, trainable_ids
+from passk_guard.sketch.taps import Tap, tapped
+
+Method = Literal["kronecker", "countsketch", "identity"]
+
+_ACCUMULATORS: dict[Method, type[Accumulator]] = {
+    "kronecker": KroneckerAccumulator,
+    "countsketch": CountSketchAccumulator,
+    "identity": IdentityAccumulator,
+}
+
+
+class ScoreSketcher:
+    """Computes S_s = Pi sum_{i: slots[i] = s} grad_theta log pi(y_i | x_i) without a gradient per completion.
+
+    Pi is linear and random with E[Pi^T Pi] = 1, so inner products are kept in expectation:
+    E<S_s, S_s'> = <grad_s, grad_s'>. Only parameters that require grad count as theta (with LoRA: the
+    adapters). The relative error of a cosine is about k_eff^-1/2, where k_eff is close to `dim` for
+    "countsketch" and some fraction of it for "kronecker", which is faster.
+
+    Methods:
+        kronecker: sum_t (P_o^T delta_t)(P_i^T u_t)^T per layer, an independent pair (P_o, P_i) each, all
+            layers in one accumulator; layout and idea after TRAK (arXiv 2303.14186) and LoGra (arXiv 2405.13954).
+        countsketch: each layer's gradient is formed per slot, and hashed (Charikar et al., 2002).
+        identity: the flattened gradients in the order of `named_parameters`; for tests and tiny models.
+
+    The model is left exactly as found: requires_grad, `.grad`, train/eval flags, random state, hooks. Gradient
+    checkpointing stays active where the model trains with it; dropout is off.
+
+    Attributes:
+        method: as passed.
+        seed: of the projections in use.
+
+    Raises:
+        GuardError: the model has no trainable parameter, `method` is unknown, or `dim` does not suit it.
+    """
+
+    def __init__(self, model: nn.Module, dim: int = 16384, method: Method = "kronecker", seed: int = 0) -> None:
+        if method not in get_args(Method):
+            raise GuardError(f"Expected `method` in {get_args(Method)}; found {method!r}. Pass one of them.")
+        if method != "identity":
+            check_dim(dim, method)
+        self.model, self.method = model, method
+        self._plan = make_plan(model)
+        self._asked_dim = dim
+        self._missed: set[str] = set()
+        self.reseed(seed)
+        warn_if_low(self.coverage, self._plan.sizes)
+
+    @property
+    def dim(self) -> int:
+        """Numbers per row of a sketch; for "identity" the number of trainable scalars."""
+        return self.coverage.total if self.method == "identity" else self._asked_dim
+
+    @property
+    def coverage(self) -> Coverage:
+        """Share of the trainable parameters that the sketch sees, as far as the passes so far have shown."""
+        return self._plan.coverage(self._missed)
+
+    def reseed(self, seed: int) -> None:
+        """Draw fresh projections; averaging over refreshes then averages the sketch error out as well.
+
+        Sketches of different seeds have nothing in common: never take inner products across a reseed.
+        """
+        self.seed = seed
+        self._draws = Draws(seed)
+
+    def sketch(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_mask: Tensor,
+        slots: Tensor,
+        num_slots: int,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Row s: the sketched sum, over samples i with slots[i] = s, of grad log pi(y_i | x_i).
+
+        log pi(y|x) = sum over completion tokens of log softmax(logits / temperature)[y_t], in nats, a sum and
+        not a mean over tokens.
+
+        Args:
+            input_ids: [B, T] int64, prompt directly followed by completion, padded on the right.
+            attention_mask: [B, T], 1 on tokens, 0 on padding.
+            completion_mask: [B, T], 1 on completion tokens.
+            slots: [B] int64 in -1..num_slots-1; -1: the sample takes part in the forward and counts nowhere.
+            num_slots: rows of the result.
+            temperature: of the sampling.
+
+        Returns:
+            [num_slots, dim] fp32 (float64 for a float64 model), on the device of `input_ids`.
+
+        Raises:
+            GuardError: arguments that do not fit together, packed or left-padded rows, a model that returns no
+                logits.
+            VoidRefresh: NaN or infinity in the result; names the samples.
+        """
+        check_batch(input_ids, attention_mask, completion_mask, slots, num_slots, temperature)
+        if self._plan.trainable != trainable_ids(self.model):
+            self._plan = make_plan(self.model)
+        device = input_ids.device
+        order = slots.argsort(stable=True)  # makes the samples of a slot neighbours
+        layout = lay_out(slots[order].to(device))
+        order = order.to(device)
+        input_ids, attention_mask = input_ids[order], attention_mask.to(device)[order]
+        completion = completion_mask.to(device).bool()[order]
+
+        accumulator = self._accumulator(layout)
+        tap = Tap(self._plan.uses, accumulator, *input_ids.shape)
+        with untouched(self.model), tapped(self.model, tap), torch.enable_grad():
+            logits = forward_logits(self.model, input_ids, attention_mask)
+            log_probs, gradient = score_logits(logits.detach(), input_ids, completion, layout.slots >= 0, temperature)
+            logits.backward(gradient)
+        sketch = accumulator.rows.new_zeros(num_slots, self.dim)
+        accumulator.fold_into(sketch)
+        _check_finite(sketch, log_probs[order.argsort()])
+        self._note(tap.unseen())
+        return sketch
+
+    def prompt_scores(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_mask: Tensor,
+        prompt_index: Tensor,
+        correct: Tensor,
+        num_prompts: int,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """S+ and S- of each prompt: the sketched sums of score vectors over its correct and its wrong samples.
+
+        Args:
+            input_ids, attention_mask, completion_mask: [B, T], as in `sketch`.
+            prompt_index: [B] int64 in -1..num_prompts-1; -1: ignored.
+            correct: [B]: 1 correct, 0 wrong, -1 no verdict (ignored).
+            num_prompts: m.
+            temperature: of the sampling.
+
+        Returns:
+            S_plus and S_minus, each [m, dim].
+
+        Raises:
+            GuardError, VoidRefresh: as in `sketch`.
+        """
+        check_prompts(prompt_index, correct, num_prompts)
+        correct = correct.to(prompt_index.device)
+        slots = torch.where(correct == 1, prompt_index, prompt_index + num_prompts)
+        slots = torch.where((correct >= 0) & (prompt_index >= 0), slots, -1)
+        rows = self.sketch(input_ids, attention_mask, completion_mask, slots, 2 * num_prompts, temperature)
+        return rows[:num_prompts], rows[num_prompts:]
+
+    def _accumulator(self, layout: Layout) -> Accumulator:
+        double = any(p.dtype == torch.float64 for p in self.model.parameters())
+        height = len(layout.slots) if self.method == "kronecker" else len(layout.groups)
+        dtype = torch.float64 if double else torch.float32
+        rows = torch.zeros(height, self.dim, dtype=dtype, device=layout.slots.device)
+        return _ACCUMULATORS[self.method](rows, layout, self._plan.shapes, self._draws)
+
+    def _note(self, missed: set[str]) -> None:
+        if missed and not self._missed:
+            warn_missed(missed, self._plan.sizes)
+        self._missed |= missed
+
+
+def _check_finite(sketch: Tensor, log_probs: Tensor) -> None:
+    if bool(sketch.isfinite().all()):
+        return
+    found = (~log_probs.isfinite()).nonzero().flatten().tolist()
+    shown = ", ".join(map(str, found[:10])) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
+    cause = (
+        f"log pi(y|x) is not finite for samples {shown} of the batch"
+        if found
+        else ("every log-probability is finite, so the backward overflowed")
+    )
+    raise VoidRefresh(f"The sketched score vectors hold NaN or infinity: {cause}.")

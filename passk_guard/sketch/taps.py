@@ -1,0 +1,140 @@
+"""Hooks on the covered modules: keep a factor of the input, and join it with the gradient of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passk_guard.sketch.accumulator import Accumulator
+from passk_guard.sketch.contributions import CONTRIBUTIONS, by_sample
+from passk_guard.sketch.layers import Use
+from passk_guard.sketch.norms import scales_normalised_input
+
+
+class _Keep(torch.autograd.Function):
+    """Hands tensors to autograd for safekeeping.
+
+    Non-reentrant checkpointing then drops and recomputes them like any other activation, and autograd
+    notices when one of them is overwritten in place before the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("Nothing is computed from this node.")
+
+
+def _keep(*kept: Tensor) -> Any:
+    with torch.enable_grad():
+        return _Keep.apply(torch.zeros((), requires_grad=True), *kept).grad_fn
+
+
+class Tap:
+    """The hooks of one pass, and what they saw.
+
+    Attributes:
+        seen: positions in `uses` of the modules whose output gradient arrived.
+        missed: names of parameters whose module was not called on the batch in a form that is understood.
+    """
+
+    def __init__(self, uses: Sequence[Use], accumulator: Accumulator, batch: int, width: int) -> None:
+        self.uses, self.accumulator = uses, accumulator
+        self.batch, self.width = batch, width
+        self.seen: set[int] = set()
+        self.missed: set[str] = set()
+
+    def unseen(self) -> set[str]:
+        """Names of parameters to which at least one covered module contributed nothing in this pass."""
+        silent = {name for i, use in enumerate(self.uses) if i not in self.seen for name in _names(use)}
+        return silent | self.missed
+
+    @torch.no_grad()
+    def on_forward(self, index: int, x: Tensor, output: Tensor) -> None:
+        """Keep the factor that comes from the input, and wait for the gradient of the output."""
+        use = self.uses[index]
+        if use.kind == "rms_norm" and not scales_normalised_input(use.module, x, output):
+            self.missed.update(_names(use))
+            return
+        contribution = CONTRIBUTIONS[use.kind](use, self.accumulator)
+        rows = x[..., None] if use.kind == "embedding" else x
+        factor = by_sample(rows.expand(*output.shape[:-1], -1), self.batch, self.width)
+        if factor is None:
+            # Not an error yet: without a gradient (DoRA's norms) there is nothing to miss.
+            output.register_hook(lambda grad: self.missed.update(_names(use)))
+            return
+        node = _keep(*contribution.keep(factor))
+
+        @torch.no_grad()
+        def on_gradient(grad: Tensor) -> None:
+            delta = by_sample(grad, self.batch, self.width)
+            assert delta is not None  # the output had a form that is understood
+            contribution.add(delta, node.saved_tensors)
+            self.seen.add(index)
+
+        output.register_hook(on_gradient)
+
+
+def _names(use: Use) -> set[str]:
+    return {name for name in (use.weight, use.bias) if name is not None}
+
+
+@contextmanager
+def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
+    """Install the hooks of `tap` on `model`, and remove them on the way out."""
+
+    def enter(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return _into_graph(_per_row(_input(args, kwargs), output, tap.batch, tap.width))
+
+    def listen(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if not torch.is_grad_enabled():  # the first forward of reentrant checkpointing
+                return None
+            output = _into_graph(output)
+            tap.on_forward(index, _input(args, kwargs).detach(), output)
+            return output
+
+        return hook
+
+    handles = []
+    try:
+        for module in model.modules():
+            # Every embedding, trainable or not: reentrant checkpointing needs inputs that require grad.
+            if isinstance(module, nn.Embedding):
+                handles.append(module.register_forward_hook(enter, with_kwargs=True))
+        for index, use in enumerate(tap.uses):
+            handles.append(use.module.register_forward_hook(listen(index), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _per_row(ids: Tensor, output: Tensor, batch: int, width: int) -> Tensor:
+    """Positions are looked up once for the whole batch; repeat them, so that gradients stay per sample."""
+    if batch > 1 and ids.shape in ((1, width), (width,)):
+        return output.expand(batch, width, -1)
+    return output
+
+
+def _into_graph(output: Tensor) -> Tensor:
+    """A tensor of the same values that requires grad.
+
+    A copy, since models may write into it, which a leaf that requires grad does not allow.
+    """
+    if output.requires_grad and not output.is_leaf:
+        return output
+    if not torch.is_grad_enabled():
+        return output
+    return output.detach().requires_grad_().clone()

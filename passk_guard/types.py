@@ -1,0 +1,162 @@
+"""The frozen records handed from stage to stage: rollouts -> counts and sketches -> Gram matrix -> estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Status = Literal["clear", "conflict", "undetermined"]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled completions of one rank, flat: entry i of every list describes sample i (B samples in all).
+
+    Attributes:
+        rows: dataset row of each sample, with `prompt` and the columns the reward needs.
+        prompt_index: which prompt of the refresh, in 0..num_prompts-1, the same numbering on every rank;
+            -1 marks a filler that keeps ranks in step and is counted nowhere.
+        prompt_ids: prompt tokens, no padding.
+        completion_ids: completion tokens, no padding, with the end-of-sequence token where one was sampled.
+        completions: decoded completion, a text or a list of messages as the reward function expects.
+        num_prompts: m, prompts of the refresh over all ranks.
+        temperature: sampling temperature; log-probabilities are taken at the same one.
+        held_out: False where the samples come from the training batch itself.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    prompt_index: Sequence[int]
+    prompt_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int]]
+    completions: Sequence[Any]
+    num_prompts: int
+    temperature: float = 1.0
+    held_out: bool = True
+
+    def __len__(self) -> int:
+        return len(self.prompt_index)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Verdict of the verifier on each sample of a `Rollouts`.
+
+    Attributes:
+        correct: [B] int8: 1 correct, 0 wrong, -1 no verdict (the reward was None or NaN, its call raised, or
+            the sample is a filler).
+        failures: number of samples whose reward call raised.
+        reason: first exception met, as text; None when there was none.
+        best_reward: largest reward seen, None when no sample had one.
+    """
+
+    correct: Tensor
+    failures: int = 0
+    reason: str | None = None
+    best_reward: float | None = None
+
+
+@dataclass(frozen=True)
+class ProbeGram:
+    """All that one refresh leaves behind: inner products of the 2m sketched score sums, and the counts.
+
+    Attributes:
+        gram: [2m, 2m] float64, inner products of [S+_1..S+_m, S-_1..S-_m], where S+ (S-) is the sum of
+            score vectors grad log pi(y_i|x) over the correct (wrong) samples of a prompt.
+        num_samples: [m] int64, samples with a verdict.
+        num_correct: [m] int64.
+        prompt_keys: m hashable names of the prompts; a prompt that comes back in a later refresh is left
+            out of all of them together by the jackknife. Empty: every prompt counts as its own.
+    """
+
+    gram: Tensor
+    num_samples: Tensor
+    num_correct: Tensor
+    prompt_keys: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class ConflictCurve:
+    """cos(grad J_k, grad J_1) for each k from one set of Gram matrices: K entries each.
+
+    Attributes:
+        k: [K] int64.
+        cosine, ci_low, ci_high: [K] float64, NaN where undetermined.
+        established: [K] bool, True where a conflict is established at the stated confidence.
+    """
+
+    k: Tensor
+    cosine: Tensor
+    ci_low: Tensor
+    ci_high: Tensor
+    established: Tensor
+
+
+@dataclass(frozen=True)
+class ConflictEstimate:
+    """The conflict between grad J_k and grad J_1 with its uncertainty (arXiv 2602.21189, Sec. 4).
+
+    Numbers are None wherever the probe does not determine them. Per-prompt tensors describe the newest refresh.
+
+    Attributes:
+        k: the k of pass@k.
+        status: "conflict" when the upper confidence bound is below the threshold, "clear" when the lower one
+            is above it, else "undetermined".
+        reason: one sentence; why the status is what it is.
+        cosine: unbiased-ratio estimate U_k1 / sqrt(U_11 U_kk), in [-1, 1] up to noise.
+        standard_error: jackknife over prompts, of `cosine`.
+        ci_low, ci_high: two-sided interval at `confidence`.
+        upper_bound, lower_bound: one-sided bounds at `confidence`, which decide the status.
+        confidence: e.g. 0.95.
+        inner_product, norm1_sq, normk_sq: U-statistics of <grad J_k, grad J_1>, |grad J_1|^2, |grad J_k|^2.
+        inner_product_se: jackknife standard error of `inner_product`.
+        mean_weighted_agreement: E[w a], which equals <grad J_k, grad J_1> (the same number as `inner_product`).
+        mean_weight: E[w_k], estimated without bias.
+        weight_agreement_cov: cov(w, a) = E[w a] - E[w] E[a].
+        agreement: [m] a(x) = mean over x' != x of <g_1(x), g_1(x')>.
+        weighted_agreement: [m] the same with g_k(x) on the left: the share of prompt x in the conflict.
+        kernel: [m, m] <g_1(x), g_1(x')>, the estimated similarity kernel.
+        frac_negative_pairs: share of off-diagonal kernel entries below zero, among prompts with signal.
+        pass_at_1, pass_at_k: unbiased pass rates, and their standard errors over prompts.
+        num_prompts: prompts over all pooled refreshes; num_informative: those with 0 < c < n.
+        num_refreshes: refreshes pooled.
+        k_star: largest k up to which no conflict is established; None when undetermined.
+        curve: the same cosine for every k the samples allow.
+        naive_cosine: comparison only, biased towards "no conflict": all pairs, same-prompt ones included.
+    """
+
+    k: int
+    status: Status
+    reason: str
+    confidence: float
+    threshold: float
+    num_prompts: int
+    num_informative: int
+    num_refreshes: int
+    cosine: float | None = None
+    standard_error: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    lower_bound: float | None = None
+    upper_bound: float | None = None
+    inner_product: float | None = None
+    inner_product_se: float | None = None
+    norm1_sq: float | None = None
+    normk_sq: float | None = None
+    mean_weighted_agreement: float | None = None
+    mean_weight: float | None = None
+    weight_agreement_cov: float | None = None
+    frac_negative_pairs: float | None = None
+    pass_at_1: float | None = None
+    pass_at_1_se: float | None = None
+    pass_at_k: float | None = None
+    pass_at_k_se: float | None = None
+    k_star: int | None = None
+    naive_cosine: float | None = None
+    agreement: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    weighted_agreement: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    kernel: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
+    curve: ConflictCurve | None = field(default=None, repr=False)

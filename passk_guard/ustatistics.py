@@ -1,0 +1,112 @@
+"""Prompt-level U-statistics of gradient inner products, from one Gram matrix. Needs torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from passk_guard.passk import sample_coefficients
+from passk_guard.types import ProbeGram
+
+
+@dataclass(frozen=True)
+class Moments:
+    """U-statistics of one or more refreshes, for K values of k at once.
+
+    The last dimension of 3 holds U_k1, U_11, U_kk: estimates of <grad J_k, grad J_1>, |grad J_1|^2, |grad J_k|^2.
+
+    Attributes:
+        value: [K, 3] float64.
+        influence: [N, K, 3] change of `value` when each of N prompts is left out.
+        naive: [K, 3] the same means over all pairs, same-prompt ones included: biased, for comparison.
+    """
+
+    value: Tensor
+    influence: Tensor
+    naive: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        """[K, 3, 3] jackknife covariance of `value`: (N - 1)/N times the sum of squared deviations."""
+        count = self.influence.shape[0]
+        centred = self.influence - self.influence.mean(0)
+        return (count - 1) / count * torch.einsum("nki,nkj->kij", centred, centred)
+
+
+def coefficients(probe: ProbeGram, ks: Tensor) -> Tensor:
+    """[K, 2m] rows that turn the 2m score sums into g_k of each prompt: alpha+ of m prompts, then alpha-."""
+    positive, negative = sample_coefficients(probe.num_samples, probe.num_correct, ks[:, None])
+    return torch.cat([positive, negative], dim=1)
+
+
+def prompt_kernel(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
+    """[m, m] inner products <g(x), h(x')> where `left` and `right` are [2m] coefficient rows of g and h."""
+    m = probe.num_samples.numel()
+    weighted = left[:, None] * probe.gram * right[None, :]
+    return weighted.view(2, m, 2, m).sum((0, 2))
+
+
+def refresh_moments(probe: ProbeGram, ks: Tensor) -> Moments:
+    r"""U-statistics of one refresh over the pairs of *different* prompts, and their leave-one-out changes.
+
+    $U_{kl} = \frac{1}{m(m-1)} \sum_{x \ne x'} \langle g_k(x), g_l(x') \rangle$. Row and column sums give every
+    leave-one-out value, so that all K values of k cost one product of [K, 2m] and [2m, 2m].
+
+    Args:
+        probe: m >= 3 prompts.
+        ks: [K] int64.
+    """
+    m = probe.num_samples.numel()
+    rows = coefficients(probe, torch.cat([torch.ones(1, dtype=torch.int64), ks.cpu()]))
+    products = rows @ probe.gram
+    own = torch.stack([probe.gram.diagonal()[:m], probe.gram.diagonal()[m:], probe.gram.diagonal(m)])
+
+    def pairs(left: Tensor, left_product: Tensor, right: Tensor, right_product: Tensor) -> tuple[Tensor, ...]:
+        fold = (left * right_product).view(-1, 2, m).sum(1)
+        fold_back = (right * left_product).view(-1, 2, m).sum(1)
+        same = (
+            left[:, :m] * right[:, :m] * own[0]
+            + left[:, m:] * right[:, m:] * own[1]
+            + (left[:, :m] * right[:, m:] + left[:, m:] * right[:, :m]) * own[2]
+        )
+        everything = fold.sum(1)
+        total = everything - same.sum(1)
+        without = total[:, None] - fold - fold_back + 2 * same
+        value = total / (m * (m - 1))
+        return value, without / ((m - 1) * (m - 2)) - value[:, None], everything / m**2
+
+    one, one_product = rows[:1], products[:1]
+    many, many_product = rows[1:], products[1:]
+    parts = [
+        pairs(many, many_product, one, one_product),
+        pairs(one.expand_as(many), one_product.expand_as(many), one, one_product),
+        pairs(many, many_product, many, many_product),
+    ]
+    value, change, naive = (torch.stack([part[i] for part in parts], dim=-1) for i in range(3))
+    return Moments(value=value, influence=change.transpose(0, 1), naive=naive)
+
+
+def pooled_moments(probes: Sequence[ProbeGram], ks: Tensor) -> Moments:
+    """The same over several refreshes, each weighted by its number of prompts.
+
+    A prompt that appears in several refreshes (equal `prompt_keys`) is left out of all of them together, so
+    that a small probe set that comes round again does not pass for fresh data.
+    """
+    sizes = [probe.num_samples.numel() for probe in probes]
+    weights = [size / sum(sizes) for size in sizes]
+    parts = [refresh_moments(probe, ks) for probe in probes]
+    value = torch.stack([w * part.value for w, part in zip(weights, parts, strict=True)]).sum(0)
+    naive = torch.stack([w * part.naive for w, part in zip(weights, parts, strict=True)]).sum(0)
+    changes = torch.cat([w * part.influence for w, part in zip(weights, parts, strict=True)])
+    identity: dict[object, int] = {}
+    owner = [
+        identity.setdefault(probe.prompt_keys[x] if len(probe.prompt_keys) else (r, x), len(identity))
+        for r, probe in enumerate(probes)
+        for x in range(sizes[r])
+    ]
+    influence = torch.zeros(len(identity), *value.shape, dtype=value.dtype)
+    influence.index_add_(0, torch.tensor(owner), changes)
+    return Moments(value=value, influence=influence, naive=naive)

@@ -1,0 +1,115 @@
+"""A GRPO run on the interference task and its report: evaluating leaves no trace, and the claim is checked."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from examples.interference import report
+from examples.interference import train as train_module
+from examples.interference.model import make_model
+from examples.interference.tokenizer import make_tokenizer
+from examples.interference.train import build_trainer, train
+from passk_guard.objective import PassKObjective
+
+SMALL = {"per_device_train_batch_size": 32, "num_generations": 8, "report_to": "none", "disable_tqdm": True}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, seed=0, hidden=16, layers=1, heads=2).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def starts_with_a_letter(completions: list[str], **_: object) -> list[float]:
+    """Even a random model is right about half of the time, so that there is something to learn."""
+    return [float(text[:1].isalpha()) for text in completions]
+
+
+def test_exact_evaluation_leaves_the_run_as_it_was(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "correct", starts_with_a_letter)
+    watched, records = train(model_dir, tmp_path / "a", steps=2, k=2, evaluate_every=1, seed=3, **SMALL)
+    after_watched = torch.get_rng_state()
+    alone = build_trainer(model_dir, tmp_path / "b", steps=2, seed=3, **SMALL)
+    before = [p.clone() for p in alone.model.parameters()]
+    with PassKObjective(alone, k=2):
+        alone.train()
+    after = list(alone.model.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(watched.model.parameters(), after, strict=True))
+    assert torch.equal(after_watched, torch.get_rng_state())
+
+    assert [r["step"] for r in records] == [0, 1, 2]
+    logged = {row["step"]: row["exact/pass_at_2"] for row in watched.state.log_history if "exact/pass_at_2" in row}
+    assert logged == pytest.approx({r["step"]: r["pass_at_2"] for r in records})
+    # The step's own row still holds what TRL logs.
+    assert all("rewards/starts_with_a_letter/mean" in row for row in watched.state.log_history if row["step"] == 1)
+
+
+def records(pass_1: list[float], pass_8: list[float]) -> list[dict[str, float]]:
+    rows = []
+    for i, (one, eight) in enumerate(zip(pass_1, pass_8, strict=True)):
+        rows.append({"step": 10 * i, "cosine": -0.4})
+        for prefix in ("", "easy/", "hard/", "neutral/"):
+            rows[-1] |= {f"{prefix}pass_at_1": one, f"{prefix}pass_at_8": eight}
+    return rows
+
+
+def alarm(step: int) -> dict:
+    return {"event": "state", "step": step, "from": "undetermined", "to": "conflict", "message": ""}
+
+
+REFRESHES = [
+    {"event": "refresh", "step": 0, "status": "undetermined", "cosine": None, "ci_low": None, "ci_high": None},
+    {"event": "refresh", "step": 5, "status": "conflict", "cosine": -0.5, "ci_low": -0.8, "ci_high": -0.2},
+    {"event": "refresh", "step": 15, "status": "conflict", "cosine": -0.3, "ci_low": -0.6, "ci_high": -0.1},
+]
+
+
+@pytest.mark.parametrize(
+    ("pass_1", "pass_8", "events", "failure"),
+    [
+        ([0.6, 0.5, 0.4], [0.7, 0.8, 0.9], [alarm(5)], None),
+        ([0.6, 0.5, 0.4], [0.7, 0.8, 0.9], [alarm(15), alarm(18)], "CONFLICT came late, at step 15: only 25%"),
+        ([0.6, 0.5, 0.4], [0.7, 0.8, 0.9], [], "never said CONFLICT"),
+        ([0.6, 0.5, 0.6], [0.7, 0.8, 0.9], [alarm(5)], "pass@1 did not fall: 0.600 -> 0.600"),
+        ([0.6, 0.5, 0.4], [0.7, 0.8, 0.7], [alarm(5)], "pass@8 did not rise: 0.700 -> 0.700"),
+    ],
+)
+def test_claim_of_the_demo_is_checked(pass_1, pass_8, events, failure):
+    failures = report.summarise(records(pass_1, pass_8), events, k=8).failures()
+    assert [failure in text for text in failures] == ([True] if failure else [])
+
+
+def test_share_of_the_fall_still_to_come():
+    summary = report.summarise(records([0.6, 0.5, 0.4], [0.7, 0.8, 0.9]), [alarm(5)], k=8)
+    assert (summary.first_conflict, summary.fall_to_come) == (5, pytest.approx(0.75))
+
+
+def test_files_of_a_report(tmp_path, capsys):
+    from rich.console import Console
+
+    rows, events = records([0.6, 0.5, 0.4], [0.7, 0.8, 0.9]), [*REFRESHES, alarm(5)]
+    guard_log = tmp_path / "passk_guard.jsonl"
+    guard_log.write_text("".join(json.dumps(e) + "\n" for e in events))
+    assert report.read_events(guard_log) == events
+
+    summary = report.summarise(rows, events, k=8)
+    report.write_results(tmp_path / "results.jsonl", rows, summary)
+    lines = report.read_events(tmp_path / "results.jsonl")
+    assert [line["event"] for line in lines] == ["exact", "exact", "exact", "summary"]
+
+    report.draw(tmp_path / "demo.png", rows, events, k=8)
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+    report.print_table(Console(width=120), "seed 0", rows, summary)
+    assert "75% of the fall of pass@1 came after it" in capsys.readouterr().out

@@ -1,0 +1,82 @@
+"""Small modules that are not Hugging Face models: float64 throughout, odd shapes, weights outside modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+VOCAB = 23
+
+
+class PlainLM(nn.Module):
+    """Embedding, causal mean, an RMSNorm, an MLP called on flattened tokens, and a tied head with a bias."""
+
+    def __init__(self, norm: type[nn.Module] = nn.RMSNorm, width: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, width, padding_idx=0)
+        self.positions = nn.Embedding(32, width)
+        self.norm = norm(width)
+        self.up = nn.Linear(width, 20)
+        self.down = nn.Linear(20, width, bias=False)
+        self.head = nn.Linear(width, VOCAB)
+        self.head.weight = self.embed.weight
+        with torch.no_grad():
+            for p in self.parameters():
+                p.normal_(0, 0.5)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        batch, width = input_ids.shape
+        x = self.embed(input_ids)
+        x += self.positions(torch.arange(width))  # in place, and without a batch dimension
+        x = x + torch.tanh(x).cumsum(1) / torch.arange(1, width + 1)[:, None]
+        hidden = self.norm(x).view(batch * width, -1)
+        return self.head(x + self.down(torch.tanh(self.up(hidden))).view(batch, width, -1))
+
+
+class ScaledLM(PlainLM):
+    """The same with a gain that is a bare nn.Parameter, larger than all the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(64, 64))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().forward(input_ids, attention_mask) * self.gain.mean()
+
+
+class FusedHeadLM(PlainLM):
+    """The same with a head that reads its weight without calling its module."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.norm(self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1])))
+        return nn.functional.linear(self.down(self.up(x)), self.head.weight, self.head.bias)
+
+
+class BrokenLM(PlainLM):
+    """Raises in the middle of its forward."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        self.up(self.norm(self.embed(input_ids)))
+        raise RuntimeError("broken on purpose")
+
+
+class GatedRMSNorm(nn.RMSNorm):
+    """Named like an RMSNorm, and something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.sigmoid(x)
+
+
+class HandCheckpointedLM(PlainLM):
+    """Checkpoints its MLP by itself, in eval mode too."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+
+        def block(y: Tensor) -> Tensor:
+            return y + self.down(torch.tanh(self.up(self.norm(y))))
+
+        x = checkpoint(block, x, use_reentrant=False)
+        x = checkpoint(block, x, use_reentrant=True)  # the same modules a second time
+        return self.head(x)

@@ -1,0 +1,90 @@
+"""Gradient checkpointing runs in train mode only, where dropout must be off all the same."""
+
+import pytest
+import torch
+
+from passk_guard.sketch import ScoreSketcher
+from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
+from tests.tiny import tiny_model
+
+DROPOUT = {
+    "qwen2": {"attention_dropout": 0.5},
+    "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+}
+
+
+def checkpointed(kind, use_reentrant):
+    model = tiny_model(kind, **DROPOUT[kind]).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    return model
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_equals_the_gradients_in_eval_mode(kind, use_reentrant):
+    model, batch = checkpointed(kind, use_reentrant), ragged_batch()
+    found = ScoreSketcher(model, method="identity").sketch(**batch, num_slots=6)
+    assert relative_error(found, oracle_sketch(model, batch, 6)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["kronecker", "countsketch"])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_sketches_do_not_depend_on_checkpointing(use_reentrant, method):
+    model, batch = checkpointed("qwen2", use_reentrant), ragged_batch()
+    sketcher = ScoreSketcher(model, dim=256, method=method)
+    with_it = sketcher.sketch(**batch, num_slots=6)
+    without = sketcher.sketch(**batch, num_slots=6) if model.eval() else None
+    torch.testing.assert_close(with_it, without, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_layers_are_recomputed_in_the_backward(use_reentrant):
+    """Otherwise the memory that checkpointing saves would come back, unnoticed."""
+    model, calls = checkpointed("qwen2", use_reentrant), []
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: calls.append(1))
+    ScoreSketcher(model, method="identity").sketch(**ragged_batch(), num_slots=6)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("method", ["kronecker", "countsketch"])
+def test_inputs_are_not_held_from_forward_to_backward(method):
+    """What the hooks keep is dropped with the other activations of a checkpointed layer."""
+    import weakref
+
+    model, alive = checkpointed("qwen2", False), []
+    model.lm_head.register_forward_hook(lambda *_: alive.extend(r() is not None for r in references))
+    references = []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda module, args, output: references.append(weakref.ref(args[0]))
+    )
+    ScoreSketcher(model, dim=256, method=method).sketch(**ragged_batch(), num_slots=6)
+    assert alive == [False]
+
+
+def test_functional_dropout_of_a_checkpointing_layer_is_off():
+    """Layers of the BART family drop out by themselves, with a rate that is a number on the layer."""
+    from transformers import BartConfig, BartForCausalLM
+
+    config = BartConfig(
+        vocab_size=76,
+        d_model=16,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=24,
+        max_position_embeddings=64,
+        dropout=0.5,
+        init_std=0.3,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = BartForCausalLM(config).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = ragged_batch()
+    with pytest.warns(UserWarning, match="embed_positions"):
+        sketcher = ScoreSketcher(model, method="identity")
+    once, twice = (sketcher.sketch(**batch, num_slots=6) for _ in range(2))
+    assert torch.equal(once, twice)
+    expected = oracle_sketch(model, batch, 6)
+    known = once.abs().sum(0) > 0  # columns of uncovered parameters stay empty
+    assert known.float().mean() > 0.5
+    assert relative_error(once[:, known], expected[:, known]) < 1e-5

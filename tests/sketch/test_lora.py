@@ -1,0 +1,75 @@
+"""PEFT adapters: theta is the adapter, and nothing else requires grad."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from passk_guard.sketch import ScoreSketcher
+from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
+from tests.tiny import tiny_model
+
+
+def lora_model(kind="qwen2", **extra):
+    settings = {"r": 4, "lora_dropout": 0.3, "target_modules": ["q_proj", "down_proj"]} | extra
+    if kind == "gpt2":
+        settings |= {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    model = get_peft_model(tiny_model(kind), LoraConfig(**settings)).train()
+    torch.manual_seed(1)
+    with torch.no_grad():  # B starts at zero, which would leave A without a gradient
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_equals_autograd_over_the_adapters(kind):
+    model, batch = lora_model(kind), ragged_batch()
+    sketcher = ScoreSketcher(model, method="identity")
+    assert relative_error(sketcher.sketch(**batch, num_slots=6), oracle_sketch(model, batch, 6)) < 1e-5
+    assert sketcher.coverage.share == 1.0
+    assert sketcher.dim == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_equals_autograd_under_checkpointing(use_reentrant):
+    """Reentrant checkpointing finds no gradient at all unless the embedding output requires one."""
+    model, batch = lora_model(), ragged_batch()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    found = ScoreSketcher(model, method="identity").sketch(**batch, num_slots=6)
+    assert relative_error(found, oracle_sketch(model, batch, 6)) < 1e-5
+
+
+def test_works_with_the_input_hook_that_trainers_install():
+    model, batch = lora_model(), ragged_batch()
+    model.enable_input_require_grads()
+    found = ScoreSketcher(model, method="identity").sketch(**batch, num_slots=6)
+    assert relative_error(found, oracle_sketch(model, batch, 6)) < 1e-5
+
+
+def test_modules_to_save_and_trained_heads():
+    model, batch = lora_model(modules_to_save=["lm_head"]), ragged_batch()
+    found = ScoreSketcher(model, method="identity").sketch(**batch, num_slots=6)
+    assert relative_error(found, oracle_sketch(model, batch, 6)) < 1e-5
+
+
+def test_thin_factors_are_projected_with_little_error():
+    """A LoRA factor fits on its thin side, and here on its long side too: only collisions are left."""
+    model, batch = lora_model(), ragged_batch()
+    exact = oracle_sketch(model, batch, 6)
+    found = torch.stack(
+        [ScoreSketcher(model, dim=4096, seed=s).sketch(**batch, num_slots=6) for s in range(8)]
+    )
+    errors = found @ found.mT - exact @ exact.T
+    scale = exact.norm(dim=1)[:, None] * exact.norm(dim=1)
+    assert float((errors / scale).square().mean().sqrt()) < 2 / 4096**0.5
+
+
+def test_dora_is_covered_but_for_its_magnitudes():
+    model, batch = lora_model(use_dora=True), ragged_batch()
+    sketcher = ScoreSketcher(model, method="identity")
+    uncovered = sketcher.coverage.uncovered
+    assert uncovered
+    assert all("lora_magnitude_vector" in name for name in uncovered)
+    sketcher.sketch(**batch, num_slots=6)
+    assert sketcher.coverage.uncovered == uncovered
