@@ -36,9 +36,7 @@ def build_model(layers: int, vocab: int, device: str, dtype: torch.dtype) -> tor
     return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
 
 
-def build_batch(
-    samples: int, width: int, prompt: int, vocab: int, slots: int, device: str
-) -> dict[str, torch.Tensor]:
+def build_batch(samples: int, width: int, prompt: int, vocab: int, slots: int, device: str) -> dict[str, torch.Tensor]:
     input_ids = torch.randint(1, vocab, (samples, width), device=device)
     completion_mask = torch.ones_like(input_ids)
     completion_mask[:, :prompt] = 0

@@ -66,7 +66,8 @@ def population_conflict(
     agreement = kappa @ q
     weighted = q * weight
     inner = float(weighted @ agreement)
-    norm1_sq, normk_sq = float(q @ agreement), float(weighted @ kappa @ weighted)
+    norm1_sq = max(0.0, float(q @ agreement))
+    normk_sq = max(0.0, float(weighted @ kappa @ weighted))
     mean_weight = float(weighted.sum())
     scale = (norm1_sq * normk_sq) ** 0.5
     return PopulationConflict(

@@ -59,7 +59,7 @@ def favouring(token, bonus, **overrides):
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "llama"])
 def test_generate_samples_the_whole_softmax_whatever_the_models_defaults(kind):
     model, tokenizer = tiny_model(kind), tiny_tokenizer()
-    defaults = {"top_k": 2, "top_p": 0.3, "temperature": 0.2, "repetition_penalty": 1.7, "min_p": 0.2}
+    defaults = {"top_k": 2, "top_p": 0.3, "temperature": 0.2, "repetition_penalty": 20.0, "min_p": 0.2}
     model.generation_config.update(**defaults, no_repeat_ngram_size=1, min_new_tokens=3)
     sampler = GenerateSampler(model, tokenizer, temperature=1.3, max_new_tokens=1, batch_size=512)
     rows = [{"prompt": "1+2="}, {"prompt": "a longer prompt, 3+4="}]
@@ -397,6 +397,9 @@ def test_a_tokenizers_response_template_is_followed(tmp_path):
     parsed = trainer.processing_class.parse_response(samples.completion_ids[3], prefix=samples.prompt_ids[3])
     assert samples.completions[3] == [parsed]
     assert parsed.keys() == {"role", "content"}
+    rloo = tiny_rloo_trainer(tmp_path, tokenizer=trainer.processing_class)
+    [[message]] = TRLSampler(rloo).sample(rows[:1], 1, seed=0).completions
+    assert isinstance(message["content"], str)
 
 
 @pytest.mark.parametrize("make", TRAINERS)

@@ -41,8 +41,8 @@ K, STEPS, LEARNING_RATE, EVALUATE_EVERY = 8, 60, 0.02, 2
 class ProgressBar(TrainerCallback):
     """One line for the run: pass@1 and pass@k (exact) and the guard's cosine, in place of a line for each step."""
 
-    def on_train_begin(self, args, state, control, **_):
-        self.bar, self.shown = tqdm(total=state.max_steps, desc=f"GRPO on pass@{K}"), {}
+    def __init__(self) -> None:
+        self.bar, self.shown = tqdm(total=STEPS, desc=f"GRPO on pass@{K}"), {}
 
     def on_log(self, args, state, control, logs=None, **_):
         names = {"pass@1": "exact/pass_at_1", f"pass@{K}": f"exact/pass_at_{K}", "cosine": "passk_guard/cosine"}

@@ -116,7 +116,7 @@ class TRLSampler:
 
 
 def _refuse(trainer: Any) -> None:
-    needed = ("_tokenize_prompts", "_generate_single_turn", "temperature", "use_vllm")
+    needed = ("_tokenize_prompts", "_generate_single_turn", "_generate", "temperature", "use_vllm")
     if missing := [name for name in needed if not hasattr(trainer, name)]:
         raise GuardError(
             f"Expected a GRPOTrainer or RLOOTrainer of trl >= 1.0; found {type(trainer).__name__}, which has no "
@@ -157,13 +157,13 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def _response_parser(trainer: Any) -> Callable[[list[int], list[int]], Any] | None:
-    """(completion, prompt) -> message, where GRPO would parse the response by the tokenizer's schema."""
+    """(completion, prompt) -> message, where the trainer itself would parse by the tokenizer's response schema."""
     tokenizer: Any = getattr(trainer, "_tokenizer", None)
     schemas = (getattr(tokenizer, "response_template", None), getattr(tokenizer, "response_schema", None))
-    if not hasattr(trainer, "tools") or all(schema is None for schema in schemas):
-        return None  # RLOO, which has no tools, decodes to plain text
-    from trl.chat_template_utils import parse_response
-
-    if not _takes(parse_response, "prefix"):
-        return lambda completion, _: parse_response(tokenizer, completion)
-    return lambda completion, prompt: parse_response(tokenizer, completion, prefix=prompt)
+    # GRPO's `_generate` knows this function and RLOO's does not, which decodes to plain text.
+    parse = inspect.unwrap(type(trainer)._generate).__globals__.get("parse_response")
+    if parse is None or all(schema is None for schema in schemas):
+        return None
+    if not _takes(parse, "prefix"):
+        return lambda completion, _: parse(tokenizer, completion)
+    return lambda completion, prompt: parse(tokenizer, completion, prefix=prompt)

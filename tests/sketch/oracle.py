@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 
-def ragged_batch(
-    seed: int = 0, samples: int = 6, vocab: int = 76, slots: list[int] | None = None
-) -> dict[str, Tensor]:
+def ragged_batch(seed: int = 0, samples: int = 6, vocab: int = 76, slots: list[int] | None = None) -> dict[str, Tensor]:
     """Right-padded random samples of different lengths, as the arguments of `ScoreSketcher.sketch`."""
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(1, 5, (samples,), generator=generator)
@@ -46,11 +44,9 @@ def oracle_sketch(model: Any, batch: dict[str, Tensor], num_slots: int, temperat
         if slot >= 0:
             length = int(attended.sum())
             value = log_prob(model, tokens[:length], completion[:length], temperature)
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-            flat = [
-                torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)
-            ]
-            rows[slot] += torch.cat([g.flatten() for g in flat])
+            value.backward()  # not autograd.grad, which reentrant checkpointing refuses
+            rows[slot] += torch.cat([(0 * p if p.grad is None else p.grad).flatten() for p in parameters]).detach()
+            model.zero_grad()
     for module, training in flags:
         module.training = training
     return rows

@@ -23,7 +23,7 @@ def test_equals_autograd_per_completion_in_fp32(kind, tied):
     assert relative_error(found, oracle_sketch(model, batch, 6, 0.7)) < 1e-5
 
 
-@pytest.mark.parametrize("kind, tolerance", [("gpt2", 1e-9), ("qwen2", 1e-6), ("llama", 1e-6)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("gpt2", 1e-9), ("qwen2", 1e-6), ("llama", 1e-6)])
 def test_equals_autograd_in_float64(kind, tolerance):
     # Qwen2 and Llama compute their norms, softmax and rotary angles in fp32 even in a float64 model.
     model, batch = tiny_model(kind).double(), ragged_batch(seed=1)
@@ -42,7 +42,7 @@ def test_equals_autograd_in_float64_for_a_model_outside_hugging_face(model_class
 
 
 @pytest.mark.parametrize(
-    "config_class, extra",
+    ("config_class", "extra"),
     [(GemmaConfig, {}), (Gemma3TextConfig, {"query_pre_attn_scalar": 8}), (Qwen3Config, {})],
 )
 def test_norm_variants_and_scaled_embeddings(config_class, extra):

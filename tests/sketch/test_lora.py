@@ -57,9 +57,7 @@ def test_thin_factors_are_projected_with_little_error():
     """A LoRA factor fits on its thin side, and here on its long side too: only collisions are left."""
     model, batch = lora_model(), ragged_batch()
     exact = oracle_sketch(model, batch, 6)
-    found = torch.stack(
-        [ScoreSketcher(model, dim=4096, seed=s).sketch(**batch, num_slots=6) for s in range(8)]
-    )
+    found = torch.stack([ScoreSketcher(model, dim=4096, seed=s).sketch(**batch, num_slots=6) for s in range(8)])
     errors = found @ found.mT - exact @ exact.T
     scale = exact.norm(dim=1)[:, None] * exact.norm(dim=1)
     assert float((errors / scale).square().mean().sqrt()) < 2 / 4096**0.5

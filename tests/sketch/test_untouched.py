@@ -31,9 +31,7 @@ def snapshot(model):
 def assert_same(before, after):
     for name, value in before.items():
         if name in ("weights", "grads"):
-            same = all(
-                (a is None and b is None) or torch.equal(a, b) for a, b in zip(value, after[name], strict=True)
-            )
+            same = all((a is None and b is None) or torch.equal(a, b) for a, b in zip(value, after[name], strict=True))
         else:
             same = torch.equal(value, after[name]) if torch.is_tensor(value) else value == after[name]
         assert same, name
