@@ -40,9 +40,9 @@ class ProbeSet:
             kept.setdefault(prompt_key(row["prompt"]), dict(row))
         self.rows: tuple[Row, ...] = tuple(kept.values())
         self._keys = tuple(kept)
-        if len(kept) < 2:
+        if len(kept) < 3:
             raise GuardError(
-                f"Expected a probe of at least 2 different prompts, since the estimate compares prompts with one "
+                f"Expected a probe of at least 3 different prompts, since the estimate compares prompts with one "
                 f"another; found {len(kept)} in {found} rows. Pass 64 or more held-out prompts."
             )
         if len({isinstance(row["prompt"], str) for row in self.rows}) > 1:

@@ -17,7 +17,7 @@ REFERENCE = json.loads((Path(__file__).parent / "reference" / "estimators.json")
 
 def brute_force(g, k, baseline):
     n = len(g)
-    subsets = [s for s in itertools.combinations(range(n), k)]
+    subsets = list(itertools.combinations(range(n), k))
 
     def s_of(i, among):
         return sum(max(g[j] for j in s) for s in itertools.combinations(among, k) if i in s) / math.comb(len(among), k)

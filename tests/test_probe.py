@@ -37,14 +37,14 @@ def test_conversational_prompts_survive_arrow():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "at least 2 different prompts.*found 0 in 0 rows"),
+        ([], "at least 3 different prompts.*found 0 in 0 rows"),
         ([{"prompt": "a"}], "found 1 in 1 rows"),
         ([{"prompt": "a"}, {"prompt": " A "}], "found 1 in 2 rows"),
         (["a", "b"], "found str in row 0"),
         ([{"prompt": "a"}, {"question": "b"}], r"found only \['question'\] in row 1"),
         ([{"prompt": "a"}, {"prompt": "  "}], "found '  ' in row 1"),
         ([{"prompt": "a"}, {"prompt": [{"role": "user"}]}], "`role` and `content`; found .* in row 1"),
-        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]}], "one kind"),
+        ([{"prompt": "a"}, {"prompt": "b"}, {"prompt": [{"role": "user", "content": "c"}]}], "one kind"),
     ],
 )
 def test_malformed_rows_are_refused(rows, message):
@@ -134,11 +134,11 @@ def test_overlap_reads_the_prompt_column_only():
 
         iter = None
 
-    assert ProbeSet.of([{"prompt": "a"}, {"prompt": "b"}]).overlap(Watched()) == [0]
+    assert ProbeSet.of([{"prompt": p} for p in "abc"]).overlap(Watched()) == [0]
     assert Watched.asked == ["prompt"]
 
 
-@given(st.integers(2, 40), st.integers(1, 50), st.integers(0, 200), st.integers(0, 2**63))
+@given(st.integers(3, 40), st.integers(1, 50), st.integers(0, 200), st.integers(0, 2**63))
 def test_draw_is_pure_and_never_repeats_a_prompt(count, size, refresh, seed):
     probe = ProbeSet.of([{"prompt": str(i)} for i in range(count)])
     drawn = probe.draw(refresh, size, seed)
@@ -147,7 +147,7 @@ def test_draw_is_pure_and_never_repeats_a_prompt(count, size, refresh, seed):
     assert set(drawn) <= set(range(count))
 
 
-@given(st.integers(2, 40), st.integers(1, 50), st.integers(0, 5), st.integers(0, 2**32))
+@given(st.integers(3, 40), st.integers(1, 50), st.integers(0, 5), st.integers(0, 2**32))
 def test_every_prompt_is_used_before_a_new_walk(count, size, walk, seed):
     probe = ProbeSet.of([{"prompt": str(i)} for i in range(count)])
     per_walk = -(-count // min(size, count))

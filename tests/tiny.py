@@ -152,3 +152,35 @@ def tiny_trainer(
         callbacks=list(callbacks or []),
         peft_config=peft_config,
     )
+
+
+def tiny_lm_trainer(tmp_path: Path, *, model: Any = None, **args: Any) -> Any:
+    """A plain `transformers.Trainer` that fine-tunes on the rows' answers; `args` are TrainingArguments."""
+    from transformers import Trainer, TrainingArguments
+
+    settings: dict[str, Any] = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "seed": 0,
+    } | args
+    tokenizer = tiny_tokenizer()
+    texts = [row["prompt"] + row["answer"] for row in tiny_rows(64) if len(row["answer"]) == 1]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    return Trainer(
+        model=tiny_model() if model is None else model,
+        args=TrainingArguments(**settings),
+        train_dataset=[{"input_ids": i, "attention_mask": [1] * len(i), "labels": i} for i in ids],
+        processing_class=tokenizer,
+    )
+
+
+def probe_rows(count: int = 40) -> list[dict[str, Any]]:
+    """Prompts that no tiny training set holds."""
+    return [{"prompt": f"{i // 10}-{i % 10}?", "answer": "x"} for i in range(count)]

@@ -104,7 +104,7 @@ def print_table(console: Console, title: str, records: Sequence[Record], summary
     table = Table(title=title, title_justify="left")
     table.add_column("test prompts")
     for name in ("pass@1", f"pass@{summary.k}"):
-        for column in (name, "end", "change"):
+        for column in (f"{name}\nstart", f"{name}\nend", "\nchange"):
             table.add_column(column, justify="right")
     for label, prefix in [("all", ""), ("easy, 70 %", "easy/"), ("hard, 15 %", "hard/"), ("neutral, 15 %", "neutral/")]:
         cells = []
@@ -138,7 +138,7 @@ def draw(path: Path, records: Sequence[Record], events: Sequence[dict], k: int) 
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
     # Room on the right for the labels of the lines.
-    top.set_xlim(0, records[-1]["step"] * 1.16)
+    top.set_xlim(0, records[-1]["step"] * 1.13)
     bottom.set_xlabel("optimizer step")
     figure.savefig(path, dpi=160)
 
@@ -157,21 +157,23 @@ def _draw_pass_rates(axes: Axes, records: Sequence[Record], k: int) -> None:
 
 
 def _draw_cosine(axes: Axes, records: Sequence[Record], events: Sequence[dict], k: int) -> None:
-    seen = [e for e in events if e["event"] == "refresh" and e.get("cosine") is not None]
+    seen = [e for e in events if e["event"] == "refresh"]
     steps = [e["step"] for e in seen]
-    banded = [e for e in seen if e.get("ci_low") is not None and e.get("ci_high") is not None]
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.fill_between(
-        [e["step"] for e in banded], [e["ci_low"] for e in banded], [e["ci_high"] for e in banded],
-        color=GUARD, alpha=0.2, linewidth=0,
-    )  # fmt: skip
-    axes.plot(steps, [e["cosine"] for e in seen], color=GUARD, linewidth=2)
-    axes.plot([r["step"] for r in records], [r["cosine"] for r in records], ".", color=EXACT, markersize=5)
-    if seen:
-        _label(axes, steps[-1], seen[-1]["cosine"], "guard,\n95% band", GUARD)
-    axes.annotate(
-        "dots: exact", (0.995, 0.04), xycoords="axes fraction", ha="right", va="bottom", color=EXACT, fontsize=9
+    # A refresh that determines nothing is a gap, never a line drawn across it.
+    cosine, low, high = (
+        [float("nan") if e[name] is None else e[name] for e in seen]
+        for name in ("cosine", "cosine_ci_low", "cosine_ci_high")
     )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.fill_between(steps, low, high, color=GUARD, alpha=0.2, linewidth=0)
+    axes.plot(steps, cosine, color=GUARD, linewidth=2, marker="o", markersize=4)
+    axes.plot([r["step"] for r in records], [r["cosine"] for r in records], ".", color=EXACT, markersize=5)
+    # While there is something to warn of, the upper left corner is empty.
+    for line, text, color in (
+        (0, "guard (refreshes pooled), 95% band; gap: no signal", GUARD),
+        (1, "exact, at each step alone", EXACT),
+    ):
+        axes.annotate(text, (0.125, 0.97 - 0.09 * line), xycoords="axes fraction", va="top", color=color, fontsize=9)
     axes.set_ylim(-1.05, 1.05)
     axes.set_ylabel(f"cos(pass@1, pass@{k})")
 

@@ -22,7 +22,9 @@ from examples.interference.task import supervised_example
 from examples.interference.tokenizer import make_tokenizer
 
 
-def supervised_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[tuple[str, str]]):
+def supervised_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[tuple[str, str]]
+) -> torch.Tensor:
     """Mean negative log-likelihood of the answer tokens; the prompt is given, so it is not learned."""
     ids, prompt_length = encode(tokenizer, [{"prompt": x, "answer": y} for x, y in batch])
     logits = model(input_ids=ids, use_cache=False).logits[:, prompt_length - 1 : -1]  # [B, 5, V]

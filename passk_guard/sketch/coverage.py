@@ -48,7 +48,7 @@ def warn_if_low(coverage: Coverage, sizes: Mapping[str, int]) -> None:
             f"vectors miss the rest. Not covered: {_listed(coverage.uncovered, sizes)}. Covered are nn.Linear, "
             "Conv1D, nn.Embedding, LayerNorm and RMSNorm, each called as a module.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

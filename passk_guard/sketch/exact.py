@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from passk_guard.sketch.accumulator import Accumulator
-from passk_guard.sketch.random_signs import generator_for, random_buckets, random_signs
+from passk_guard.sketch.pair_hash import draw_pair_hash
 
 _CHUNK = 1 << 22  # scalars of a weight gradient formed at a time: bounds memory for a vocabulary matrix
 
@@ -72,23 +72,10 @@ class IdentityAccumulator(ExactAccumulator):
 
 
 class CountSketchAccumulator(ExactAccumulator):
-    """Entry (r, c) of a weight goes to bucket (h(r) + g(c)) mod dim with sign s(r) z(c).
-
-    Two hashes of size rows and cols stand for one of size rows x cols (Pham and Pagh, KDD 2013, degree 2), so
-    that nothing of the size of the model is stored.
-    """
+    """Each entry of the gradient goes to one of `dim` buckets with a random sign."""
 
     def deposit(self, name: str, rows: Tensor, cols: int) -> tuple[Tensor, Tensor]:
-        key = (name, rows.device)
-        row_hash, row_signs, col_hash, col_signs = self.draws.keep(key, lambda: self._draw(name, rows.device))
-        places = row_hash[rows][:, None] + col_hash[:cols]
-        return places.remainder_(self.rows.shape[1]), row_signs[rows][:, None] * col_signs[:cols]
-
-    def _draw(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        drawn: list[Tensor] = []
-        height, width = (*self.shapes[name], 1)[:2]
-        for part, size in (("rows", height), ("cols", width)):
-            generator = generator_for(self.draws.seed, name, part)
-            buckets = random_buckets(size, self.rows.shape[1], generator)
-            drawn += [buckets.to(device), random_signs((size,), generator).to(self.rows.dtype).to(device)]
-        return drawn[0], drawn[1], drawn[2], drawn[3]
+        shape = (self.shapes[name][0], cols)
+        seed, dim = self.draws.seed, self.rows.shape[1]
+        pair = self.draws.keep((name, rows.device), lambda: draw_pair_hash(shape, dim, seed, name, self.rows))
+        return pair.places(rows), pair.signs(rows)

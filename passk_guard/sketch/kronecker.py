@@ -8,27 +8,28 @@ import torch
 from torch import Tensor
 
 from passk_guard.sketch.accumulator import Accumulator
+from passk_guard.sketch.pair_hash import PairHash, draw_pair_hash
 from passk_guard.sketch.random_signs import generator_for, random_buckets, random_signs
-from passk_guard.sketch.sides import Side, draw_side
+from passk_guard.sketch.sides import HashedSide, Side, draw_side
 
 _VOCABULARY_RATIO = 6  # rows per column: more than any MLP in use has, less than embeddings and heads have
-_VOCABULARY_SHARE = 4
+_VOCABULARY_ROOM = (32, 2)  # times the balanced size of its sides; folded into `dim` afterwards
 
 
 def split_dim(rows: int, cols: int, dim: int) -> tuple[int, int]:
-    """(a, b) with a b = dim: the sizes onto which the two sides of a [rows, cols] weight are projected.
+    """(a, b): the sizes onto which the two sides of a [rows, cols] weight are projected; a b = dim, or more.
 
-    A side that fits costs no error, so a thin matrix (a LoRA factor) leaves the rest to its long side. The
-    vocabulary side of an embedding or a head gets four times its share: samples resemble each other in their
-    hidden states, and differ in their tokens.
+    A side that fits costs no error, so a thin matrix (a LoRA factor) leaves the rest to its long side. An
+    embedding or a head gets more room than `dim`, to be hashed into it: the gradients of different samples
+    resemble each other there, and with a b = dim that one weight sets the error of the whole sketch.
     """
     balanced = max(d for d in range(1, math.isqrt(dim) + 1) if dim % d == 0)
     thin = min(rows, cols)
     if thin < balanced:
         short = min(d for d in range(thin, balanced + 1) if dim % d == 0)
         return (short, dim // short) if rows <= cols else (dim // short, short)
-    if is_vocabulary(rows, cols) and balanced % _VOCABULARY_SHARE == 0:
-        return dim // balanced * _VOCABULARY_SHARE, balanced // _VOCABULARY_SHARE
+    if is_vocabulary(rows, cols):
+        return dim // balanced * _VOCABULARY_ROOM[0], balanced * _VOCABULARY_ROOM[1]
     return dim // balanced, balanced
 
 
@@ -40,9 +41,10 @@ def is_vocabulary(rows: int, cols: int) -> bool:
 class KroneckerAccumulator(Accumulator):
     """Adds sum_t (P_l^T left_t)(P_r^T right_t)^T of every parameter to one row of `dim` numbers per sample.
 
-    P_l [rows, a] and P_r [cols, b] are independent and zero-mean, E[P P^T] = 1, ab = dim, with a pair of its
-    own for each parameter. So E<sketch(G), sketch(G')> = <G, G'>, and products across parameters vanish in
-    expectation. 1-D parameters are CountSketched into the same row.
+    P_l [rows, a] and P_r [cols, b] are independent and zero-mean, E[P P^T] = 1, with a pair of its own for each
+    parameter, and ab = dim; for a vocabulary ab > dim, and the product is CountSketched. So
+    E<sketch(G), sketch(G')> = <G, G'>, and products across parameters vanish in expectation. 1-D parameters are
+    CountSketched into the same row.
     """
 
     def project(self, name: str, side: str, x: Tensor) -> Tensor:
@@ -50,11 +52,35 @@ class KroneckerAccumulator(Accumulator):
 
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
         scale = self._side(name, "left", left).scale * self._side(name, "right", right).scale
-        blocks = self.rows.view(-1, left.shape[-1], right.shape[-1])
+        a, b, dim = left.shape[-1], right.shape[-1], self.rows.shape[1]
+        if a * b > dim:
+            self._fold(name, left, right, scale)
+            return
+        blocks = self.rows.view(-1, a, b)
         blocks.baddbmm_(left.transpose(1, 2).to(blocks.dtype), right.to(blocks.dtype), alpha=scale)
 
+    def _fold(self, name: str, left: Tensor, right: Tensor, scale: float) -> None:
+        """Form the projected gradient [a, b] of each group, and CountSketch it into the group's first row."""
+        pair = self._pair_hash(name, left.shape[-1], right)
+        every = torch.arange(left.shape[-1], device=left.device)
+        places, signs = pair.places(every).flatten(), pair.signs(every).mul_(scale)
+        for _, start, end in self.layout.groups:
+            wide_left, wide_right = (x[start:end].flatten(0, 1).to(signs.dtype) for x in (left, right))
+            self.rows[start].scatter_add_(0, places, (wide_left.t() @ wide_right).mul_(signs).flatten())
+
     def add_rows(self, name: str, indices: Tensor, right: Tensor) -> None:
-        self.add_matrix(name, self._side(name, "left", right).rows(indices), right)
+        side = self._side(name, "left", right)
+        if not (isinstance(side, HashedSide) and side.width * right.shape[-1] > self.rows.shape[1]):
+            self.add_matrix(name, side.rows(indices), right)
+            return
+        # Each token fills one row of [a, b] only: straight to its place, without the product.
+        pair = self._pair_hash(name, side.width, right)
+        columns, scale = side.column(indices), self._side(name, "right", right).scale
+        for _, start, end in self.layout.groups:
+            column = columns[start:end].flatten()
+            signs = pair.signs(column) * (side.signs[indices[start:end]].flatten()[:, None] * scale)
+            values = right[start:end].flatten(0, 1).to(signs.dtype) * signs
+            self.rows[start].scatter_add_(0, pair.places(column).flatten(), values.flatten())
 
     def add_vector(self, name: str, values: Tensor) -> None:
         key = (name, "vector", values.device)
@@ -75,6 +101,11 @@ class KroneckerAccumulator(Accumulator):
         if side == "left":
             return draw_side(rows, a, is_vocabulary(rows, cols), generator, like)
         return draw_side(cols, b, False, generator, like)
+
+    def _pair_hash(self, name: str, width: int, right: Tensor) -> PairHash:
+        shape, dim, seed = (width, right.shape[-1]), self.rows.shape[1], self.draws.seed
+        key = (name, "fold", right.device)
+        return self.draws.keep(key, lambda: draw_pair_hash(shape, dim, seed, f"{name}/fold", self.rows))
 
     def _draw_hash(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
         generator = generator_for(self.draws.seed, name, "vector")

@@ -67,8 +67,11 @@ class HashedSide(Side):
 
     def rows(self, indices: Tensor) -> Tensor:
         empty = self.signs.new_zeros(*indices.shape, self.width)
-        column = (self.place[indices] % self.width)[..., None]
-        return empty.scatter_(-1, column, self.signs[indices][..., None])
+        return empty.scatter_(-1, self.column(indices)[..., None], self.signs[indices][..., None])
+
+    def column(self, indices: Tensor) -> Tensor:
+        """The column in which a row of P has its entry."""
+        return self.place[indices] % self.width
 
 
 def draw_side(size: int, width: int, hashed: bool, generator: torch.Generator, like: Tensor) -> Side:

@@ -127,7 +127,7 @@ class ScoreSketcher:
         tap = Tap(self._plan.uses, accumulator, *input_ids.shape)
         with untouched(self.model), tapped(self.model, tap), torch.enable_grad():
             logits = forward_logits(self.model, input_ids, attention_mask)
-            log_probs, gradient = score_logits(logits.detach(), input_ids, completion, layout.slots >= 0, temperature)
+            log_probs, gradient = score_logits(logits.detach(), input_ids, completion, temperature)
             logits.backward(gradient)
         sketch = accumulator.rows.new_zeros(num_slots, self.dim)
         accumulator.fold_into(sketch)

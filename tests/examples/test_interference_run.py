@@ -11,7 +11,7 @@ pytest.importorskip("trl")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from examples.interference import report
+from examples.interference import demo, report
 from examples.interference import train as train_module
 from examples.interference.model import make_model
 from examples.interference.tokenizer import make_tokenizer
@@ -69,9 +69,30 @@ def alarm(step: int) -> dict:
 
 
 REFRESHES = [
-    {"event": "refresh", "step": 0, "status": "undetermined", "cosine": None, "ci_low": None, "ci_high": None},
-    {"event": "refresh", "step": 5, "status": "conflict", "cosine": -0.5, "ci_low": -0.8, "ci_high": -0.2},
-    {"event": "refresh", "step": 15, "status": "conflict", "cosine": -0.3, "ci_low": -0.6, "ci_high": -0.1},
+    {
+        "event": "refresh",
+        "step": 0,
+        "status": "undetermined",
+        "cosine": None,
+        "cosine_ci_low": None,
+        "cosine_ci_high": None,
+    },
+    {
+        "event": "refresh",
+        "step": 5,
+        "status": "conflict",
+        "cosine": -0.5,
+        "cosine_ci_low": -0.8,
+        "cosine_ci_high": -0.2,
+    },
+    {
+        "event": "refresh",
+        "step": 15,
+        "status": "conflict",
+        "cosine": -0.3,
+        "cosine_ci_low": -0.6,
+        "cosine_ci_high": -0.1,
+    },
 ]
 
 
@@ -113,3 +134,29 @@ def test_files_of_a_report(tmp_path, capsys):
 
     report.print_table(Console(width=120), "seed 0", rows, summary)
     assert "75% of the fall of pass@1 came after it" in capsys.readouterr().out
+
+
+def test_demo_reads_what_the_guard_writes(model_dir, tmp_path, monkeypatch, capsys):
+    """The whole demo on a tiny model: its claim fails there, but every file is written and every name is known."""
+    for module in (train_module, demo):
+        monkeypatch.setattr(module, "correct", starts_with_a_letter)
+    monkeypatch.setattr(demo, "STEPS", 6)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # it would last beyond this test
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "seed4").symlink_to(model_dir)
+    out = tmp_path / "out"
+    argv = ["demo", "--out", str(out), "--cache", str(tmp_path / "cache"), "--seeds", "4"]
+    monkeypatch.setattr("sys.argv", argv)
+    assert demo.main() == 1
+
+    events = report.read_events(out / "seed4" / "passk_guard.jsonl")
+    seen = [e for e in events if e["event"] == "refresh"]
+    assert [e["step"] for e in seen] == [0, 5]
+    assert any(e["cosine"] is not None and e["cosine_ci_low"] is not None for e in seen)
+    exact = report.read_events(out / "seed4" / "results.jsonl")
+    assert [line["step"] for line in exact[:-1]] == [0, 2, 4, 6]
+    assert (out / "seed4" / "demo.png").exists()
+    assert list((out / "seed4" / "tensorboard").rglob("events.out.tfevents.*"))
+    printed = capsys.readouterr()
+    assert "Plan: 0 warm start(s)" in printed.out
+    assert "The demo did not show its claim. seed 4:" in printed.err

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 VOCAB = 23
 
@@ -66,6 +69,43 @@ class GatedRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * torch.sigmoid(x)
+
+
+class RestlessLM(PlainLM):
+    """Draws random numbers in its forward, and does nothing with them."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        torch.rand(3)
+        return super().forward(input_ids, attention_mask)
+
+
+class DroppingLayer(GradientCheckpointingLayer):
+    """Hugging Face's checkpointing layer with a dropout of its own, under a name that says nothing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.settings = {"p": 0.5}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.dropout(torch.tanh(self.linear(x)), **self.settings, training=self.training)
+
+
+class DroppingLM(PlainLM):
+    """The plain model with two such layers, checkpointed."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([DroppingLayer(12), DroppingLayer(12)])
+        for layer in self.layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=use_reentrant)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.down(self.up(self.norm(x + self.positions(torch.arange(x.shape[1]))))))
 
 
 class HandCheckpointedLM(PlainLM):

@@ -1,9 +1,13 @@
 """Gradient checkpointing runs in train mode only, where dropout must be off all the same."""
 
+import weakref
+
 import pytest
 import torch
+from transformers import BartConfig, BartForCausalLM
 
 from passk_guard.sketch import ScoreSketcher
+from tests.sketch.models import VOCAB, DroppingLM
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
 from tests.tiny import tiny_model
 
@@ -49,8 +53,6 @@ def test_layers_are_recomputed_in_the_backward(use_reentrant):
 @pytest.mark.parametrize("method", ["kronecker", "countsketch"])
 def test_inputs_are_not_held_from_forward_to_backward(method):
     """What the hooks keep is dropped with the other activations of a checkpointed layer."""
-    import weakref
-
     model, alive = checkpointed("qwen2", False), []
     model.lm_head.register_forward_hook(lambda *_: alive.extend(r() is not None for r in references))
     references = []
@@ -61,10 +63,9 @@ def test_inputs_are_not_held_from_forward_to_backward(method):
     assert alive == [False]
 
 
+@pytest.mark.filterwarnings("ignore:These trainable parameters")  # the cross-attention is never called
 def test_functional_dropout_of_a_checkpointing_layer_is_off():
     """Layers of the BART family drop out by themselves, with a rate that is a number on the layer."""
-    from transformers import BartConfig, BartForCausalLM
-
     config = BartConfig(
         vocab_size=76,
         d_model=16,
@@ -88,3 +89,11 @@ def test_functional_dropout_of_a_checkpointing_layer_is_off():
     known = once.abs().sum(0) > 0  # columns of uncovered parameters stay empty
     assert known.float().mean() > 0.5
     assert relative_error(once[:, known], expected[:, known]) < 1e-5
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_dropout_inside_the_checkpointed_function_is_off_whatever_its_rate_is_called(use_reentrant):
+    torch.manual_seed(0)
+    model, batch = DroppingLM(use_reentrant).double().train(), ragged_batch(vocab=VOCAB)
+    found = ScoreSketcher(model, method="identity").sketch(**batch, num_slots=6)
+    assert relative_error(found, oracle_sketch(model, batch, 6)) < 1e-9

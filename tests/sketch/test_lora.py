@@ -65,7 +65,8 @@ def test_thin_factors_are_projected_with_little_error():
 
 def test_dora_is_covered_but_for_its_magnitudes():
     model, batch = lora_model(use_dora=True), ragged_batch()
-    sketcher = ScoreSketcher(model, method="identity")
+    with pytest.warns(UserWarning, match="lora_magnitude_vector"):
+        sketcher = ScoreSketcher(model, method="identity")
     uncovered = sketcher.coverage.uncovered
     assert uncovered
     assert all("lora_magnitude_vector" in name for name in uncovered)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from passk_guard.sketch import ScoreSketcher
-from tests.sketch.models import VOCAB, BrokenLM
+from tests.sketch.models import VOCAB, BrokenLM, RestlessLM
 from tests.sketch.oracle import ragged_batch
 from tests.tiny import tiny_model
 
@@ -68,6 +68,13 @@ def test_nothing_is_left_behind_when_the_forward_raises():
     with pytest.raises(RuntimeError, match="broken on purpose"):
         ScoreSketcher(model, dim=64).sketch(**ragged_batch(vocab=VOCAB), num_slots=6)
     assert_same(before, snapshot(model))
+
+
+def test_random_numbers_that_the_forward_draws_are_given_back():
+    torch.manual_seed(0)
+    sketcher, before = ScoreSketcher(RestlessLM(), dim=64), torch.get_rng_state()
+    sketcher.sketch(**ragged_batch(vocab=VOCAB), num_slots=6)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_the_next_training_step_is_the_same_bit_for_bit():

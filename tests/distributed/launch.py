@@ -1,0 +1,20 @@
+"""Starting a worker of this folder on several processes and reading what each rank wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(scenario, folder, ranks, timeout=240):
+    """Run `tests.distributed.worker` and return the JSON each rank left in `folder`, in order of rank."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += ["-m", "tests.distributed.worker", scenario, str(folder)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]

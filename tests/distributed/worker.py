@@ -1,0 +1,118 @@
+"""One rank of a distributed test: `python -m tests.distributed.worker SCENARIO FOLDER`."""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from passk_guard import GuardConfig, PassKGuardCallback
+from passk_guard.sampling import Samples
+from tests.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model
+
+RANK = int(os.environ.get("RANK", 0))
+CONFIG = {"k": 4, "num_samples": 8, "probe_prompts": 11, "refresh_steps": 1, "patience": 1, "sketch_dim": 1024}
+
+
+class SameEverywhere:
+    """Completions that depend on the prompt alone, so that any number of ranks draws the same ones."""
+
+    temperature = 1.0
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def check_lengths(self, rows):
+        pass
+
+    def sample(self, rows, num_samples, seed):
+        prompts, completions = [], []
+        for row in rows:
+            bits = hashlib.sha256(row["prompt"].encode()).digest()
+            completions += ["7a" if bits[i] % 3 else "ab" for i in range(num_samples)]
+            prompts += [self.tokenizer(row["prompt"])["input_ids"]] * num_samples
+        return Samples(prompts, [self.tokenizer(c)["input_ids"] for c in completions], completions)
+
+
+def weights(trainer):
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: p.detach().double().tolist() for name, p in model.named_parameters()}
+
+
+def report(guard, trainer):
+    estimate = guard.estimate
+    return {
+        "steps": trainer.state.global_step,
+        "voids": guard.memory.voids,
+        "status": estimate and estimate.status,
+        "inner_product": estimate and estimate.inner_product,
+        "gram": guard.memory.history[-1].gram.tolist() if guard.memory.history else None,
+        "num_correct": guard.memory.history[-1].num_correct.tolist() if guard.memory.history else None,
+    }
+
+
+def bit_for_bit(folder, guarded, **config):
+    trainer = tiny_grpo_trainer(
+        folder, model=tiny_model(attention_dropout=0.2), max_steps=3, gradient_accumulation_steps=2
+    )
+    guard = None
+    if guarded:
+        guard = PassKGuardCallback(trainer, probe_rows(), digit_reward, GuardConfig(**(CONFIG | config)))
+        trainer.add_callback(guard)
+    trainer.train()
+    rows = [{k: r[k] for k in ("loss", "grad_norm", "reward")} for r in trainer.state.log_history if "loss" in r]
+    return {"weights": weights(trainer), "rows": rows, "rng": torch.get_rng_state().tolist()} | (
+        report(guard, trainer) if guard else {}
+    )
+
+
+def same_everywhere(folder):
+    trainer = tiny_lm_trainer(folder, max_steps=2, learning_rate=0.0)
+    sampler = SameEverywhere(trainer.processing_class)
+    guard = PassKGuardCallback(trainer, probe_rows(), digit_reward, GuardConfig(**CONFIG), sampler)
+    trainer.add_callback(guard)
+    trainer.train()
+    return report(guard, trainer)
+
+
+def one_rank_fails(folder, where):
+    def verifier(completions, **_):
+        if RANK == 1 and where == "verifier":
+            raise ValueError("rank 1 lost its sandbox")
+        return digit_reward(completions)
+
+    trainer = tiny_lm_trainer(folder, max_steps=3, learning_rate=0.0)
+    sampler = SameEverywhere(trainer.processing_class)
+    guard = PassKGuardCallback(trainer, probe_rows(), verifier, GuardConfig(**CONFIG), sampler)
+    trainer.add_callback(guard)
+    if where == "sketch" and RANK == 1:
+        sketch = type(guard._sketcher).sketch
+
+        def broken(self, *args, **kwargs):
+            sketch(self, *args, **kwargs)
+            raise RuntimeError("out of memory on rank 1")
+
+        type(guard._sketcher).sketch = broken
+    trainer.train()
+    return report(guard, trainer)
+
+
+SCENARIOS = {
+    "without": lambda folder: bit_for_bit(folder, False),
+    "with": lambda folder: bit_for_bit(folder, True),
+    "with_training_batch": lambda folder: bit_for_bit(folder, True, source="training_batch", num_samples=4),
+    "same_everywhere": same_everywhere,
+    "verifier_fails": lambda folder: one_rank_fails(folder, "verifier"),
+    "sketch_fails": lambda folder: one_rank_fails(folder, "sketch"),
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[2])
+    result = SCENARIOS[sys.argv[1]](folder / "run")
+    (folder / f"rank{RANK}.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # a rank that leaves early can abort the others in gloo
+        torch.distributed.destroy_process_group()
