@@ -5,8 +5,10 @@
 Prints, as ratios to one plain forward and backward (median of interleaved repetitions): the forward alone, a
 forward and backward with frozen weights (no hook method can be faster), and the sketching methods. Then
 k_eff = 1/(rms error of pairwise cosines)^2 against exact gradients, the size of an ideal random projection with
-the same error. It is taken after a few training steps on tokens with Zipf frequencies, where score vectors resemble
-each other: with random weights and uniform tokens they do not, and every method looks several times better. Exits with status 1 if Kronecker sketching costs more than 1.15 of a plain forward and backward.
+the same error. It is taken after a few training steps on tokens with Zipf frequencies, where score vectors
+resemble each other: with random weights and uniform tokens they do not, and every method looks better.
+
+Exits with status 1 if Kronecker sketching costs more than 1.15 of a plain forward and backward.
 """
 
 from __future__ import annotations

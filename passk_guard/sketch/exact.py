@@ -27,12 +27,13 @@ class ExactAccumulator(Accumulator):
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
         height, width = self.shapes[name]
         step = max(1, _CHUNK // width)
+        dtype = torch.promote_types(left.dtype, right.dtype)  # they differ under autocast
         for first in range(0, height, step):
             part = torch.arange(first, min(first + step, height), device=left.device)
             places, signs = self.deposit(name, part, width)
             for row, (_, start, end) in enumerate(self.layout.groups):
-                columns = left[start:end, :, first : first + step].flatten(0, 1)
-                self._add(row, columns.t() @ right[start:end].flatten(0, 1), places, signs)
+                columns = left[start:end, :, first : first + step].flatten(0, 1).to(dtype)
+                self._add(row, columns.t() @ right[start:end].flatten(0, 1).to(dtype), places, signs)
 
     def add_rows(self, name: str, indices: Tensor, right: Tensor) -> None:
         step = max(1, _CHUNK // right.shape[-1])

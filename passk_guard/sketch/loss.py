@@ -23,8 +23,8 @@ def score_logits(
         temperature: of the sampling, > 0.
 
     Returns:
-        log-probabilities [B] in nats, and the gradient of their sum [B, T, V] in the logits'
-        dtype.
+        log-probabilities [B] in nats, and the gradient of their sum [B, T, V] in the dtype of
+        the logits.
     """
     sample, position = completion_mask[:, 1:].nonzero(as_tuple=True)
     targets = input_ids[sample, position + 1]

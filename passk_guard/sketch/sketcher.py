@@ -33,7 +33,7 @@ class ScoreSketcher:
 
     Pi is linear and random with E[Pi^T Pi] = 1, so inner products are kept in expectation:
     E<S_s, S_s'> = <grad_s, grad_s'>. Only parameters that require grad count as theta (with LoRA: the
-    adapters). The relative error of a cosine is about k_eff^-1/2, where k_eff is close to `dim` for
+    adapters). The rms error of a cosine is about k_eff^-1/2, where k_eff is close to `dim` for
     "countsketch" and some fraction of it for "kronecker", which is faster.
 
     Methods:
@@ -62,6 +62,7 @@ class ScoreSketcher:
         self._plan = make_plan(model)
         self._asked_dim = dim
         self._missed: set[str] = set()
+        self._checked_norms: set[nn.Module] = set()
         self.reseed(seed)
         warn_if_low(self.coverage, self._plan.sizes)
 
@@ -115,7 +116,7 @@ class ScoreSketcher:
         """
         check_batch(input_ids, attention_mask, completion_mask, slots, num_slots, temperature)
         if self._plan.trainable != trainable_ids(self.model):
-            self._plan = make_plan(self.model)
+            self._plan, self._draws = make_plan(self.model), Draws(self.seed)
         device = input_ids.device
         order = slots.argsort(stable=True)  # makes the samples of a slot neighbours
         layout = lay_out(slots[order].to(device))
@@ -124,7 +125,7 @@ class ScoreSketcher:
         completion = completion_mask.to(device).bool()[order]
 
         accumulator = self._accumulator(layout)
-        tap = Tap(self._plan.uses, accumulator, *input_ids.shape)
+        tap = Tap(self._plan.uses, accumulator, *input_ids.shape, checked=self._checked_norms)
         with untouched(self.model), tapped(self.model, tap), torch.enable_grad():
             logits = forward_logits(self.model, input_ids, attention_mask)
             log_probs, gradient = score_logits(logits.detach(), input_ids, completion, temperature)
@@ -188,6 +189,6 @@ def _check_finite(sketch: Tensor, log_probs: Tensor) -> None:
     cause = (
         f"log pi(y|x) is not finite for samples {shown} of the batch"
         if found
-        else ("every log-probability is finite, so the backward overflowed")
+        else "every log-probability is finite, so the backward overflowed"
     )
     raise VoidRefresh(f"The sketched score vectors hold NaN or infinity: {cause}.")

@@ -41,12 +41,15 @@ class Tap:
     """The hooks of one pass, and what they saw.
 
     Attributes:
+        checked: norms whose formula has held once, shared by all passes: looking makes a GPU wait.
         seen: positions in `uses` of the modules whose output gradient arrived.
         missed: names of parameters whose module was not called on the batch in a form that is understood.
     """
 
-    def __init__(self, uses: Sequence[Use], accumulator: Accumulator, batch: int, width: int) -> None:
-        self.uses, self.accumulator = uses, accumulator
+    def __init__(
+        self, uses: Sequence[Use], accumulator: Accumulator, batch: int, width: int, checked: set[nn.Module]
+    ) -> None:
+        self.uses, self.accumulator, self.checked = uses, accumulator, checked
         self.batch, self.width = batch, width
         self.seen: set[int] = set()
         self.missed: set[str] = set()
@@ -56,13 +59,14 @@ class Tap:
         silent = {name for i, use in enumerate(self.uses) if i not in self.seen for name in _names(use)}
         return silent | self.missed
 
-    @torch.no_grad()
     def on_forward(self, index: int, x: Tensor, output: Tensor) -> None:
         """Keep the factor that comes from the input, and wait for the gradient of the output."""
         use = self.uses[index]
-        if use.kind == "rms_norm" and not scales_normalised_input(use.module, x, output):
-            self.missed.update(_names(use))
-            return
+        if use.kind == "rms_norm" and use.module not in self.checked:
+            if not scales_normalised_input(use.module, x, output):
+                self.missed.update(_names(use))
+                return
+            self.checked.add(use.module)
         contribution = CONTRIBUTIONS[use.kind](use, self.accumulator)
         rows = x[..., None] if use.kind == "embedding" else x
         factor = by_sample(rows.expand(*output.shape[:-1], -1), self.batch, self.width)
@@ -72,14 +76,21 @@ class Tap:
             return
         node = _keep(*contribution.keep(factor))
 
-        @torch.no_grad()
         def on_gradient(grad: Tensor) -> None:
-            delta = by_sample(grad, self.batch, self.width)
-            assert delta is not None  # the output had a form that is understood
-            contribution.add(delta, node.saved_tensors)
+            with _plain_arithmetic(grad):
+                delta = by_sample(grad, self.batch, self.width)
+                assert delta is not None  # the output had a form that is understood
+                contribution.add(delta, node.saved_tensors)
             self.seen.add(index)
 
         output.register_hook(on_gradient)
+
+
+@contextmanager
+def _plain_arithmetic(like: Tensor) -> Iterator[None]:
+    """Neither recorded by autograd nor lowered in precision by an autocast that surrounds the model."""
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        yield
 
 
 def _names(use: Use) -> set[str]:
@@ -98,7 +109,8 @@ def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
             if not torch.is_grad_enabled():  # the first forward of reentrant checkpointing
                 return None
             output = _into_graph(output)
-            tap.on_forward(index, _input(args, kwargs).detach(), output)
+            with _plain_arithmetic(output):
+                tap.on_forward(index, _input(args, kwargs).detach(), output)
             return output
 
         return hook

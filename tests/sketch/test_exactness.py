@@ -124,6 +124,7 @@ def test_only_trainable_parameters_are_sketched():
 def test_follows_a_change_of_the_trainable_parameters():
     model, batch = tiny_model("qwen2"), ragged_batch()
     sketcher = ScoreSketcher(model, method="identity")
+    sketcher.sketch(**batch, num_slots=6)
     model.model.embed_tokens.weight.requires_grad_(False)
     expected = oracle_sketch(model, batch, 6)
     assert relative_error(sketcher.sketch(**batch, num_slots=6), expected) < 1e-5
@@ -138,3 +139,13 @@ def test_bf16_stays_close_to_fp32(method):
     high = ScoreSketcher(model.float(), dim=1024, method=method).sketch(**batch, num_slots=6)
     assert low.dtype == torch.float32
     assert relative_error(low, high) < 0.05
+
+
+@pytest.mark.parametrize("method", ["identity", "kronecker", "countsketch"])
+def test_autocast_around_the_model_stays_close_to_fp32(method):
+    model, batch = tiny_model("qwen2", initializer_range=0.1), ragged_batch()
+    sketcher = ScoreSketcher(model, dim=1024, method=method)
+    high = sketcher.sketch(**batch, num_slots=6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = sketcher.sketch(**batch, num_slots=6)
+    assert 0 < relative_error(low, high) < 0.05

@@ -1,0 +1,113 @@
+"""What a user reads."""
+
+import json
+import logging
+import sys
+import types
+
+import pytest
+import torch
+
+from passk_guard import ConflictEstimate
+from passk_guard.reporting import Journal, describe_estimate, estimate_metrics
+from passk_guard.reporting.alerts import send_alert
+from passk_guard.reporting.message import state_change
+from passk_guard.reporting.metrics import log_row
+
+COMMON = {"k": 8, "confidence": 0.95, "threshold": 0.0, "num_prompts": 192, "num_informative": 150, "num_refreshes": 3}
+CONFLICT = ConflictEstimate(
+    status="conflict",
+    reason="",
+    cosine=-0.31,
+    ci_low=-0.44,
+    ci_high=-0.17,
+    k_star=2,
+    pass_at_1=0.5,
+    pass_at_1_se=0.02,
+    pass_at_k=0.8,
+    pass_at_k_se=0.01,
+    mean_weighted_agreement=-0.2,
+    mean_weight=2.0,
+    frac_negative_pairs=0.4,
+    **COMMON,
+)
+SILENT = ConflictEstimate(status="undetermined", reason="the probe holds no pass@8 signal", **COMMON)
+
+
+def test_the_line_of_the_design():
+    assert state_change(240, "conflict", CONFLICT, "observe") == (
+        "passk_guard step 240: CONFLICT cos(pass@1, pass@8) = -0.31, 95% CI [-0.44, -0.17], 3 refreshes pooled; "
+        "k* = 2; action: observe"
+    )
+    assert "not held out" in state_change(240, "conflict", CONFLICT, "observe", held_out=False)
+
+
+def test_no_number_where_there_is_none():
+    assert describe_estimate(SILENT) == "cos(pass@1, pass@8) undetermined: the probe holds no pass@8 signal"
+    metrics = estimate_metrics(SILENT, "undetermined")
+    assert metrics["cosine"] is None
+    assert metrics["conflict"] is None
+    assert log_row(metrics) == {}
+
+
+def test_metric_names():
+    row = log_row(estimate_metrics(CONFLICT, "conflict"))
+    assert row["passk_guard/cosine"] == -0.31
+    assert row["passk_guard/pass_at_8"] == 0.8
+    assert row["passk_guard/agreement"] == -0.1
+    assert row["passk_guard/conflict"] == 1.0
+    assert not any("@" in name for name in row)
+    assert all(isinstance(value, float) for value in row.values())
+
+
+def test_the_journal_is_json_whatever_it_is_given(tmp_path):
+    journal = Journal(tmp_path / "deep" / "passk_guard.jsonl")
+    journal.write("refresh", 3, a=float("nan"), b=torch.tensor([1.0, float("inf")]), c={"k": (1, None)}, d=object)
+    journal.write("void", 4, reason='quote " and\nnewline')
+    lines = (tmp_path / "deep" / "passk_guard.jsonl").read_text().splitlines()
+    first, second = map(json.loads, lines)
+    assert first | {"d": 0} == {
+        "event": "refresh",
+        "step": 3,
+        "a": None,
+        "b": [1.0, None],
+        "c": {"k": [1, None]},
+        "d": 0,
+    }
+    assert second["reason"] == 'quote " and\nnewline'
+    Journal(None).write("refresh", 1)
+
+
+def tracker(calls, **more):
+    return types.SimpleNamespace(
+        alert=lambda **kw: calls.append(kw), AlertLevel=types.SimpleNamespace(WARN="warn"), **more
+    )
+
+
+def test_alerts_go_where_the_run_reports(monkeypatch):
+    wandb, trackio = [], []
+    monkeypatch.setitem(sys.modules, "wandb", tracker(wandb, run=object()))
+    monkeypatch.setitem(sys.modules, "trackio", tracker(trackio))
+    assert send_alert("t", "x", ["wandb", "tensorboard"]) == ["wandb"]
+    assert wandb == [{"title": "t", "text": "x", "level": "warn"}]
+    assert trackio == []
+    assert send_alert("t", "x", ["wandb", "trackio"]) == ["wandb", "trackio"]
+
+
+def test_alerts_that_fail_are_logged(monkeypatch, caplog):
+    def down(**_):
+        raise ConnectionError("offline")
+
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.SimpleNamespace(alert=down, AlertLevel=tracker([]).AlertLevel, run=1)
+    )
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        assert send_alert("t", "x", ["wandb"]) == []
+    assert "ConnectionError: offline" in caplog.text
+    monkeypatch.setitem(sys.modules, "wandb", tracker([], run=None))
+    assert send_alert("t", "x", ["wandb"]) == [], "a run that has not begun"
+
+
+@pytest.mark.parametrize("trackers", [[], ["tensorboard"]])
+def test_no_tracker_no_alert(trackers):
+    assert send_alert("t", "x", trackers) == []
