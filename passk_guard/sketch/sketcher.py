@@ -125,7 +125,8 @@ class ScoreSketcher:
         completion = completion_mask.to(device).bool()[order]
 
         accumulator = self._accumulator(layout)
-        tap = Tap(self._plan.uses, accumulator, *input_ids.shape, checked=self._checked_norms)
+        batch, width = input_ids.shape
+        tap = Tap(self._plan.uses, accumulator, batch, width, self._checked_norms)
         with untouched(self.model), tapped(self.model, tap), torch.enable_grad():
             logits = forward_logits(self.model, input_ids, attention_mask)
             log_probs, gradient = score_logits(logits.detach(), input_ids, completion, temperature)

@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# One thread a process: tests run in parallel and several start processes of their own.
+TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+
+.PHONY: venv demo test test-distributed test-slow lint format toy clean
+
+venv: $(INSTALLED)
+
+# torch goes first and pinned: an unpinned one can pull gigabytes that a laptop has no use for.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+demo: $(INSTALLED)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m examples.interference.demo
+
+toy: $(INSTALLED)
+	$(BIN)/python -m examples.paper_toy
+
+test: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+test-distributed: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -m distributed
+
+test-slow: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not distributed and not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
