@@ -1,0 +1,84 @@
+"""The methods by themselves, on the factors of one weight gradient of each shape that they treat differently."""
+
+import pytest
+import torch
+
+from passk_guard.sketch.accumulator import Draws, lay_out
+from passk_guard.sketch.exact import CountSketchAccumulator, IdentityAccumulator
+from passk_guard.sketch.kronecker import KroneckerAccumulator
+
+SQUARE, VOCABULARY, LORA_DOWN, LORA_UP = (24, 24), (200, 24), (3, 40), (40, 3)
+LAYOUT = lay_out(torch.tensor([-1, 0, 0, 1]))
+DIM = 64
+
+
+def empty(method, shape, seed=0, name="w"):
+    height = 4 if method is KroneckerAccumulator else 2
+    width = shape[0] * shape[1] if method is IdentityAccumulator else DIM
+    rows = torch.zeros(height, width, dtype=torch.float64)
+    return method(rows, LAYOUT, {name: shape}, Draws(seed))
+
+
+def folded(accumulator):
+    sketch = torch.zeros(2, accumulator.rows.shape[1], dtype=torch.float64)
+    accumulator.fold_into(sketch)
+    return sketch
+
+
+def sketch_of(method, left, right, seed=0):
+    accumulator = empty(method, (left.shape[-1], right.shape[-1]), seed)
+    factors = (accumulator.project("w", side, x) for side, x in (("left", left), ("right", right)))
+    accumulator.add_matrix("w", *factors)
+    return folded(accumulator)
+
+
+def factors(shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(4, 5, size, generator=generator, dtype=torch.float64) for size in shape)
+
+
+@pytest.mark.parametrize("shape", [SQUARE, VOCABULARY, LORA_DOWN, LORA_UP])
+def test_identity_forms_the_gradient_of_each_slot(shape):
+    left, right = factors(shape)
+    per_sample = torch.einsum("bto,bti->boi", left, right).flatten(1)
+    expected = torch.stack([per_sample[1] + per_sample[2], per_sample[3]])
+    torch.testing.assert_close(sketch_of(IdentityAccumulator, left, right), expected)
+
+
+@pytest.mark.parametrize("method", [IdentityAccumulator, KroneckerAccumulator, CountSketchAccumulator])
+@pytest.mark.parametrize("shape", [SQUARE, VOCABULARY, LORA_DOWN, LORA_UP])
+def test_a_lookup_is_a_product_with_one_hot_vectors(shape, method):
+    """What lets an embedding and a head share one weight."""
+    ids = torch.randint(shape[0], (4, 5), generator=torch.Generator().manual_seed(1))
+    right = factors(shape)[1]
+    accumulator = empty(method, shape)
+    accumulator.add_rows("w", ids, accumulator.project("w", "right", right))
+    one_hot = torch.nn.functional.one_hot(ids, shape[0]).double()
+    torch.testing.assert_close(folded(accumulator), sketch_of(method, one_hot, right))
+
+
+@pytest.mark.parametrize("method", [KroneckerAccumulator, CountSketchAccumulator])
+@pytest.mark.parametrize("shape", [SQUARE, VOCABULARY, LORA_DOWN, LORA_UP])
+def test_inner_products_are_unbiased(shape, method):
+    left, right = factors(shape)
+    exact = sketch_of(IdentityAccumulator, left, right)
+    rows = [sketch_of(method, left, right, seed) for seed in range(300)]
+    grams = torch.stack([r @ r.T for r in rows])
+    off = (grams.mean(0) - exact @ exact.T).abs() / (grams.std(0) / 300**0.5)
+    assert float(off.max()) < 5
+
+
+@pytest.mark.parametrize("method", [KroneckerAccumulator, CountSketchAccumulator])
+def test_different_parameters_do_not_mix_in_expectation(method):
+    left, right = factors(SQUARE)
+    products = []
+    for seed in range(300):
+        sketches = []
+        for name in ("first", "second"):
+            accumulator = empty(method, SQUARE, seed, name)
+            sides = (accumulator.project(name, side, x) for side, x in (("left", left), ("right", right)))
+            accumulator.add_matrix(name, *sides)
+            sketches.append(folded(accumulator)[0])
+        products.append(sketches[0] @ sketches[1])
+    values = torch.stack(products)
+    assert abs(float(values.mean())) < 5 * float(values.std()) / 300**0.5
