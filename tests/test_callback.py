@@ -397,3 +397,11 @@ def test_a_column_the_verifier_needs(tmp_path):
 
     with pytest.raises(GuardError, match="`answer`"):
         guard_of(tiny_grpo_trainer(tmp_path), correct=needs_answer, probe=[{"prompt": p} for p in "abc"])
+
+
+def test_the_newest_refreshes_are_pooled(tmp_path):
+    trainer, guard = conflicted(tmp_path, pool_refreshes=2)
+    trainer.train()
+    assert len(guard.memory.history) == 2
+    assert guard.estimate.num_refreshes == 2
+    assert [e["refreshes"] for e in journal(tmp_path) if e["event"] == "refresh"] == [1, 2, 2, 2, 2, 2]

@@ -10,6 +10,7 @@ import torch
 
 from passk_guard import GuardError, ProbeGram, estimate_conflict, estimate_pooled, passk_advantages
 from passk_guard.agreement import weight_and_agreement
+from passk_guard.passk import unbiased_passk_weight
 from passk_guard.population import population_conflict
 from passk_guard.ustatistics import pooled_moments, refresh_moments
 from tests.populations import DIM, draw, population, true_moments
@@ -275,3 +276,15 @@ def test_misuse_says_what_to_change(call, words):
     with pytest.raises(GuardError) as error:
         call()
     assert words in str(error.value)
+
+
+def test_covariance_is_a_mean_over_triples_of_different_prompts():
+    correct, scores = score_vectors()
+    g1, g3 = gradients(correct, scores, 1), gradients(correct, scores, 3)
+    weight = unbiased_passk_weight(torch.full((6,), 5), correct.sum(1).long(), 3)
+    pairs, triples = list(itertools.permutations(range(6), 2)), list(itertools.permutations(range(6), 3))
+    inner = sum(float(g3[i] @ g1[j]) for i, j in pairs) / len(pairs)
+    product = sum(float(weight[h] * (g1[i] @ g1[j])) for h, i, j in triples) / len(triples)
+    found = weight_and_agreement([gram_of(correct, scores)], 3)
+    assert found["weight_agreement_cov"] == pytest.approx(inner - product)
+    assert found["mean_weight"] == pytest.approx(float(weight.mean()))

@@ -1,0 +1,119 @@
+"""One refresh: which samples are sketched, into which row, and what is left out."""
+
+import pytest
+import torch
+
+from passk_guard.errors import VoidRefresh
+from passk_guard.ranks import Ranks
+from passk_guard.refresh import Refresher
+from passk_guard.types import Outcomes, Rollouts
+
+
+class Recorder:
+    """A sketcher whose score vectors are the slots themselves, so that every sample can be followed."""
+
+    dim = 8
+
+    def __init__(self):
+        self.sketched, self.seeds = [], []
+
+    def reseed(self, seed):
+        self.seeds.append(seed)
+
+    def sketch(self, input_ids, attention_mask, completion_mask, slots, num_slots, temperature=1.0):
+        self.temperature = temperature
+        self.sketched += [
+            (tuple(i[a.bool()].tolist()), int(s)) for i, a, s in zip(input_ids, attention_mask, slots, strict=True)
+        ]
+        rows = torch.zeros(num_slots, self.dim)
+        return rows.index_add_(0, slots, torch.ones(len(slots), self.dim))
+
+
+def rollouts(index, temperature=0.7):
+    size = len(index)
+    return Rollouts(
+        rows=[{}] * size,
+        prompt_index=index,
+        prompt_ids=[[10 + i] for i in range(size)],
+        completion_ids=[[2]] * size,
+        completions=["x"] * size,
+        num_prompts=max(index) + 1,
+        temperature=temperature,
+    )
+
+
+def refresh(index, correct, k=2, keys=(), max_tokens=4, **outcomes):
+    sketcher = Recorder()
+    refresher = Refresher(sketcher, Ranks(torch.device("cpu")), k, max_tokens, 0)
+    found = Outcomes(torch.tensor(correct, dtype=torch.int8), **outcomes)
+    return refresher.gram(lambda: (rollouts(index), found), keys, 5), sketcher
+
+
+def test_each_sample_goes_to_the_row_of_its_prompt_and_outcome():
+    (probe, remark), sketcher = refresh([0, 0, 0, 1, 1, 1], [1, 0, 0, 1, 1, 0])
+    assert sorted(sketcher.sketched) == [
+        ((10, 2), 0),
+        ((11, 2), 2),
+        ((12, 2), 2),
+        ((13, 2), 1),
+        ((14, 2), 1),
+        ((15, 2), 3),
+    ]
+    sums = torch.tensor([1.0, 2.0, 2.0, 1.0], dtype=torch.float64)
+    assert torch.equal(probe.gram, 8 * sums[:, None] * sums)
+    assert probe.num_samples.tolist() == [3, 3]
+    assert probe.num_correct.tolist() == [1, 2]
+    assert remark is None
+    assert sketcher.seeds == [5]
+    assert sketcher.temperature == 0.7
+
+
+def test_prompts_without_a_gradient_are_not_sketched_but_counted():
+    (probe, _), sketcher = refresh([0, 0, 1, 1, 2, 2], [1, 1, 0, 0, 1, 0])
+    assert sorted(sketcher.sketched) == [((14, 2), 2), ((15, 2), 5)]
+    assert probe.num_samples.tolist() == [2, 2, 2]
+    assert probe.num_correct.tolist() == [2, 0, 1]
+
+
+def test_prompts_with_too_few_verdicts_are_left_out():
+    (probe, remark), sketcher = refresh(
+        [0, 0, 0, 1, 1, 1], [1, -1, -1, 1, 0, -1], keys=["a", "b"], failures=3, reason="E: x"
+    )
+    assert probe.num_samples.tolist() == [2]
+    assert probe.prompt_keys == ["b"]
+    assert sorted(sketcher.sketched) == [((13, 2), 1), ((14, 2), 3)]
+    assert "raised on 3 samples (E: x)" in remark
+    assert "1 prompts had fewer than 2" in remark
+
+
+def test_fillers_count_nowhere():
+    (probe, _), sketcher = refresh([0, 0, -1, -1], [1, 0, 1, 0])
+    assert probe.num_samples.tolist() == [2]
+    assert len(sketcher.sketched) == 2
+
+
+def test_a_threshold_that_nothing_reaches_is_said():
+    (_, remark), _ = refresh([0, 0, 1, 1], [0, 0, 0, 0], best_reward=0.8)
+    assert "largest reward seen is 0.8" in remark
+
+
+def test_stages_that_fail_are_void():
+    refresher = Refresher(Recorder(), Ranks(torch.device("cpu")), 2, 4, 0)
+
+    def fails():
+        raise MemoryError("no room")
+
+    with pytest.raises(VoidRefresh, match="MemoryError: no room"):
+        refresher.gram(fails, (), 0)
+    with pytest.raises(VoidRefresh, match="no prompt has 2 samples with a verdict"):
+        refresh([0, 1], [1, 0])
+
+
+def test_a_user_who_stops_the_run_is_heeded():
+    refresher = Refresher(Recorder(), Ranks(torch.device("cpu")), 2, 4, 0)
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refresher.gram(stopped, (), 0)
