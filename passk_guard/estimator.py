@@ -133,10 +133,9 @@ def _with_cosine(base: ConflictEstimate, moments: Moments, ks: Tensor) -> Confli
     one_sided = student_t_quantile(base.confidence, degrees)
     cosine, error = _cosine(value, covariance)
     ci_low, ci_high = cosine_bounds(value, covariance, two_sided)
-    if (ci_low, ci_high) == (-1.0, 1.0):
-        level = f"{100 * base.confidence:g}%"
-        return replace(base, reason=f"the probe holds no signal: the {level} interval of the cosine is all of [-1, 1]")
     lower, upper = cosine_bounds(value, covariance, one_sided)
+    if (lower, upper) == (-1.0, 1.0):
+        return replace(base, reason="the probe holds no signal: no cosine in [-1, 1] can be ruled out")
     status, reason = _status(lower, upper, base.threshold, base.confidence)
     curve = _curve(moments, ks, two_sided, one_sided, base.threshold)
     return replace(

@@ -1,5 +1,6 @@
 """What a user reads."""
 
+import dataclasses
 import json
 import logging
 import sys
@@ -40,6 +41,9 @@ def test_the_line_of_the_design():
         "k* = 2; action: observe"
     )
     assert "not held out" in state_change(240, "conflict", CONFLICT, "observe", held_out=False)
+    lost = dataclasses.replace(CONFLICT, reason="the probe cannot tell")
+    assert "k* = 2; the probe cannot tell; action" in state_change(300, "undetermined", lost, "observe")
+    assert state_change(300, "undetermined", SILENT, "observe").count(SILENT.reason) == 1
 
 
 def test_no_number_where_there_is_none():

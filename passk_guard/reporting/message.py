@@ -20,7 +20,8 @@ def describe_estimate(estimate: ConflictEstimate) -> str:
 def state_change(step: int, verdict: Status, estimate: ConflictEstimate, action: str, *, held_out: bool = True) -> str:
     """The log line of a change of verdict, as in `passk_guard step 240: CONFLICT cos(...) = ...; action: observe`."""
     source = "" if held_out else " (training batch, not held out)"
-    return f"passk_guard step {step}: {verdict.upper()} {describe_estimate(estimate)}{source}; action: {action}"
+    why = f"; {estimate.reason}" if verdict == "undetermined" and estimate.cosine is not None else ""
+    return f"passk_guard step {step}: {verdict.upper()} {describe_estimate(estimate)}{source}{why}; action: {action}"
 
 
 def void_refresh(step: int, reason: str) -> str:
