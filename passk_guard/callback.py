@@ -73,7 +73,6 @@ class PassKGuardCallback(TrainerCallback):
         self._verifier = choose_verifier(trainer, correct, self.config)
         self._sketcher = self._new_sketcher()
         self._reporter = Reporter(trainer, held_out=self.config.source == "held_out")
-        self._last_refresh = -1
         self._source: HeldOut | None = None
         self._tap: BatchTap | None = None
         if self.config.source == "training_batch":
@@ -92,13 +91,12 @@ class PassKGuardCallback(TrainerCallback):
             self._tap.install()
         self._ranks = Ranks(self._trainer.accelerator.device)
         self._sketcher = self._new_sketcher()
-        self._last_refresh = -1
         self.memory = self._recall(args, state)
         self._announce()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refresh from the probe set, where this step is due."""
-        if self._source is None or not self._due(state.global_step):
+        if self._source is None or state.global_step % self.config.refresh_steps:
             return
         number = state.global_step // self.config.refresh_steps
         self._refresh(state.global_step, lambda: self._sample(number), self._source.keys(number))
@@ -121,16 +119,15 @@ class PassKGuardCallback(TrainerCallback):
     def _refresh(
         self, step_number: int, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable]
     ) -> None:
-        self._last_refresh = step_number
         began = time.perf_counter()
         try:
             with untouched(self._trainer.model, self._trainer.processing_class):
                 seed = self.config.probe_seed * 1_000_003 + step_number
                 probe, remark = self._refresher().gram(sample, keys, seed)
-            memory = self.memory.with_refresh(probe, self.config.pool_refreshes)
+            memory = self.memory.with_refresh(probe, self.config.pool_refreshes, step_number)
             estimate = self._estimate(memory)
         except VoidRefresh as error:
-            self.memory = replace(self.memory, voids=self.memory.voids + 1)
+            self.memory = self.memory.with_void(step_number)
             alert_after = self.config.void_alert
             self._reporter.void(step_number, str(error), streak=self.memory.voids, alert_after=alert_after)
             return
@@ -151,7 +148,8 @@ class PassKGuardCallback(TrainerCallback):
 
     def _on_training_batch(self, rollouts: Rollouts, rewards: torch.Tensor) -> None:
         step_number = self._trainer.state.global_step
-        if self._due(step_number):
+        # Batches come when the trainer generates, which need not be on every step.
+        if self.memory.step < 0 or step_number - self.memory.step >= self.config.refresh_steps:
             self._refresh(step_number, lambda: (rollouts, self._batch_outcomes(rollouts, rewards)), ())
 
     def _batch_outcomes(self, rollouts: Rollouts, rewards: torch.Tensor) -> Outcomes:
@@ -192,9 +190,6 @@ class PassKGuardCallback(TrainerCallback):
             pad_token_id=next(token for token in candidates if token is not None),
             autocast=self._trainer.accelerator.autocast,
         )
-
-    def _due(self, step_number: int) -> bool:
-        return step_number % self.config.refresh_steps == 0 and step_number != self._last_refresh
 
     def _new_sketcher(self) -> ScoreSketcher:
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)

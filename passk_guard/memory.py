@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,21 @@ class Memory:
         decision: state of the decision.
         history: newest refreshes, oldest first, at most as many as are pooled.
         voids: void refreshes in a row.
+        step: of the newest refresh, void or not; -1 before the first.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
     history: tuple[ProbeGram, ...] = ()
     voids: int = 0
+    step: int = -1
 
-    def with_refresh(self, probe: ProbeGram, pool: int) -> Memory:
+    def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
         """The same with one more refresh, and the streak of void ones ended."""
-        return Memory(self.decision, (*self.history, probe)[-pool:], 0)
+        return Memory(self.decision, (*self.history, probe)[-pool:], 0, step)
+
+    def with_void(self, step: int) -> Memory:
+        """The same with one more void refresh."""
+        return replace(self, voids=self.voids + 1, step=step)
 
 
 def save_memory(memory: Memory, folder: Path) -> None:
@@ -45,6 +51,7 @@ def save_memory(memory: Memory, folder: Path) -> None:
         "format": _FORMAT,
         "decision": asdict(memory.decision),
         "voids": memory.voids,
+        "step": memory.step,
         "history": [
             {
                 "gram": probe.gram,
@@ -75,4 +82,5 @@ def load_memory(folder: Path) -> Memory | None:
         decision=DecisionState(**content["decision"]),
         history=tuple(ProbeGram(**probe) for probe in content["history"]),
         voids=content["voids"],
+        step=content["step"],
     )

@@ -405,3 +405,38 @@ def test_the_newest_refreshes_are_pooled(tmp_path):
     assert len(guard.memory.history) == 2
     assert guard.estimate.num_refreshes == 2
     assert [e["refreshes"] for e in journal(tmp_path) if e["event"] == "refresh"] == [1, 2, 2, 2, 2, 2]
+
+
+def test_the_training_batch_where_not_every_step_generates(tmp_path):
+    trainer = tiny_grpo_trainer(tmp_path, max_steps=9, num_iterations=2)
+    guard_of(trainer, source="training_batch", num_samples=4, refresh_steps=3)
+    trainer.train()
+    assert [e["step"] for e in journal(tmp_path)] == [0, 4, 8]
+
+
+def test_lora_is_watched_through_its_adapters_and_stays_bit_for_bit(tmp_path):
+    from peft import LoraConfig
+
+    def trained(folder, guarded):
+        lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.1, init_lora_weights=False)
+        torch.manual_seed(0)
+        trainer = tiny_grpo_trainer(folder, peft_config=lora)
+        guard = guard_of(trainer, refresh_steps=1) if guarded else None
+        trainer.train()
+        return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}, guard
+
+    without, _ = trained(tmp_path / "without", False)
+    found, guard = trained(tmp_path / "with", True)
+    assert without
+    assert all(torch.equal(without[name], found[name]) for name in without)
+    assert guard._sketcher.coverage.share == 1.0
+    assert guard._sketcher.coverage.total == sum(p.numel() for p in found.values())
+    assert float(guard.memory.history[-1].gram.abs().max()) > 0
+
+
+@pytest.mark.parametrize("wanted", [True, None])
+def test_the_progress_bar_shows_where_it_is_wanted(wanted, tmp_path, capfd):
+    trainer = tiny_lm_trainer(tmp_path, max_steps=1)
+    guard_of(trainer, progress_bar=wanted)
+    trainer.train()
+    assert ("passk_guard probe" in capfd.readouterr().err) is bool(wanted), "quiet when nobody watches a terminal"
