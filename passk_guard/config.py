@@ -38,6 +38,26 @@ class GuardConfig:
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = _setting(0.95, "Confidence of the interval and of the verdict.")
     patience: AtLeast1 = _setting(2, "Refreshes in a row that must agree before the verdict changes.")
     cooldown: AtLeast1 = _setting(3, "Refreshes in a row without an established conflict that end a CONFLICT.")
+    mitigation: Literal["off", "project"] = _setting(
+        "off",
+        "off observes; project turns the training gradient before clipping and the optimizer, as little as possible, to "
+        "cosine >= gamma with the probe's pass@1 gradient.",
+    )
+    gamma: Annotated[float, Field(ge=0, lt=1)] = _setting(
+        0.2, "Cosine that project restores; 0 only removes the conflict and does not protect pass@1."
+    )
+    gate: Literal["conflict", "always"] = _setting(
+        "conflict", "When project acts: while the newest estimate is in conflict at gate_confidence, or always."
+    )
+    gate_confidence: Annotated[float, Field(gt=0.5, lt=1)] = _setting(
+        0.8413, "One-sided confidence from which a conflict opens the gate; the default is one standard error."
+    )
+    protected_average: Annotated[float, Field(ge=0, lt=1)] = _setting(
+        0.0, "Weight of the past in the exponential average of the protected gradient over refreshes."
+    )
+    protected_dtype: Literal["float32", "bfloat16"] = _setting(
+        "float32", "Dtype the protected gradient is kept in; bfloat16 halves its memory."
+    )
     correct_threshold: float = _setting(1.0, "Rewards at or above it count as correct.")
     source: Literal["held_out", "training_batch"] = _setting(
         "held_out",
@@ -69,6 +89,11 @@ class GuardConfig:
             raise ValueError(
                 f"Expected `num_samples` >= k; found num_samples={self.num_samples}, k={self.k}. No unbiased estimate "
                 "exists above the number of samples: raise `num_samples` or lower `k`."
+            )
+        if self.mitigation == "project" and self.source == "training_batch":
+            raise ValueError(
+                "Expected source='held_out' for mitigation='project'; found 'training_batch'. Its batch comes in the "
+                "middle of a step, where no second gradient can be taken: pass held-out prompts as `probe`."
             )
         return self
 

@@ -93,6 +93,17 @@ def estimate_pooled(
     return _with_cosine(estimate, moments, ks)
 
 
+def in_conflict(estimate: ConflictEstimate, confidence: float) -> bool:
+    """Whether <grad J_k, grad J_1> < 0 at this one-sided confidence, e.g. 0.8413 for one standard error.
+
+    The inner product alone is tested: it needs no norms, so it has an answer where the cosine has none.
+    """
+    if estimate.inner_product is None or estimate.inner_product_se is None:
+        return False
+    quantile = student_t_quantile(confidence, max(1, estimate.num_informative - 1))
+    return estimate.inner_product + quantile * estimate.inner_product_se < 0
+
+
 def _base(probes: Sequence[ProbeGram], k: int, threshold: float, confidence: float) -> ConflictEstimate:
     """What every estimate states, with or without an angle."""
     newest = probes[-1]

@@ -12,10 +12,33 @@ from torch import Tensor
 
 from passk_guard.errors import VoidRefresh
 from passk_guard.ranks import Ranks
-from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
+from passk_guard.sketch import ScoreSketcher, TokenBatch, filler_batch, token_batches
 from passk_guard.types import Outcomes, ProbeGram, Rollouts
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """What one refresh found, and what it takes to go through its samples again.
+
+    Attributes:
+        probe: the Gram matrix of the prompts with at least `fewest` verdicts, the same on every rank.
+        remark: what was left out and why, if anything was.
+        batches: this rank's samples of prompts that have a gradient; slot x or m + x as in the Gram matrix of all
+            m prompts. Every rank has equally many.
+        num_samples, num_correct: [m] verdicts of all prompts, over all ranks.
+        fewest: prompts with fewer verdicts count nowhere.
+        temperature: of the sampling.
+    """
+
+    probe: ProbeGram
+    remark: str | None
+    batches: list[TokenBatch]
+    num_samples: Tensor
+    num_correct: Tensor
+    fewest: int
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -38,18 +61,13 @@ class Refresher:
     pad_token_id: int
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    def gram(
-        self, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable], seed: int
-    ) -> tuple[ProbeGram, str | None]:
+    def run(self, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable], seed: int) -> Refresh:
         """Run all stages. Every rank calls this, and every rank gets the same Gram matrix or the same VoidRefresh.
 
         Args:
             sample: gives this rank's rollouts and their outcomes.
             keys: identities of the prompts over all ranks, or none.
             seed: of the projections, new for each refresh so that pooling averages the sketch's error out.
-
-        Returns:
-            The Gram matrix of the prompts that have at least k verdicts, and a remark on what was left out.
 
         Raises:
             VoidRefresh: a stage failed on some rank, too few prompts have k verdicts, or a score is not finite.
@@ -62,13 +80,22 @@ class Refresher:
         if kept.numel() == 0:
             raise VoidRefresh(f"no prompt has {self.k} samples with a verdict; {remark}")
         mixed = (num_samples >= self.k) & (num_correct > 0) & (num_correct < num_samples)
-        sums = self._score_sums(rollouts, _slots(rollouts, outcomes, mixed), 2 * num_samples.numel(), seed)
+        batches = self._batches(rollouts, _slots(rollouts, outcomes, mixed))
+        sums = self._score_sums(batches, rollouts.temperature, 2 * num_samples.numel(), seed)
         rows = torch.cat([kept, kept + num_samples.numel()]).to(sums.device)
         gram = self.ranks.from_first(_gram(sums[rows]))
         if not bool(torch.isfinite(gram).all()):
             raise VoidRefresh("the inner products of the score vectors are not finite")
         names = [keys[i] for i in kept.tolist()] if len(keys) else ()
-        return ProbeGram(gram, num_samples[kept], num_correct[kept], names), remark
+        return Refresh(
+            probe=ProbeGram(gram, num_samples[kept], num_correct[kept], names),
+            remark=remark,
+            batches=batches,
+            num_samples=num_samples,
+            num_correct=num_correct,
+            fewest=self.k,
+            temperature=rollouts.temperature,
+        )
 
     def _counts(self, rollouts: Rollouts, outcomes: Outcomes) -> tuple[Tensor, Tensor]:
         """[m] samples with a verdict and [m] correct ones, over all ranks."""
@@ -80,10 +107,7 @@ class Refresher:
         counts = self.ranks.sum(counts)
         return counts[0], counts[1]
 
-    def _score_sums(self, rollouts: Rollouts, slots: Tensor, num_slots: int, seed: int) -> Tensor:
-        """[2m, dim] sketched sums S+ and S- over the samples of all ranks."""
-        device = self.ranks.device
-        self.sketcher.reseed(seed)
+    def _batches(self, rollouts: Rollouts, slots: Tensor) -> list[TokenBatch]:
         batches = self.ranks.together(
             lambda: list(
                 token_batches(
@@ -92,16 +116,20 @@ class Refresher:
                     slots.tolist(),
                     max_tokens=self.max_tokens,
                     pad_token_id=self.pad_token_id,
-                    device=device,
+                    device=self.ranks.device,
                 )
             )
         )
         # Ranks that hold parts of one model must run equally many passes.
         missing = self.ranks.max(len(batches)) - len(batches)
-        batches += [filler_batch(pad_token_id=self.pad_token_id, device=device)] * missing
+        return batches + [filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)] * missing
+
+    def _score_sums(self, batches: list[TokenBatch], temperature: float, num_slots: int, seed: int) -> Tensor:
+        """[2m, dim] sketched sums S+ and S- over the samples of all ranks."""
+        self.sketcher.reseed(seed)
 
         def sketch() -> Tensor:
-            total = torch.zeros(num_slots, self.sketcher.dim, device=device)
+            total = torch.zeros(num_slots, self.sketcher.dim, device=self.ranks.device)
             for batch in batches:
                 with self.autocast():
                     total = total + self.sketcher.sketch(
@@ -110,7 +138,7 @@ class Refresher:
                         batch.completion_mask,
                         batch.slots,
                         num_slots,
-                        temperature=rollouts.temperature,
+                        temperature=temperature,
                     )
             return total
 

@@ -9,10 +9,32 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "passk_guard"
 
-LEAVES = {"errors", "types", "patch"}
-MATHEMATICS = {"passk", "pkpo", "population", "intervals", "ustatistics", "agreement", "estimator", "decision"}
-ROOMS = {"sketch", "probe", "sampling", "scoring", "isolation", "reporting", "objective", "config", "ranks", "progress"}
-WIRING = {"callback", "refresh", "sources", "assembly", "memory", "__init__"}
+LEAVES = {"errors", "types", "patch", "dropout"}
+MATHEMATICS = {
+    "passk",
+    "pkpo",
+    "population",
+    "intervals",
+    "ustatistics",
+    "agreement",
+    "estimator",
+    "decision",
+    "mitigation",
+}
+ROOMS = {
+    "sketch",
+    "probe",
+    "sampling",
+    "scoring",
+    "isolation",
+    "reporting",
+    "objective",
+    "config",
+    "ranks",
+    "progress",
+    "engines",
+}
+WIRING = {"callback", "refresh", "sources", "assembly", "memory", "protect", "step_guard", "__init__"}
 STACK = {"transformers", "trl", "accelerate", "deepspeed", "pydantic", "datasets", "peft", "tqdm", "yaml", "numpy"}
 
 

@@ -46,7 +46,8 @@ def refresh(index, correct, k=2, keys=(), max_tokens=4, **outcomes):
     sketcher = Recorder()
     refresher = Refresher(sketcher, Ranks(torch.device("cpu")), k, max_tokens, 0)
     found = Outcomes(torch.tensor(correct, dtype=torch.int8), **outcomes)
-    return refresher.gram(lambda: (rollouts(index), found), keys, 5), sketcher
+    done = refresher.run(lambda: (rollouts(index), found), keys, 5)
+    return (done.probe, done.remark), sketcher
 
 
 def test_each_sample_goes_to_the_row_of_its_prompt_and_outcome():
@@ -104,7 +105,7 @@ def test_stages_that_fail_are_void():
         raise MemoryError("no room")
 
     with pytest.raises(VoidRefresh, match="MemoryError: no room"):
-        refresher.gram(fails, (), 0)
+        refresher.run(fails, (), 0)
     with pytest.raises(VoidRefresh, match="no prompt has 2 samples with a verdict"):
         refresh([0, 1], [1, 0])
 
@@ -116,4 +117,4 @@ def test_a_user_who_stops_the_run_is_heeded():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        refresher.gram(stopped, (), 0)
+        refresher.run(stopped, (), 0)

@@ -17,12 +17,14 @@ class LogRows:
 
     Args:
         trainer: a transformers Trainer or one of its children.
+        since_last: asked at each row for the numbers of the steps since the one before.
 
     Raises:
         GuardError: from `install`, when another guard is installed on this trainer.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, since_last: Callable[[], Metrics] = dict) -> None:
+        self._since_last = since_last
         self._waiting: dict[str, float] = {}
         self._patch = MethodPatch(trainer, "log", self._complete, owner="passk_guard.LogRows")
 
@@ -40,8 +42,9 @@ class LogRows:
 
     def _complete(self, original: Callable[..., None]) -> Callable[..., None]:
         def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            if "loss" in logs and self._waiting:
-                logs, self._waiting = {**logs, **self._waiting}, {}
+            if "loss" in logs:
+                logs = {**logs, **self._waiting, **log_row(self._since_last())}
+                self._waiting = {}
             return original(logs, *args, **kwargs)
 
         return log

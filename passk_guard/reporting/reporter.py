@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from passk_guard.reporting.alerts import send_alert
 from passk_guard.reporting.journal import Journal
 from passk_guard.reporting.log_rows import LogRows
 from passk_guard.reporting.message import blind, state_change, void_refresh
-from passk_guard.reporting.metrics import estimate_metrics
+from passk_guard.reporting.metrics import Metrics, estimate_metrics
 from passk_guard.types import ConflictEstimate, Status
 
 logger = logging.getLogger("passk_guard")
@@ -24,12 +25,14 @@ class Reporter:
     Args:
         trainer: whose log rows are completed, and whose `report_to` names the trackers.
         held_out: False where the numbers describe the training batch, which every line then says.
+        since_last: asked at each log row for the numbers of the steps since the row before.
     """
 
-    def __init__(self, trainer: Any, *, held_out: bool) -> None:
+    def __init__(self, trainer: Any, *, held_out: bool, since_last: Callable[[], Metrics] = dict) -> None:
         self._trainer = trainer
         self._held_out = held_out
-        self._rows = LogRows(trainer)
+        self._rows = LogRows(trainer, self._steps)
+        self._since_last = since_last
         self._journal = Journal(None)
 
     def open(self) -> None:
@@ -79,6 +82,12 @@ class Reporter:
         message = state_change(step, after, estimate, action, held_out=self._held_out)
         self._journal.write("state", step, **{"from": before, "to": after}, message=message)
         self._alert(f"passk_guard: {after.upper()}", message)
+
+    def _steps(self) -> Metrics:
+        metrics = self._since_last()
+        if metrics:
+            self._journal.write("steps", self._trainer.state.global_step, **metrics)
+        return metrics
 
     def void(self, step: int, reason: str, *, streak: int, alert_after: int) -> None:
         """A refresh without an estimate; after `alert_after` in a row an alert says that the guard is blind."""

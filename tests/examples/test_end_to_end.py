@@ -47,9 +47,9 @@ def test_the_pipeline_is_unbiased_for_exact_gradients(tmp_path):
     for refresh in range(REFRESHES):
         rollouts = source.rollouts(refresh, 0, 1)
         outcomes = verifier.score(rollouts)
-        probe, remark = refresher.gram(lambda r=rollouts, o=outcomes: (r, o), source.keys(refresh), seed=refresh)
-        assert remark is None
-        probes.append(probe)
+        done = refresher.run(lambda r=rollouts, o=outcomes: (r, o), source.keys(refresh), seed=refresh)
+        assert done.remark is None
+        probes.append(done.probe)
     values = torch.stack([pooled_moments([probe], torch.tensor([K])).value[0] for probe in probes])
     mean, error = values.mean(0), values.std(0) / math.sqrt(REFRESHES)
     print("exact", exact.tolist(), "mean", mean.tolist(), "error", error.tolist())

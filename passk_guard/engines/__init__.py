@@ -1,0 +1,6 @@
+"""Reaching the gradient before the optimizer step, whatever engine holds it."""
+
+from passk_guard.engines.choose import choose_engine
+from passk_guard.engines.protocol import GradientEngine, Parts
+
+__all__ = ["GradientEngine", "Parts", "choose_engine"]

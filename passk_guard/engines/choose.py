@@ -1,0 +1,77 @@
+"""Which engine a trainer holds, or why the guard leaves its gradients alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from passk_guard.engines.fsdp import ShardedEngine
+from passk_guard.engines.native import NativeEngine
+from passk_guard.engines.protocol import GradientEngine
+from passk_guard.engines.refusals import refuse_accelerator, refuse_layerwise_optimizer, refuse_placement, refused
+
+
+def choose_engine(trainer: Any) -> GradientEngine:
+    """The engine of this trainer, by what it holds: no setting is read.
+
+    Args:
+        trainer: a transformers Trainer whose train() has begun (`on_train_begin`): its model is wrapped only then.
+
+    Raises:
+        GuardError: for an arrangement on which editing gradients is not tested, with what was found and what to do:
+            FSDP1, FSDP2 on a mesh of several dimensions or with unsharded trained parameters, tensor, pipeline,
+            context, sequence and expert parallelism, Megatron, XLA, MPS, DataParallel over several GPUs, optimizers
+            that run inside the backward pass, several processes that no wrapper connects, and nothing to train.
+    """
+    refuse_accelerator(trainer)
+    if getattr(trainer.accelerator, "deepspeed_engine_wrapped", None) is not None:
+        from passk_guard.engines.deepspeed import deepspeed_engine
+
+        return deepspeed_engine(trainer)
+    wrapped = _uncompiled(trainer.model_wrapped)
+    modules = list(wrapped.modules())
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+        raise refused("FSDP1 (FullyShardedDataParallel)", "Set fsdp_version: 2 in the accelerate config.")
+    if isinstance(wrapped, DataParallel):
+        raise refused("DataParallel over several GPUs", "Start one process a GPU with torchrun or accelerate launch.")
+    parameters = [p for p in wrapped.parameters() if p.requires_grad]
+    if not parameters:
+        raise refused("a model without a trainable parameter", "Train with requires_grad on what is to be trained.")
+    if any(isinstance(module, FSDPModule) for module in modules):
+        _check_mesh(parameters)
+        return ShardedEngine(trainer, trainer.model_wrapped)
+    refuse_placement(wrapped, parameters)
+    refuse_layerwise_optimizer(trainer, parameters)
+    if isinstance(wrapped, DistributedDataParallel):
+        return NativeEngine(trainer, wrapped.module, wrapped.process_group)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise refused(
+            f"{dist.get_world_size()} processes around a bare {type(wrapped).__name__}, which nothing keeps in step",
+            "Let the Trainer wrap the model (DistributedDataParallel, FSDP2 or DeepSpeed).",
+        )
+    return NativeEngine(trainer, wrapped)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _check_mesh(parameters: list[nn.Parameter]) -> None:
+    shards = [p for p in parameters if isinstance(p, DTensor)]
+    if len(shards) < len(parameters):
+        raise refused(
+            f"FSDP2 with {len(parameters) - len(shards)} trained parameters outside of fully_shard",
+            "Apply fully_shard to the whole model, or freeze the parameters it ignores.",
+        )
+    mesh = shards[0].device_mesh
+    if mesh.ndim != 1 or any(p.device_mesh != mesh or not isinstance(p.placements[0], Shard) for p in shards):
+        raise refused(
+            f"FSDP2 on the device mesh {mesh}, placed as {shards[0].placements}",
+            "Use one mesh of one dimension: no HSDP, no tensor or expert parallelism on top.",
+        )

@@ -1,0 +1,213 @@
+"""What all DeepSpeed engines share: the hook before the step, inner products over shards, and one probe backward."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from passk_guard.engines.deepspeed_restore import engine_untouched
+from passk_guard.engines.deepspeed_support import ENGINE_ATTRIBUTES, require
+from passk_guard.engines.inner import local_inner_products
+from passk_guard.engines.protocol import Batch, Parts
+from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.patch import Method, MethodPatch
+
+Take = Callable[[], Sequence[Tensor]]
+
+
+class DeepSpeedGradient(ABC):
+    """A `GradientEngine` over one `DeepSpeedEngine`.
+
+    DeepSpeed clips, steps and clears the gradient inside `engine.step`, which accelerate calls from within backward:
+    by `on_pre_optimizer_step` the gradient is gone. So the hook is around the `step` of this engine instance.
+
+    Args:
+        engine: a `DeepSpeedEngine` whose optimizer is of the kind that the subclass serves.
+
+    Raises:
+        GuardError: the engine or its optimizer lacks an attribute that is read here.
+    """
+
+    sharded: ClassVar[bool] = True
+    needed: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, engine: Any) -> None:
+        require(engine, ENGINE_ATTRIBUTES)
+        require(engine.optimizer, self.needed)
+        self._engine, self._optimizer = engine, engine.optimizer
+        self.name = self._describe()
+        self._patch: MethodPatch | None = None
+        self._inside = False
+
+    @abstractmethod
+    def _describe(self) -> str:
+        """Engine and stage, for messages."""
+
+    @abstractmethod
+    def _parts(self) -> list[Tensor]:
+        """Aliases of this rank's accumulated gradient."""
+
+    @abstractmethod
+    def _at_boundary(self) -> bool:
+        """Whether nothing has been accumulated since the last step."""
+
+    @abstractmethod
+    def _lend(self) -> AbstractContextManager[Take]:
+        """Room for one probe gradient: `take` yields it in storage of its own, leaving the engine as it was."""
+
+    def _after_edit(self) -> None:  # noqa: B027  most engines derive nothing
+        """Bring up to date what the engine derived from the gradient."""
+
+    def _abandon(self) -> None:  # noqa: B027
+        """After an exception: bring the model back to where a forward can start."""
+
+    def install(self, before_step: Callable[[], None]) -> None:
+        """See `GradientEngine.install`."""
+
+        def make(step: Method) -> Method:
+            def stepping(*args: Any, **kwargs: Any) -> Any:
+                if self._engine.is_gradient_accumulation_boundary():
+                    self._inside = True
+                    try:
+                        before_step()
+                    finally:
+                        self._inside = False
+                return step(*args, **kwargs)
+
+            return stepping
+
+        self._patch = MethodPatch(self._engine, "step", make, owner="passk_guard.engines").install()
+
+    def remove(self) -> None:
+        """See `GradientEngine.remove`."""
+        if self._patch is not None:
+            self._patch.remove()
+            self._patch = None
+
+    def gradient(self) -> list[Tensor]:
+        """See `GradientEngine.gradient`.
+
+        Raises:
+            GuardError: outside `before_step`, where DeepSpeed holds no gradient, or an old one.
+        """
+        if not self._inside:
+            raise GuardError(
+                f"`gradient` of {self.name} was asked for outside `before_step`; DeepSpeed holds no gradient then, or "
+                "that of an earlier step. Call it from the function passed to `install`."
+            )
+        return self._parts()
+
+    def loss_scale(self) -> float:
+        """See `GradientEngine.loss_scale`."""
+        return float(getattr(self._optimizer, "loss_scale", 1.0))
+
+    def inner_products(self, pairs: Sequence[tuple[Parts, Parts]]) -> list[float]:
+        """See `GradientEngine.inner_products`."""
+        scalars = local_inner_products(pairs, self._engine.device)
+        if self.sharded:
+            dist.all_reduce(scalars, group=self._group())
+        elif dist.is_initialized():  # equal everywhere already, up to the last bit where the devices differ
+            dist.broadcast(scalars, src=0, group=self._group())
+        return scalars.tolist()
+
+    @torch.no_grad()
+    def add_(self, direction: Parts, coefficient: float) -> None:
+        """See `GradientEngine.add_`. In fp16 both `gradient` and what is added are multiplied by `loss_scale`.
+
+        Raises:
+            GuardError: outside `before_step`.
+        """
+        parts = self.gradient()
+        if coefficient == 0.0:
+            return
+        for part, change in zip(parts, direction, strict=True):
+            part.add_(change.to(part.device), alpha=coefficient)
+        self._after_edit()
+
+    def probe_gradient(
+        self, batches: Sequence[Batch], loss: Callable[[nn.Module, Batch], Tensor], dtype: Any = None
+    ) -> list[Tensor]:
+        """See `GradientEngine.probe_gradient`. `loss` is given the DeepSpeed engine and forwards through it.
+
+        Raises:
+            GuardError: no batches, unequal numbers of them, or gradients of training already accumulated.
+            VoidRefresh: `loss` failed on another rank.
+        """
+        self._check(len(batches))
+        scale = self.loss_scale()
+        with self._lend() as take, engine_untouched(self._engine):
+            try:
+                self._backward(batches, loss)
+                taken = take()
+            except BaseException:
+                self._abandon()
+                raise
+        return [_finished(part, scale, dtype or torch.float32) for part in taken]
+
+    def _check(self, count: int) -> None:
+        most, least = self._reduce([count, -count], dist.ReduceOp.MAX).tolist()
+        if most != -least or not count:
+            raise GuardError(f"Expected equally many probe batches on each rank, at least one; found {count} here.")
+        if self._inside or not self._at_boundary():
+            raise GuardError(
+                f"The probe gradient of {self.name} was asked for with training gradients accumulated, which it would "
+                "destroy. Call `probe_gradient` between a step and the next micro-batch (on_step_begin)."
+            )
+
+    def _backward(self, batches: Sequence[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> None:
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(is_boundary=index == len(batches) - 1)
+            value = self._agreed(loss, batch)
+            self._engine.backward(value, scale_wrt_gas=False)
+
+    def _agreed(self, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> Tensor:
+        """The loss of `batch`, once it is known that no rank failed: one that did would leave the others waiting."""
+        failure: BaseException | None = None
+        value = None
+        try:
+            with torch.enable_grad():
+                value = loss(self._engine, batch)
+            if value.numel() != 1 or not value.requires_grad:
+                raise GuardError(
+                    f"Expected `loss` to return a scalar that depends on the trained parameters; found shape "
+                    f"{tuple(value.shape)}, requires_grad={value.requires_grad}."
+                )
+        except Exception as error:
+            failure = error
+        failed = self._reduce([float(failure is not None)], dist.ReduceOp.MAX)
+        if failure is not None:
+            raise failure
+        if failed.item():
+            raise VoidRefresh("the probe loss failed on another rank")
+        assert value is not None
+        return value
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> Tensor:
+        """Scalars of all ranks combined, float64, in one all_reduce."""
+        scalars = torch.tensor(values, dtype=torch.float64, device=self._engine.device)
+        if dist.is_initialized():
+            dist.all_reduce(scalars, op=operation, group=self._group())
+        return scalars
+
+    def _group(self) -> Any:
+        """The ranks that share the data; None stands for all, which is what data parallelism alone means."""
+        return getattr(self._optimizer, "dp_process_group", None)
+
+
+def _finished(part: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Unscaled in fp32 before it is rounded to `dtype`."""
+    part = part.float()
+    return (part if scale == 1.0 else part.div_(scale)).to(dtype)
+
+
+def synchronize() -> None:
+    """Wait for copies to the CPU that were started without waiting for them."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().synchronize()

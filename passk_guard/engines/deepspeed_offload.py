@@ -1,0 +1,104 @@
+"""Optimizer offload to the CPU: the gradient is complete only in the fp32 master partition there."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take, synchronize
+from passk_guard.engines.deepspeed_lent import Lent
+from passk_guard.engines.deepspeed_zero3 import Zero3
+from passk_guard.engines.deepspeed_zero12 import Zero12
+
+_OFFLOADED = frozenset({"norm_for_param_grads", "grad_position"})
+
+
+class _Offloaded(DeepSpeedGradient):
+    """Gradient parts: `.grad` of each flat fp32 partition, on the CPU.
+
+    DeepSpeed takes the norm of each parameter's share during backward and clips by those: after an edit they are taken
+    again, else clipping would use the norms of a gradient that is no more.
+    """
+
+    @abstractmethod
+    def _masters(self) -> list[Tensor]:
+        """Flat fp32 partitions of the parameters."""
+
+    @abstractmethod
+    def _share(self, position: Any) -> Tensor:
+        """View of the gradient at one entry of `grad_position`."""
+
+    @abstractmethod
+    def _accumulators(self) -> list[Tensor]:
+        """Persistent buffers that micro-batches are summed in."""
+
+    def _parts(self) -> list[Tensor]:
+        synchronize()
+        return [master.grad for master in self._masters() if master.grad is not None]
+
+    @torch.no_grad()
+    def _after_edit(self) -> None:
+        norms = self._optimizer.norm_for_param_grads
+        for key, norm in norms.items():
+            share = self._share(self._optimizer.grad_position[key])
+            norms[key] = share.to(norm.dtype).norm(2).to(norm.device)
+
+    @contextmanager
+    def _lend(self) -> Iterator[Take]:
+        accumulators = Lent(self._accumulators())
+        gradients = Lent(self._parts())
+
+        def take() -> list[Tensor]:
+            synchronize()
+            return gradients.take()
+
+        try:
+            yield take
+        finally:
+            synchronize()
+            self._optimizer.zero_grad()
+            accumulators.restore()
+            gradients.restore()
+
+
+class Zero12Offload(_Offloaded, Zero12):
+    """ZeRO-1 and ZeRO-2 with the optimizer on the CPU."""
+
+    needed = Zero12.needed | _OFFLOADED | {"single_partition_of_fp32_groups", "accumulated_grads_in_cpu"}
+
+    def _describe(self) -> str:
+        return f"{Zero12._describe(self)}, optimizer offloaded"
+
+    def _masters(self) -> list[Tensor]:
+        return self._optimizer.single_partition_of_fp32_groups
+
+    def _share(self, position: Any) -> Tensor:
+        group, _, offset, size = position
+        return self._masters()[group].grad.view(-1).narrow(0, offset, size)
+
+    def _accumulators(self) -> list[Tensor]:
+        return list(self._optimizer.accumulated_grads_in_cpu.values())
+
+
+class Zero3Offload(_Offloaded, Zero3):
+    """ZeRO-3 with the optimizer on the CPU, and the parameters too when they are offloaded."""
+
+    needed = Zero3.needed | _OFFLOADED | {"fp32_partitioned_groups_flat"}
+
+    def _describe(self) -> str:
+        return f"{Zero3._describe(self)}, optimizer offloaded"
+
+    def _masters(self) -> list[Tensor]:
+        return self._optimizer.fp32_partitioned_groups_flat
+
+    def _share(self, position: Any) -> Tensor:
+        group, offset, size = position
+        return self._masters()[group].grad.narrow(0, offset, size)
+
+    def _accumulators(self) -> list[Tensor]:
+        return [self._optimizer.grad_partitions_flat_buffer]

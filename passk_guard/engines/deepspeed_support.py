@@ -1,0 +1,101 @@
+"""Which DeepSpeed configurations the guard may edit gradients in: those in which it was measured to be exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from passk_guard.errors import GuardError
+
+TESTED = "0.19.8"
+INSTEAD = "Use ZeRO-0 (fp32), 1, 2 or 3 with data parallelism alone, or mitigate by `reweight`."
+ENGINE_ATTRIBUTES = (
+    "step",
+    "backward",
+    "optimizer",
+    "module",
+    "device",
+    "is_gradient_accumulation_boundary",
+    "set_gradient_accumulation_boundary",
+)
+
+
+def check_supported(engine: Any) -> None:
+    """Raise GuardError for what was found wrong or was never measured.
+
+    Refused: pipeline, tensor and sequence parallelism, mixtures of experts, ZeRO++ and hpZ, NVMe offload, partial
+    offload, ZenFlow, DeepCompile, Muon, optimizers that communicate by themselves (1-bit Adam), low-precision master
+    weights, torch autocast with a gradient scaler, summed gradients, and unmanaged accumulation.
+    """
+    for found, instead in _objections(engine, engine.optimizer):
+        raise GuardError(
+            f"Editing gradients under DeepSpeed is not supported with {found}. {instead or INSTEAD} "
+            f"Tested with deepspeed {TESTED}; found {_found_version()}."
+        )
+
+
+def require(obj: Any, names: Iterable[str]) -> None:
+    """Raise GuardError unless `obj` has all attributes in `names`."""
+    missing = [name for name in names if not hasattr(obj, name)]
+    if missing:
+        raise GuardError(
+            f"Expected DeepSpeed's {type(obj).__name__} to have {', '.join(missing)}; found deepspeed "
+            f"{_found_version()}, which does not. The guard is tested with deepspeed {TESTED}: install that version, "
+            "or mitigate by `reweight`, which edits no gradient."
+        )
+
+
+def _objections(engine: Any, optimizer: Any) -> Iterable[tuple[str, str]]:
+    if _ask(engine, "pipeline_parallelism", False):
+        yield "pipeline parallelism", ""
+    if _ask(engine, "mpu", None) is not None or _ask(engine, "autotp_size", 0) > 1:
+        yield "tensor or sequence parallelism (an mpu or autotp_size > 1)", ""
+    if getattr(optimizer, "sequence_parallel_size", 1) > 1:
+        yield "sequence parallelism", ""
+    if _ask(engine, "has_moe_layers", False):
+        yield "a mixture of experts", ""
+    if (size := _ask(engine, "zero_hpz_partition_size", 1)) > 1:
+        yield f"hpZ (zero_hpz_partition_size={size})", "Set zero_hpz_partition_size to 1."
+    for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if _ask(engine, name, False):
+            yield f"ZeRO++ ({name})", f"Set {name} to false."
+    for name in ("zero_offload_optimizer", "zero_offload_param"):
+        device = getattr(_ask(engine, name, None), "device", None)
+        if str(getattr(device, "value", device)) == "nvme":
+            yield f"NVMe offload ({name.removeprefix('zero_')})", "Offload to cpu."
+    if _ask(engine, "zero_partial_offload", 1.0) != 1.0:
+        yield "partial optimizer offload (ratio below 1)", "Set offload_optimizer.ratio to 1."
+    if _ask(engine, "zenflow", False) or getattr(optimizer, "zenflow", False):
+        yield "ZenFlow", "Use plain optimizer offload."
+    if _ask(engine, "is_deepcompile_enabled", False):
+        yield "DeepCompile", "Set compile.deepcompile to false."
+    if not _ask(engine, "managed_gradient_accumulation", True):
+        yield "managed_gradient_accumulation=false", "Leave it at true."
+    if not _ask(engine, "gradient_average", True):
+        yield "gradients summed over ranks (gradient_allreduce_op)", "Use the default, mean."
+    if not _ask(engine, "enable_backward_allreduce", True):
+        yield f"{type(optimizer).__name__}, which communicates by itself", "Use AdamW."
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if "muon" in type(inner).__name__.lower():
+        yield f"Muon ({type(inner).__name__})", "Use AdamW."
+    if getattr(optimizer, "master_weights_and_grads_dtype", torch.float32) != torch.float32:
+        yield f"master weights in {optimizer.master_weights_and_grads_dtype}", "Keep master weights in fp32."
+    for obj, name in ((engine, "torch_autocast_z0_gradscaler"), (optimizer, "torch_autocast_gradscaler")):
+        if getattr(obj, name, None) is not None:
+            yield "torch autocast in fp16", "Use bf16, or DeepSpeed's own fp16."
+
+
+def _ask(engine: Any, name: str, default: Any) -> Any:
+    """DeepSpeed answers some questions by a method and some by an attribute, and versions differ in which they ask."""
+    value = getattr(engine, name, default)
+    return value() if callable(value) else value
+
+
+def _found_version() -> str:
+    try:
+        return version("deepspeed")
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,80 @@
+"""A plain model in one process, and DistributedDataParallel: every rank holds the whole gradient in `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from passk_guard.engines.backward import BackwardEngine
+from passk_guard.engines.protocol import Batch
+from passk_guard.engines.stand_ins import stand_ins
+from passk_guard.errors import VoidRefresh
+
+
+class NativeEngine(BackwardEngine):
+    """Gradient access for a model whose gradients are replicated: the same tensors on every rank.
+
+    Args:
+        trainer: a transformers Trainer whose train() has begun.
+        model: the bare module, as `loss` gets it in `probe_gradient`.
+        group: processes that train replicas of it; None in a single one.
+    """
+
+    def __init__(self, trainer: Any, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(trainer, model, "plain" if group is None else "ddp")
+        self._model = model
+        self._group = group
+
+    def probe_gradient(
+        self,
+        batches: Sequence[Batch],
+        loss: Callable[[nn.Module, Batch], Tensor],
+        dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
+        """See `GradientEngine.probe_gradient`.
+
+        Runs on stand-ins of the parameters, and past DistributedDataParallel: the sum over batches is averaged over
+        ranks at the end, one tensor at a time. So nothing of the training's is met, on no rank; one that fails is
+        known to the others before any of them waits for it.
+
+        Raises:
+            VoidRefresh: on the ranks where `loss` went well while it raised on another one.
+        """
+        scale = self.loss_scale()
+        with stand_ins(self._model, self._parameters) as leaves:
+            try:
+                with torch.enable_grad():
+                    for batch in batches:
+                        (loss(self._model, batch) * scale).backward()
+            except Exception:
+                self._failed_anywhere(True)
+                raise
+        if self._failed_anywhere(False):
+            raise VoidRefresh("the probe loss raised on another rank; its log has the reason")
+        return [self._harvest(leaf, scale).to(dtype or torch.float32) for leaf in leaves]
+
+    def _harvest(self, leaf: nn.Parameter, scale: float) -> Tensor:
+        """Mean over ranks of a stand-in's gradient, in at least fp32; frees the gradient."""
+        wide = torch.promote_types(leaf.dtype, torch.float32)
+        total = torch.zeros_like(leaf, dtype=wide) if leaf.grad is None else leaf.grad.to(wide).contiguous()
+        leaf.grad = None
+        if self._group is not None:
+            dist.all_reduce(total, group=self._group)
+        return total.div_(scale * (1 if self._group is None else self._group.size())).detach()
+
+    def _failed_anywhere(self, here: bool) -> bool:
+        if self._group is None:
+            return here
+        flag = torch.tensor([int(here)], device=self._accelerator.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+    def _over_ranks(self, scalars: Tensor) -> Tensor:
+        """Rank 0's numbers: equal everywhere already, up to the last bit where the devices differ."""
+        if self._group is not None:
+            dist.broadcast(scalars, src=dist.get_global_rank(self._group, 0), group=self._group)
+        return scalars

@@ -1,0 +1,80 @@
+"""Two-objective methods that are not ours: weights from a Gram matrix, by torchjd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from passk_guard.errors import GuardError, VoidRefresh
+
+Weighting = Callable[[Tensor], Tensor]
+
+METHODS = {
+    "mgda": "MGDAWeighting",
+    "imtl-g": "IMTLGWeighting",
+    "aligned-mtl": "AlignedMTLWeighting",
+    "pcd": "PCDWeighting",
+}
+"""Name here -> class in torchjd.aggregation."""
+
+
+def combine(gramian: Tensor, method: str | Weighting) -> Tensor:
+    """Weights w of the combined gradient w_0 g + w_1 p, where row 0 is the training and row 1 the protected gradient.
+
+    - "mgda": the shortest vector of the convex hull (Désidéri 2012; Sener and Koltun, arXiv 1810.04650).
+    - "imtl-g": equal projections onto both unit gradients (Liu et al., ICLR 2021); zero where they are opposite.
+    - "aligned-mtl": both gradients made orthogonal and equally long (Senushkin et al., arXiv 2305.19000).
+    - "pcd": g with a share of progress assured along p. torchjd's weighting has a memory, a moving average of the
+      squared norms, and a name starts it afresh on every call: pass your own `PCDWeighting()` to keep it.
+
+    PCGrad is not offered: torchjd's is symmetric (it changes the protected gradient as well), draws from the global
+    random generator, which moves the training's, and turns NaN into the weights [1, 1]. For its one-sided step call
+    `project_gradient(..., gamma=0.0)`.
+
+    Args:
+        gramian: [2, 2] inner products [[<g,g>, <g,p>], [<g,p>, <p,p>]], in any floating dtype.
+        method: a name, or a torchjd weighting of your own, called with `gramian` in float64 as it is. For a name
+            the matrix is scaled to trace 2 first: no method depends on the scale, but torchjd's tolerances do.
+
+    Returns:
+        [2] float64 on the device of `gramian`.
+
+    Raises:
+        GuardError: an unknown method, torchjd not installed, or a matrix of another shape.
+        VoidRefresh: a matrix with NaN or inf, or whose diagonal is not positive; or weights that are not finite.
+    """
+    if tuple(gramian.shape) != (2, 2):
+        raise GuardError(
+            f"Expected a Gram matrix of shape [2, 2]; found {list(gramian.shape)}. Pass [[gg, gp], [gp, pp]]."
+        )
+    wide = gramian.detach().double()
+    if not bool(torch.isfinite(wide).all()) or not bool((wide.diagonal() > 0).all()):
+        raise VoidRefresh(f"no weights follow from the Gram matrix {wide.tolist()}")
+    if isinstance(method, str):
+        weights = _weighting(method)(wide * (2.0 / wide.trace()))
+    else:
+        weights = method(wide)
+    if not bool(torch.isfinite(weights).all()):
+        raise VoidRefresh(f"{method} gave the weights {weights.tolist()} for the Gram matrix {wide.tolist()}")
+    return weights.detach().to(wide)
+
+
+def _weighting(name: str) -> Weighting:
+    if name.lower() in ("pcgrad", "pc-grad"):
+        raise GuardError(
+            "torchjd's PCGrad is not offered: it changes the protected gradient too and draws from the global random "
+            "generator. For its one-sided step call `project_gradient` with gamma=0.0."
+        )
+    known = METHODS.get(name.lower().replace("_", "-"))
+    if known is None:
+        raise GuardError(f"Expected `method` to be one of {', '.join(METHODS)}; found {name!r}.")
+    try:
+        from torchjd import aggregation
+    except ImportError as error:
+        raise GuardError(
+            f"The method {name!r} comes from torchjd, which is not installed. pip install torchjd"
+        ) from error
+    weighting: Weighting = getattr(aggregation, known)()
+    return weighting

@@ -1,0 +1,153 @@
+r"""Smallest change of a gradient g after which the step still serves a protected direction p.
+
+    minimise |g' - g|  subject to  <g', p> >= gamma |g| |p|,
+
+the projection onto a half-space, whose solution moves along p alone:
+
+    g' = g + c p,    c = max(0, gamma |g| |p| - <g, p>) / |p|^2.
+
+gamma = 0 is the one-sided step of PCGrad (arXiv 2001.06782) and A-GEM (arXiv 1812.00420).
+
+What it guarantees. The bound holds |g| as it was, so the first-order gain along p is at least gamma |g| |p|: a share
+gamma of the most that a step of the original length could bring. The cosine afterwards is another number. With
+s = cos(g, p) < gamma before, |g'| = |g| sqrt(1 + gamma^2 - s^2) and
+
+    cos(g', p) = gamma / sqrt(1 + gamma^2 - s^2)  >=  gamma / sqrt(1 + gamma^2),
+
+which is at least gamma for s <= -gamma, and falls short of it by at most the factor 1 / sqrt(1 + gamma^2) (2% at
+gamma = 0.2, worst at s = 0) for |s| < gamma.
+
+What it is not. Asking for cos(g', p) >= gamma instead projects onto a circular cone. Writing e for the unit vector of
+the part of g orthogonal to p, the solution is <g, u> u with u = gamma p / |p| + sqrt(1 - gamma^2) e, and 0 once
+s <= -sqrt(1 - gamma^2). It is not chosen here: it shortens the part of g that no conflict concerns, and stops
+training where the conflict is strongest, while this rule keeps that part as it is and never shrinks |g'| below
+gamma |g|. torchjd's PCD with tau = gamma takes the direction of this g' and gives it the length |g|.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from passk_guard.errors import GuardError
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class ProjectionResult:
+    """One step of the projection.
+
+    Attributes:
+        coefficient: c of g' = g + c p; 0.0 when nothing is to be done.
+        cosine_before, cosine_after: cos(g, p) and cos(g', p); None where undefined.
+        norm_before, norm_after: |g| and |g'|, the latter by the formula. Not finite when |g| is not.
+        reason: why there is no answer and g stays as it is; None when there is one.
+    """
+
+    coefficient: float
+    cosine_before: float | None
+    cosine_after: float | None
+    norm_before: float
+    norm_after: float
+    reason: str | None = None
+
+
+def projection_coefficient(inner: float, norm_g_sq: float, norm_p_sq: float, gamma: float = 0.2) -> float:
+    """c = max(0, gamma |g||p| - <g,p>) / |p|^2, and 0.0 where the three numbers give no answer.
+
+    Args:
+        inner: <g, p> over the whole parameter space, all ranks together.
+        norm_g_sq: |g|^2.
+        norm_p_sq: |p|^2.
+        gamma: in [0, 1).
+
+    Raises:
+        GuardError: gamma is outside [0, 1).
+    """
+    return plan_projection(inner, norm_g_sq, norm_p_sq, gamma).coefficient
+
+
+def plan_projection(inner: float, norm_g_sq: float, norm_p_sq: float, gamma: float = 0.2) -> ProjectionResult:
+    """The projection from its three scalars; arguments and errors as in `projection_coefficient`.
+
+    c scales with |g| / |p|, the cosines do not scale: g may come multiplied by a loss scale, and the coefficient then
+    is the one for that g.
+    """
+    if not 0.0 <= gamma < 1.0:
+        raise GuardError(f"Expected `gamma` in [0, 1); found {gamma}. The usual value is 0.2.")
+    reason = _no_answer(inner, norm_g_sq, norm_p_sq)
+    norm_g = math.sqrt(norm_g_sq) if norm_g_sq >= 0.0 else math.nan
+    if reason is not None:
+        return ProjectionResult(0.0, None, None, norm_g, norm_g, reason)
+    norm_p = math.sqrt(norm_p_sq)
+    cosine = max(-1.0, min(1.0, inner / norm_g / norm_p))
+    if cosine >= gamma:
+        return ProjectionResult(0.0, cosine, cosine, norm_g, norm_g)
+    coefficient = (gamma - cosine) * (norm_g / norm_p)
+    if coefficient > _LARGEST:
+        return ProjectionResult(0.0, cosine, cosine, norm_g, norm_g, "the coefficient overflows float32")
+    growth = math.sqrt(1.0 + gamma * gamma - cosine * cosine)
+    after = gamma / growth if growth > 0.0 else None  # gamma = 0 and opposite vectors: nothing is left
+    return ProjectionResult(coefficient, cosine, after, norm_g, norm_g * growth)
+
+
+def project_gradient(grads: Sequence[Tensor], protected: Sequence[Tensor], gamma: float = 0.2) -> ProjectionResult:
+    """g <- g + c p in place, for a hand-written loop: between the backward pass and clipping.
+
+    Args:
+        grads: g, tensors of any shapes, averaged over ranks (as DistributedDataParallel leaves them) and held whole
+            on each. Sharded gradients: sum the three inner products over ranks and call `projection_coefficient`.
+        protected: p, the same shapes.
+        gamma: in [0, 1).
+
+    Raises:
+        GuardError: gamma is outside [0, 1), or the two lists do not match; nothing has been changed.
+    """
+    _check_match(grads, protected)
+    result = plan_projection(_dot(grads, protected), _dot(grads, grads), _dot(protected, protected), gamma)
+    if result.coefficient != 0.0:
+        with torch.no_grad():
+            for g, p in zip(grads, protected, strict=True):
+                g.add_(p.to(g.device), alpha=result.coefficient)
+    return result
+
+
+def _no_answer(inner: float, norm_g_sq: float, norm_p_sq: float) -> str | None:
+    """Why these three numbers do not determine a coefficient."""
+    for name, value in (("<g, p>", inner), ("|g|^2", norm_g_sq), ("|p|^2", norm_p_sq)):
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+    for name, value in (("gradient", norm_g_sq), ("protected direction", norm_p_sq)):
+        if value <= 0.0:
+            return f"the {name} is zero" if value == 0.0 else f"the squared norm of the {name} is {value}"
+    if abs(inner) > 1.01 * math.sqrt(norm_g_sq) * math.sqrt(norm_p_sq):
+        return "<g, p> exceeds |g||p|: these are not the squared norms of the same two vectors"
+    return None
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Inner product in float64."""
+    total = 0.0
+    for a, b in zip(left, right, strict=True):
+        total += float(torch.dot(a.detach().reshape(-1).double(), b.detach().to(a.device).reshape(-1).double()))
+    return total
+
+
+def _check_match(grads: Sequence[Tensor], protected: Sequence[Tensor]) -> None:
+    if len(grads) != len(protected):
+        raise GuardError(
+            f"Expected as many tensors in `protected` as in `grads`; found {len(protected)}, {len(grads)}."
+        )
+    for i, (g, p) in enumerate(zip(grads, protected, strict=True)):
+        if g is None or p is None:
+            raise GuardError(f"Expected tensors; found None at {i}. Leave such a parameter out of both lists.")
+        if g.shape != p.shape:
+            raise GuardError(
+                f"Expected equal shapes; found {tuple(g.shape)} in `grads` and {tuple(p.shape)} in `protected` at {i}. "
+                "List both in the order of the same parameters."
+            )

@@ -1,0 +1,50 @@
+"""The protected direction: the probe's pass@1 gradient in parameter space, from samples that are already scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from passk_guard.passk import sample_coefficients
+from passk_guard.refresh import Refresh
+from passk_guard.sketch import TokenBatch
+from passk_guard.sketch.forward import forward_logits
+from passk_guard.sketch.loss import score_logits
+
+
+@dataclass(frozen=True)
+class Pass1Loss:
+    r"""A loss whose gradient is -grad J_1 as the probe estimates it, up to the ranks' average.
+
+    $-\nabla J_1 \approx -\frac{1}{m} \sum_x (\alpha^+_1 S^+_x + \alpha^-_1 S^-_x)$ with the leave-one-out advantages
+    of `sample_coefficients` at k = 1. Written for a loss that is minimised, so that its angle to a training gradient
+    is the angle of the two ascent directions.
+
+    Attributes:
+        coefficients: [2m] of S+ and S-, already divided by m; rows as in the slots of the batches.
+        temperature: of the sampling.
+        scale: number of ranks, since engines average over them and each holds a part of the sum.
+    """
+
+    coefficients: Tensor
+    temperature: float
+    scale: float
+
+    def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """A scalar for the backward pass. Its gradient is the point; its value means nothing."""
+        logits = forward_logits(model, batch.input_ids, batch.attention_mask)
+        counted = batch.completion_mask.bool() & (batch.slots >= 0)[:, None]
+        _, gradient = score_logits(logits.detach(), batch.input_ids, counted, self.temperature)
+        weight = self.coefficients.to(logits.device)[batch.slots.clamp(min=0)] * (batch.slots >= 0)
+        gradient = gradient.float() * (-self.scale * weight.float())[:, None, None]
+        return (logits.float() * gradient).sum()
+
+
+def pass1_loss(refresh: Refresh, num_ranks: int) -> Pass1Loss:
+    """The loss of one refresh, for `GradientEngine.probe_gradient` on `refresh.batches`."""
+    kept = (refresh.num_samples >= refresh.fewest).to(torch.float64)
+    positive, negative = sample_coefficients(refresh.num_samples, refresh.num_correct, 1)
+    coefficients = torch.cat([positive * kept, negative * kept]) / kept.sum()
+    return Pass1Loss(coefficients.float(), refresh.temperature, float(num_ranks))

@@ -1,0 +1,198 @@
+"""The training gradient, held at an angle to the protected one before each optimizer step."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passk_guard.engines import GradientEngine
+from passk_guard.errors import VoidRefresh
+from passk_guard.mitigation import ProjectionResult, plan_projection
+from passk_guard.ranks import Ranks
+from passk_guard.sketch import TokenBatch, filler_batch
+
+Loss = Callable[[nn.Module, TokenBatch], Tensor]
+_FORMAT = 1
+
+
+class StepGuard:
+    """Projects the gradient of a step while its gate is open, and does nothing else to the run.
+
+    Before clipping and before the optimizer, with g the accumulated training gradient and p the protected one:
+    g <- g + c p with the c of `mitigation.plan_projection`. Three scalars are reduced over ranks, and each rank changes
+    its own shards.
+
+    Attributes:
+        open: whether steps are guarded; where False, or without a protected direction, a step stays bit-for-bit.
+        protected: this rank's parts of p, None before the first harvest.
+
+    Args:
+        engine: how this trainer's gradient is reached.
+        ranks: the processes of the run.
+        gamma: smallest cosine to p, in [0, 1).
+        average: p <- average p + (1 - average) new, in [0, 1); 0 takes each new direction as it is.
+        dtype: that p is kept in.
+        on_failure: told, once, why steps are no longer guarded.
+    """
+
+    def __init__(
+        self,
+        engine: GradientEngine,
+        ranks: Ranks,
+        *,
+        gamma: float,
+        average: float,
+        dtype: torch.dtype,
+        on_failure: Callable[[str], None],
+    ) -> None:
+        self.engine, self.open = engine, False
+        self.protected: list[Tensor] | None = None
+        self._ranks, self._gamma, self._average, self._dtype = ranks, gamma, average, dtype
+        self._on_failure = on_failure
+        self._told: set[str] = set()
+        self._records: list[dict[str, float]] = []
+
+    def install(self) -> None:
+        """Stand before the optimizer steps of this trainer."""
+        self.engine.install(self._before_step)
+
+    def remove(self) -> None:
+        """Leave the trainer as it was."""
+        self.engine.remove()
+
+    def harvest(self, loss: Loss, batches: Sequence[TokenBatch]) -> None:
+        """Take a new protected direction from the probe, at a step boundary.
+
+        Raises:
+            VoidRefresh: on all ranks, when the loss failed on one or the gradient is not finite.
+        """
+        careful = _KeepInStep(loss)
+
+        def probe() -> list[Tensor]:
+            gradient = self.engine.probe_gradient(batches, careful, self._dtype)
+            careful.raise_failure()
+            return gradient
+
+        new = self._ranks.together(probe)
+        norm_sq = self.engine.inner_products([(new, new)])[0]
+        if not math.isfinite(norm_sq):
+            raise VoidRefresh("the probe's pass@1 gradient is not finite")
+        if self.protected is not None and self._average:
+            for old, fresh in zip(self.protected, new, strict=True):
+                fresh.mul_(1 - self._average).add_(old, alpha=self._average)
+        self.protected = new
+
+    def step_metrics(self) -> dict[str, float | None]:
+        """Means over the steps since the last call: what was done to the gradient and what it took.
+
+        Returns:
+            Nothing where no step was measured; else train_cosine (of the gradient before), mitigated (share of steps
+            that were changed), coefficient, gradient norms before and after, seconds.
+        """
+        records, self._records = self._records, []
+        if not records:
+            return {}
+        return {name: math.fsum(r[name] for r in records) / len(records) for name in records[0]}
+
+    def _before_step(self) -> None:
+        if not self.open or self.protected is None:
+            return
+        began = time.perf_counter()
+        gradient, scale = self.engine.gradient(), self.engine.loss_scale()
+        products = self.engine.inner_products(
+            [(gradient, self.protected), (gradient, gradient), (self.protected, self.protected)]
+        )
+        # Replicated gradients are equal on all ranks, their sums need not be to the last bit.
+        inner, own, other = self._ranks.from_first(torch.tensor(products, dtype=torch.float64)).tolist()
+        plan = plan_projection(inner / scale, own / scale**2, other, self._gamma)
+        if plan.reason is not None:
+            self._fail(f"steps are left to the optimizer as they are where {plan.reason}")
+            return
+        if plan.coefficient:
+            self.engine.add_(self.protected, plan.coefficient * scale)
+        self._records.append(_record(plan, time.perf_counter() - began))
+
+    def _fail(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            self._on_failure(reason)
+
+    # Across a checkpoint
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of the protected direction into a checkpoint folder, whole or not at all."""
+        content = {
+            "format": _FORMAT,
+            "engine": self.engine.name,
+            "ranks": self._ranks.count,
+            "open": self.open,
+            "protected": None if self.protected is None else [part.cpu() for part in self.protected],
+        }
+        path = folder / self._file_name()
+        partial = path.with_suffix(".partial")
+        torch.save(content, partial)
+        os.replace(partial, path)
+
+    def load(self, folder: Path) -> str | None:
+        """Take it up again, on all ranks or on none; returns why not, None when it was taken."""
+        content, reason = self._read(folder / self._file_name())
+        if self._ranks.max(int(reason is not None)):
+            return reason or "another rank could not read its share"
+        self.open = bool(content["open"])
+        if content["protected"] is not None:
+            self.protected = [part.to(self._ranks.device) for part in content["protected"]]
+        return None
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], str | None]:
+        if not path.is_file():
+            return {}, "the checkpoint has no protected direction"
+        content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        found = (content.get("format"), content.get("engine"), content.get("ranks"))
+        if found != (_FORMAT, self.engine.name, self._ranks.count):
+            return {}, (
+                f"it was saved on {content.get('ranks')} ranks of {content.get('engine')}, and this run has "
+                f"{self._ranks.count} of {self.engine.name}"
+            )
+        return content, None
+
+    def _file_name(self) -> str:
+        return f"passk_guard_rank{self._ranks.index}.pt"
+
+
+def _record(plan: ProjectionResult, seconds: float) -> dict[str, float]:
+    return {
+        "train_cosine": plan.cosine_before or 0.0,
+        "mitigated": float(plan.coefficient > 0),
+        "coefficient": plan.coefficient,
+        "grad_norm_before": plan.norm_before,
+        "grad_norm_after": plan.norm_after,
+        "mitigation_seconds": seconds,
+    }
+
+
+class _KeepInStep:
+    """A loss that fails on one rank runs a filler there instead, or the others would wait in their backward."""
+
+    def __init__(self, loss: Loss) -> None:
+        self._loss = loss
+        self._failure: Exception | None = None
+
+    def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        try:
+            return self._loss(model, batch)
+        except Exception as error:
+            self._failure = error
+            token = int(batch.input_ids[0, 0])
+            return self._loss(model, filler_batch(pad_token_id=token, device=batch.input_ids.device))
+
+    def raise_failure(self) -> None:
+        """What went wrong, once all ranks are through."""
+        if self._failure is not None:
+            raise self._failure
