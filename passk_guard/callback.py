@@ -25,8 +25,8 @@ from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.estimator import estimate_pooled, in_conflict
 from passk_guard.isolation import untouched
 from passk_guard.memory import Memory, load_memory, save_memory
-from passk_guard.protect import pass1_loss
 from passk_guard.progress import sampling_bar, wants_bar
+from passk_guard.protect import pass1_loss
 from passk_guard.ranks import Ranks
 from passk_guard.refresh import Refresh, Refresher
 from passk_guard.reporting import Reporter
@@ -183,7 +183,9 @@ class PassKGuardCallback(TrainerCallback):
         """Open or close the gate, and behind an open one take a new direction to protect."""
         if self._step_guard is None:
             return
-        self._step_guard.open = self.config.gate == "always" or in_conflict(estimate, self.config.gate_confidence)
+        wanted = self.config.gate == "always" or in_conflict(estimate, self.config.gate_confidence)
+        # Without a prompt that is solved sometimes there is no direction to protect; equally so on every rank.
+        self._step_guard.open = wanted and bool(refresh.batches)
         if self._step_guard.open:
             with without_dropout(self._trainer.model_wrapped):
                 self._step_guard.harvest(pass1_loss(refresh, self._ranks.count), refresh.batches)
@@ -221,8 +223,9 @@ class PassKGuardCallback(TrainerCallback):
             size = min(self._source.size, len(self._source.probe))
             what = f"{size} of {len(self._source.probe)} held-out prompts x {config.num_samples} samples"
         self._reporter.info(
-            f"passk_guard watches cos(pass@1, pass@{config.k}) every {config.refresh_steps} steps on {what}; the "
-            f"sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; action: {self._action()}"
+            f"passk_guard watches cos(pass@1, pass@{config.k}) every {config.refresh_steps} steps on {what}; "
+            f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "
+            f"action: {self._action()}"
         )
 
     def _refresher(self) -> Refresher:

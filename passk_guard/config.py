@@ -40,8 +40,8 @@ class GuardConfig:
     cooldown: AtLeast1 = _setting(3, "Refreshes in a row without an established conflict that end a CONFLICT.")
     mitigation: Literal["off", "project"] = _setting(
         "off",
-        "off observes; project turns the training gradient before clipping and the optimizer, as little as possible, to "
-        "cosine >= gamma with the probe's pass@1 gradient.",
+        "off observes; project turns the training gradient, before clipping and the optimizer and as little as "
+        "possible, towards the probe's pass@1 gradient until their cosine is gamma.",
     )
     gamma: Annotated[float, Field(ge=0, lt=1)] = _setting(
         0.2, "Cosine that project restores; 0 only removes the conflict and does not protect pass@1."

@@ -90,7 +90,7 @@ def test_an_open_gate_without_conflict_changes_nothing_either(tmp_path):
 
 
 def test_the_gate_opens_on_conflict_and_says_so(tmp_path, caplog):
-    trainer, guard = conflicted(tmp_path, mitigation="project")
+    trainer, _ = conflicted(tmp_path, mitigation="project")
     with caplog.at_level(logging.WARNING, logger="passk_guard"):
         trainer.train()
     assert "CONFLICT" in caplog.text
@@ -249,3 +249,14 @@ def test_observing_does_not_touch_the_engine(tmp_path):
     trainer.train()
     assert guard._step_guard is None
     assert json.loads((tmp_path / "passk_guard.jsonl").read_text().splitlines()[0])["event"] == "refresh"
+
+
+@pytest.mark.parametrize("solved", [0.0, 1.0])
+def test_a_probe_without_a_gradient_leaves_steps_alone(solved, tmp_path):
+    plain = tiny_lm_trainer(tmp_path / "without", max_steps=3)
+    plain.train()
+    guarded = tiny_lm_trainer(tmp_path / "with", max_steps=3)
+    guard_of(guarded, correct=lambda completions, **_: [solved] * len(completions), **PROJECT)
+    guarded.train()
+    assert same(parameters(plain), parameters(guarded))
+    assert [e["event"] for e in journal(tmp_path / "with")] == ["refresh", "refresh"]

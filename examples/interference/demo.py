@@ -1,13 +1,14 @@
-"""The demo: GRPO on pass@8 loses pass@1, and the guard, which only observes, says so before most of it is lost.
+"""The demo: GRPO on pass@8 loses pass@1, the guard says so before most of it is lost, and a guarded run keeps it.
 
     python -m examples.interference.demo [--seeds 0 1 2] [--out runs/demo]
 
-Each seed has its own warm start, its own prompts and its own folder:
+Each seed has its own warm start and its own prompts. Two runs start from it: in `observe` the guard changes nothing, in
+`project` it turns each gradient before the optimizer step. In the folder of the seed:
 
-    results.jsonl        exact pass@1, pass@8 and cosine at each evaluation, and a summary
-    passk_guard.jsonl    what the guard saw and when its verdict changed
-    demo.png             both on one time axis
-    tensorboard/         everything that TRL and the guard log
+    demo.png                       both runs, and what the observing guard saw, on one time axis
+    ARM/results.jsonl              exact pass@1, pass@8 and cosine at each evaluation, and a summary
+    ARM/passk_guard.jsonl          what the guard saw, when its verdict changed, what it did
+    ARM/tensorboard/               everything that TRL and the guard log
 
 The learning rate is a quarter of `train`'s: at 0.075 pass@1 is lost within five steps, at 0.02 the fall takes
 thirty, as in a run that somebody is watching. The exit status is 1 when a run does not show the claim.
@@ -42,8 +43,8 @@ K, STEPS, LEARNING_RATE, EVALUATE_EVERY = 8, 60, 0.02, 2
 class ProgressBar(TrainerCallback):
     """One line for the run: pass@1 and pass@k (exact) and the guard's cosine, in place of a line for each step."""
 
-    def __init__(self) -> None:
-        self.bar, self.shown = tqdm(total=STEPS, desc=f"GRPO on pass@{K}"), {}
+    def __init__(self, arm: str) -> None:
+        self.bar, self.shown = tqdm(total=STEPS, desc=f"GRPO on pass@{K}, {arm}"), {}
 
     def on_log(self, args, state, control, logs=None, **_):
         names = {"pass@1": "exact/pass_at_1", f"pass@{K}": f"exact/pass_at_{K}", "cosine": "passk_guard/cosine"}
@@ -57,32 +58,40 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 
-def attach_guard(trainer: GRPOTrainer) -> None:
-    """The guard as a user would add it, observing only: the run is the one it would have been without it."""
+def attach_guard(trainer: GRPOTrainer, arm: str) -> None:
+    """The guard as a user would add it. Observing only, the run is the one it would have been without it."""
     probe = ProbeSet.from_list(make_prompts("probe", 2048, seed=trainer.args.seed))
-    config = GuardConfig(k=K)
+    config = GuardConfig(k=K, mitigation="project" if arm == "project" else "off")
     trainer.add_callback(PassKGuardCallback(trainer, probe=probe, correct=correct, config=config))
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressBar())
+    trainer.add_callback(ProgressBar(arm))
 
 
-def run(seed: int, out: Path, cache: Path, console: Console) -> report.Summary:
-    """One seed: warm start, GRPO under observation, and the files and the table that show it."""
-    model_dir = warm_start(cache, seed)
+def run(arm: str, seed: int, out: Path, model_dir: Path) -> tuple[list[report.Record], list[dict], report.Summary]:
+    """One arm of one seed: exact evaluations, the guard's events, and the summary of both."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "passk_guard.jsonl").unlink(missing_ok=True)  # the guard appends, for runs that are resumed
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard" / time.strftime("%Y%m%d-%H%M%S"))
     _, records = train(
-        model_dir, out, steps=STEPS, k=K, seed=seed, evaluate_every=EVALUATE_EVERY, prepare=attach_guard,
-        learning_rate=LEARNING_RATE, disable_tqdm=True,
+        model_dir, out, steps=STEPS, k=K, seed=seed, evaluate_every=EVALUATE_EVERY,
+        prepare=lambda trainer: attach_guard(trainer, arm), learning_rate=LEARNING_RATE, disable_tqdm=True,
     )  # fmt: skip
-
     events = report.read_events(out / "passk_guard.jsonl")
     summary = report.summarise(records, events, K)
     report.write_results(out / "results.jsonl", records, summary)
-    report.draw(out / "demo.png", records, events, K)
-    report.print_table(console, f"seed {seed}, {STEPS} steps of GRPO on pass@{K}", records, summary)
-    return summary
+    return records, events, summary
+
+
+def compare(seed: int, out: Path, cache: Path, console: Console) -> list[str]:
+    """Both arms of one seed, with their tables and the figure; what the demo failed to show."""
+    model_dir = warm_start(cache, seed)
+    records, events, summary = run("observe", seed, out / "observe", model_dir)
+    report.print_table(console, f"seed {seed}, {STEPS} steps of GRPO on pass@{K}, observed", records, summary)
+    report.print_alarm(console, summary)
+    guarded, _, guarded_summary = run("project", seed, out / "project", model_dir)
+    report.print_table(console, f"seed {seed}, the same with mitigation='project'", guarded, guarded_summary)
+    report.draw(out / "demo.png", records, events, K, guarded)
+    return summary.failures() + guarded_summary.guarded_failures()
 
 
 def main() -> int:
@@ -98,15 +107,15 @@ def main() -> int:
     console = Console()
     todo = sum(not warm_start_dir(args.cache, seed).exists() for seed in args.seeds)
     console.print(
-        f"Plan: {todo} warm start(s) of 1-2 minutes (cached in {args.cache}), then {len(args.seeds)} run(s) of {STEPS} "
-        f"GRPO steps on pass@{K} with the guard observing, 1-2 minutes each."
+        f"Plan: {todo} warm start(s) of 1-2 minutes (cached in {args.cache}), then for {len(args.seeds)} seed(s) "
+        f"{STEPS} GRPO steps on pass@{K} with the guard observing and {STEPS} with it guarding, 1-2 minutes each."
     )
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the stack's own renamed settings
     started, failures = time.monotonic(), []
     with logging_redirect_tqdm([logging.getLogger("passk_guard")]):
         for seed in args.seeds:
-            summary = run(seed, args.out / f"seed{seed}", args.cache, console)
-            failures += [f"seed {seed}: {reason}" for reason in summary.failures()]
+            missing = compare(seed, args.out / f"seed{seed}", args.cache, console)
+            failures += [f"seed {seed}: {reason}" for reason in missing]
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes. Figures, results and TensorBoard: {args.out}")
     for failure in failures:
         print(f"The demo did not show its claim. {failure}.", file=sys.stderr)

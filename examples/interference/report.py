@@ -54,6 +54,15 @@ class Summary:
             )
         return failed
 
+    def guarded_failures(self) -> list[str]:
+        """Why a guarded run did not show what it is there to show; empty when it did."""
+        failed = []
+        if self.pass_1[1] < self.pass_1[0] - 0.02:
+            failed.append("guarded, pass@1 fell all the same: {:.3f} -> {:.3f}".format(*self.pass_1))
+        if self.pass_k[1] <= self.pass_k[0]:
+            failed.append("guarded, pass@{} did not rise: {:.3f} -> {:.3f}".format(self.k, *self.pass_k))
+        return failed
+
 
 def read_events(path: Path) -> list[dict]:
     """The guard's own record: one JSON object a line."""
@@ -113,6 +122,10 @@ def print_table(console: Console, title: str, records: Sequence[Record], summary
             cells += [f"{start[name]:.3f}", f"{end[name]:.3f}", f"{end[name] - start[name]:+.3f}"]
         table.add_row(label, *cells, end_section=label == "all")
     console.print(table)
+
+
+def print_alarm(console: Console, summary: Summary) -> None:
+    """When the guard spoke, and what was still to come then."""
     if summary.first_conflict is None:
         console.print("The guard never said CONFLICT.")
     elif summary.fall_to_come is not None:
@@ -122,11 +135,17 @@ def print_table(console: Console, title: str, records: Sequence[Record], summary
         )
 
 
-def draw(path: Path, records: Sequence[Record], events: Sequence[dict], k: int) -> None:
-    """Two panels over training steps: what happened to pass@1 and pass@k, and what the guard saw."""
+def draw(path: Path, records: Sequence[Record], events: Sequence[dict], k: int, guarded: Sequence[Record] = ()) -> None:
+    """Two panels over training steps: what happened to pass@1 and pass@k, and what the observing guard saw.
+
+    Args:
+        records: of the unguarded run.
+        events: of the guard that observed it.
+        guarded: of a guarded run from the same start, drawn beside it in the upper panel.
+    """
     figure = Figure(figsize=(7.5, 6.0), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    _draw_pass_rates(top, records, k)
+    _draw_pass_rates(top, records, k, guarded)
     _draw_cosine(bottom, records, events, k)
     for step in conflict_steps(events):
         for axes in (top, bottom):
@@ -138,22 +157,25 @@ def draw(path: Path, records: Sequence[Record], events: Sequence[dict], k: int) 
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
     # Room on the right for the labels of the lines.
-    top.set_xlim(0, records[-1]["step"] * 1.13)
+    top.set_xlim(0, records[-1]["step"] * (1.32 if guarded else 1.22))
     bottom.set_xlabel("optimizer step")
     figure.savefig(path, dpi=160)
 
 
-def _draw_pass_rates(axes: Axes, records: Sequence[Record], k: int) -> None:
-    steps = [r["step"] for r in records]
+def _draw_pass_rates(axes: Axes, records: Sequence[Record], k: int, guarded: Sequence[Record]) -> None:
     for name, label, color in ((f"pass_at_{k}", f"pass@{k}", PASS_K), ("pass_at_1", "pass@1", PASS_1)):
-        values = [r[name] for r in records]
-        axes.axhline(values[0], color=color, linestyle="--", linewidth=0.8, alpha=0.7)
-        axes.plot(steps, values, color=color, linewidth=2)
-        _label(axes, steps[-1], values[-1], f"{label}\n{values[-1] - values[0]:+.3f}", color)
+        axes.axhline(records[0][name], color=color, linestyle=":", linewidth=0.8, alpha=0.7)
+        for run, style, arm in ((records, "-", ""), (guarded, "--", "guarded ")):
+            if not run:
+                continue
+            steps, values = [r["step"] for r in run], [r[name] for r in run]
+            axes.plot(steps, values, color=color, linewidth=2, linestyle=style)
+            _label(axes, steps[-1], values[-1], f"{arm}{label} {values[-1] - values[0]:+.3f}", color)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.1 * (high - low))  # room for the labels of the alarms
     axes.set_ylabel("success rate")
-    axes.set_title(f"GRPO on pass@{k}: exact rates on held-out prompts (dashed: at the start)", loc="left", fontsize=11)
+    title = f"GRPO on pass@{k}, exact rates on held-out prompts" + (" (dashed: guarded)" if guarded else "")
+    axes.set_title(title, loc="left", fontsize=11)
 
 
 def _draw_cosine(axes: Axes, records: Sequence[Record], events: Sequence[dict], k: int) -> None:

@@ -44,7 +44,7 @@ def choose_engine(trainer: Any) -> GradientEngine:
         raise refused("a model without a trainable parameter", "Train with requires_grad on what is to be trained.")
     if any(isinstance(module, FSDPModule) for module in modules):
         _check_mesh(parameters)
-        return ShardedEngine(trainer, trainer.model_wrapped)
+        return ShardedEngine(trainer, wrapped)
     refuse_placement(wrapped, parameters)
     refuse_layerwise_optimizer(trainer, parameters)
     if isinstance(wrapped, DistributedDataParallel):

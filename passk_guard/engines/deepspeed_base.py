@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from passk_guard.engines.deepspeed_hook import StepHook
+from passk_guard.engines.deepspeed_probe import accumulate
 from passk_guard.engines.deepspeed_restore import engine_untouched
 from passk_guard.engines.deepspeed_support import ENGINE_ATTRIBUTES, require
 from passk_guard.engines.inner import local_inner_products
 from passk_guard.engines.protocol import Batch, Parts
-from passk_guard.errors import GuardError, VoidRefresh
-from passk_guard.patch import Method, MethodPatch
+from passk_guard.errors import GuardError
 
 Take = Callable[[], Sequence[Tensor]]
 
 
 class DeepSpeedGradient(ABC):
     """A `GradientEngine` over one `DeepSpeedEngine`.
-
-    DeepSpeed clips, steps and clears the gradient inside `engine.step`, which accelerate calls from within backward:
-    by `on_pre_optimizer_step` the gradient is gone. So the hook is around the `step` of this engine instance.
 
     Args:
         engine: a `DeepSpeedEngine` whose optimizer is of the kind that the subclass serves.
@@ -42,8 +40,7 @@ class DeepSpeedGradient(ABC):
         require(engine.optimizer, self.needed)
         self._engine, self._optimizer = engine, engine.optimizer
         self.name = self._describe()
-        self._patch: MethodPatch | None = None
-        self._inside = False
+        self._hook = StepHook(engine)
 
     @abstractmethod
     def _describe(self) -> str:
@@ -59,36 +56,29 @@ class DeepSpeedGradient(ABC):
 
     @abstractmethod
     def _lend(self) -> AbstractContextManager[Take]:
-        """Room for one probe gradient: `take` yields it in storage of its own, leaving the engine as it was."""
+        """Room for one probe gradient. `take` returns it in storage of its own; on exit the engine is as it was."""
+
+    def _clear(self) -> None:
+        """Drop what backward accumulated, also where it was interrupted, as after a step."""
+        synchronize()
+        for parameter in self._engine.module.parameters():
+            parameter.grad = None  # by hand: ZeRO-3's zero_grad fails on a CPU when it finds one
+        self._optimizer.zero_grad()
+
+    def _back_to_rest(self) -> AbstractContextManager[Any]:
+        """After an exception within: what a forward or backward left gathered is sharded again."""
+        return nullcontext()
 
     def _after_edit(self) -> None:  # noqa: B027  most engines derive nothing
         """Bring up to date what the engine derived from the gradient."""
 
-    def _abandon(self) -> None:  # noqa: B027
-        """After an exception: bring the model back to where a forward can start."""
-
     def install(self, before_step: Callable[[], None]) -> None:
         """See `GradientEngine.install`."""
-
-        def make(step: Method) -> Method:
-            def stepping(*args: Any, **kwargs: Any) -> Any:
-                if self._engine.is_gradient_accumulation_boundary():
-                    self._inside = True
-                    try:
-                        before_step()
-                    finally:
-                        self._inside = False
-                return step(*args, **kwargs)
-
-            return stepping
-
-        self._patch = MethodPatch(self._engine, "step", make, owner="passk_guard.engines").install()
+        self._hook.install(before_step)
 
     def remove(self) -> None:
         """See `GradientEngine.remove`."""
-        if self._patch is not None:
-            self._patch.remove()
-            self._patch = None
+        self._hook.remove()
 
     def gradient(self) -> list[Tensor]:
         """See `GradientEngine.gradient`.
@@ -96,7 +86,7 @@ class DeepSpeedGradient(ABC):
         Raises:
             GuardError: outside `before_step`, where DeepSpeed holds no gradient, or an old one.
         """
-        if not self._inside:
+        if not self._hook.inside:
             raise GuardError(
                 f"`gradient` of {self.name} was asked for outside `before_step`; DeepSpeed holds no gradient then, or "
                 "that of an earlier step. Call it from the function passed to `install`."
@@ -141,52 +131,23 @@ class DeepSpeedGradient(ABC):
         """
         self._check(len(batches))
         scale = self.loss_scale()
-        with self._lend() as take, engine_untouched(self._engine):
-            try:
-                self._backward(batches, loss)
-                taken = take()
-            except BaseException:
-                self._abandon()
-                raise
+        with self._back_to_rest(), self._lend() as take, engine_untouched(self._engine):
+            accumulate(self._engine, batches, loss, self._on_any_rank)
+            taken = take()
         return [_finished(part, scale, dtype or torch.float32) for part in taken]
 
     def _check(self, count: int) -> None:
         most, least = self._reduce([count, -count], dist.ReduceOp.MAX).tolist()
         if most != -least or not count:
             raise GuardError(f"Expected equally many probe batches on each rank, at least one; found {count} here.")
-        if self._inside or not self._at_boundary():
+        if self._hook.inside or not self._at_boundary():
             raise GuardError(
                 f"The probe gradient of {self.name} was asked for with training gradients accumulated, which it would "
                 "destroy. Call `probe_gradient` between a step and the next micro-batch (on_step_begin)."
             )
 
-    def _backward(self, batches: Sequence[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> None:
-        for index, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(is_boundary=index == len(batches) - 1)
-            value = self._agreed(loss, batch)
-            self._engine.backward(value, scale_wrt_gas=False)
-
-    def _agreed(self, loss: Callable[[nn.Module, Batch], Tensor], batch: Batch) -> Tensor:
-        """The loss of `batch`, once it is known that no rank failed: one that did would leave the others waiting."""
-        failure: BaseException | None = None
-        value = None
-        try:
-            with torch.enable_grad():
-                value = loss(self._engine, batch)
-            if value.numel() != 1 or not value.requires_grad:
-                raise GuardError(
-                    f"Expected `loss` to return a scalar that depends on the trained parameters; found shape "
-                    f"{tuple(value.shape)}, requires_grad={value.requires_grad}."
-                )
-        except Exception as error:
-            failure = error
-        failed = self._reduce([float(failure is not None)], dist.ReduceOp.MAX)
-        if failure is not None:
-            raise failure
-        if failed.item():
-            raise VoidRefresh("the probe loss failed on another rank")
-        assert value is not None
-        return value
+    def _on_any_rank(self, flag: bool) -> bool:
+        return bool(self._reduce([float(flag)], dist.ReduceOp.MAX).item())
 
     def _reduce(self, values: Sequence[float], operation: Any) -> Tensor:
         """Scalars of all ranks combined, float64, in one all_reduce."""

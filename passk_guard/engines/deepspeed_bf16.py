@@ -35,4 +35,4 @@ class Bf16(DeepSpeedGradient):
         try:
             yield lent.take
         finally:
-            self._optimizer.zero_grad()  # the buffers, which are zero at a boundary, and which of them were filled
+            self._clear()  # the buffers, which are zero at a boundary, and which of them were filled

@@ -60,8 +60,7 @@ class _Offloaded(DeepSpeedGradient):
         try:
             yield take
         finally:
-            synchronize()
-            self._optimizer.zero_grad()
+            self._clear()
             accumulators.restore()
             gradients.restore()
 

@@ -49,4 +49,4 @@ class Zero12(DeepSpeedGradient):
         try:
             yield lambda: [part.detach().clone() for part in self._parts()]
         finally:
-            self._optimizer.zero_grad()
+            self._clear()

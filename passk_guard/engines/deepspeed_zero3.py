@@ -59,13 +59,19 @@ class Zero3(DeepSpeedGradient):
         try:
             yield lent.take
         finally:
-            self._optimizer.zero_grad()
+            self._clear()
             lent.restore()
 
-    def _abandon(self) -> None:
-        for module in self._engine.module.modules():
-            if hasattr(module._parameters, "_in_forward"):
-                module._parameters._in_forward = False
-        self._optimizer.parameter_offload.partition_all_parameters()
-        if persistent := self._optimizer.persistent_parameters:
-            persistent[0].all_gather(persistent)
+    @contextmanager
+    def _back_to_rest(self) -> Iterator[None]:
+        gathered = [p for p in self._optimizer.persistent_parameters if p.ds_status.name == "AVAILABLE"]
+        try:
+            yield
+        except BaseException:
+            for module in self._engine.module.modules():
+                if hasattr(module._parameters, "_in_forward"):
+                    module._parameters._in_forward = False
+            self._optimizer.parameter_offload.partition_all_parameters()
+            if gathered:
+                gathered[0].all_gather(gathered)
+            raise

@@ -66,7 +66,7 @@ class ShardedEngine(BackwardEngine):
         root._get_fsdp_state()._root_post_backward_final_callback()
 
     def _local(self, tensor: Tensor) -> Tensor:
-        return cast(DTensor, tensor).detach().to_local()
+        return cast(DTensor, tensor).to_local().detach()
 
     def _over_ranks(self, scalars: Tensor) -> Tensor:
         dist.all_reduce(scalars, group=self._group)

@@ -32,9 +32,9 @@ class GradientEngine(Protocol):
         ...
 
     def gradient(self) -> list[Tensor]:
-        """This rank's share of the accumulated gradient times `loss_scale`, aliases that may be written to.
+        """This rank's share of the accumulated gradient times `loss_scale`: aliases, to be written to through `add_`.
 
-        Only inside `before_step`.
+        Only inside `before_step`. A parameter that no loss reached counts as zero.
         """
         ...
 
@@ -47,7 +47,11 @@ class GradientEngine(Protocol):
         ...
 
     def add_(self, direction: Parts, coefficient: float) -> None:
-        """gradient += coefficient * direction in place, and whatever the engine derived from the gradient with it."""
+        """gradient += coefficient * direction in place, and whatever the engine derived from the gradient with it.
+
+        The gradient as `gradient` gives it: a coefficient computed from it holds the loss scale already. Coefficient
+        0 changes no bit.
+        """
         ...
 
     def probe_gradient(
@@ -65,5 +69,7 @@ class GradientEngine(Protocol):
 
         Raises:
             Whatever `loss` raises, after the same cleaning up.
+            VoidRefresh: where `loss` went well but not on another rank. An engine that communicates in the forward
+                pass (sharded weights) cannot tell: there `loss` must raise on all ranks or on none.
         """
         ...

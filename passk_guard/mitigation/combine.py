@@ -46,16 +46,11 @@ def combine(gramian: Tensor, method: str | Weighting) -> Tensor:
         VoidRefresh: a matrix with NaN or inf, or whose diagonal is not positive; or weights that are not finite.
     """
     if tuple(gramian.shape) != (2, 2):
-        raise GuardError(
-            f"Expected a Gram matrix of shape [2, 2]; found {list(gramian.shape)}. Pass [[gg, gp], [gp, pp]]."
-        )
+        raise GuardError(f"Expected a [2, 2] Gram matrix [[gg, gp], [gp, pp]]; found the shape {list(gramian.shape)}.")
     wide = gramian.detach().double()
     if not bool(torch.isfinite(wide).all()) or not bool((wide.diagonal() > 0).all()):
         raise VoidRefresh(f"no weights follow from the Gram matrix {wide.tolist()}")
-    if isinstance(method, str):
-        weights = _weighting(method)(wide * (2.0 / wide.trace()))
-    else:
-        weights = method(wide)
+    weights = _weighting(method)(wide * (2.0 / wide.trace())) if isinstance(method, str) else method(wide)
     if not bool(torch.isfinite(weights).all()):
         raise VoidRefresh(f"{method} gave the weights {weights.tolist()} for the Gram matrix {wide.tolist()}")
     return weights.detach().to(wide)
@@ -73,8 +68,6 @@ def _weighting(name: str) -> Weighting:
     try:
         from torchjd import aggregation
     except ImportError as error:
-        raise GuardError(
-            f"The method {name!r} comes from torchjd, which is not installed. pip install torchjd"
-        ) from error
+        raise GuardError(f"Method {name!r} comes from torchjd, which is not installed. pip install torchjd") from error
     weighting: Weighting = getattr(aggregation, known)()
     return weighting

@@ -140,9 +140,7 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 def _check_match(grads: Sequence[Tensor], protected: Sequence[Tensor]) -> None:
     if len(grads) != len(protected):
-        raise GuardError(
-            f"Expected as many tensors in `protected` as in `grads`; found {len(protected)}, {len(grads)}."
-        )
+        raise GuardError(f"Expected `protected` as long as `grads`; found {len(protected)} and {len(grads)}.")
     for i, (g, p) in enumerate(zip(grads, protected, strict=True)):
         if g is None or p is None:
             raise GuardError(f"Expected tensors; found None at {i}. Leave such a parameter out of both lists.")

@@ -1,4 +1,4 @@
-"""Starting a worker of this folder on several processes and reading what each rank wrote."""
+"""Starting a worker module on several processes and reading what each rank wrote."""
 
 import json
 import os
@@ -9,12 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def launch(scenario, folder, ranks, timeout=240):
-    """Run `tests.distributed.worker` and return the JSON each rank left in `folder`, in order of rank."""
+def launch(scenario, folder, ranks, timeout=240, worker="tests.distributed.worker"):
+    """Run the module `worker` and return the JSON each rank left in `folder`, in order of rank."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["-m", "tests.distributed.worker", scenario, str(folder)]
+    command += ["-m", worker, scenario, str(folder)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]

@@ -129,10 +129,11 @@ def test_files_of_a_report(tmp_path, capsys):
     lines = report.read_events(tmp_path / "results.jsonl")
     assert [line["event"] for line in lines] == ["exact", "exact", "exact", "summary"]
 
-    report.draw(tmp_path / "demo.png", rows, events, k=8)
+    report.draw(tmp_path / "demo.png", rows, events, k=8, guarded=rows)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
     report.print_table(Console(width=120), "seed 0", rows, summary)
+    report.print_alarm(Console(width=120), summary)
     assert "75% of the fall of pass@1 came after it" in capsys.readouterr().out
 
 
@@ -149,14 +150,22 @@ def test_demo_reads_what_the_guard_writes(model_dir, tmp_path, monkeypatch, caps
     monkeypatch.setattr("sys.argv", argv)
     assert demo.main() == 1
 
-    events = report.read_events(out / "seed4" / "passk_guard.jsonl")
+    events = report.read_events(out / "seed4" / "observe" / "passk_guard.jsonl")
     seen = [e for e in events if e["event"] == "refresh"]
     assert [e["step"] for e in seen] == [0, 5]
     assert any(e["cosine"] is not None and e["cosine_ci_low"] is not None for e in seen)
-    exact = report.read_events(out / "seed4" / "results.jsonl")
+    exact = report.read_events(out / "seed4" / "observe" / "results.jsonl")
     assert [line["step"] for line in exact[:-1]] == [0, 2, 4, 6]
     assert (out / "seed4" / "demo.png").exists()
-    assert list((out / "seed4" / "tensorboard").rglob("events.out.tfevents.*"))
+    assert (out / "seed4" / "project" / "results.jsonl").exists()
+    assert list((out / "seed4" / "observe" / "tensorboard").rglob("events.out.tfevents.*"))
     printed = capsys.readouterr()
     assert "Plan: 0 warm start(s)" in printed.out
     assert "The demo did not show its claim. seed 4:" in printed.err
+
+
+def test_claim_of_the_guarded_run_is_checked():
+    held = report.summarise(records([0.6, 0.6, 0.59], [0.7, 0.8, 0.9]), [], k=8)
+    assert held.guarded_failures() == []
+    lost = report.summarise(records([0.6, 0.5, 0.5], [0.7, 0.8, 0.7]), [], k=8)
+    assert [text.split(",")[1].split()[0] for text in lost.guarded_failures()] == ["pass@1", "pass@8"]

@@ -1,0 +1,109 @@
+"""One rank of runs on one engine: `python -m tests.distributed.projection_worker ENGINE FOLDER`."""
+
+import json
+import os
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from passk_guard import GuardConfig, PassKGuardCallback
+from passk_guard.protect import Pass1Loss
+from tests.distributed.worker import SameEverywhere
+from tests.tiny import digit_reward, probe_rows, tiny_lm_trainer, tiny_model
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+GUARD = {"k": 4, "num_samples": 8, "probe_prompts": 11, "refresh_steps": 2, "patience": 1, "sketch_dim": 1024}
+PROJECT = GUARD | {"mitigation": "project", "gate": "always", "gamma": 0.9, "max_probe_tokens": 64}
+
+
+def deepspeed_config(stage):
+    return {
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+    }
+
+
+def arguments(engine):
+    """DDP shares a batch of four out over its ranks; under DeepSpeed on a CPU accelerate gives each rank all of it."""
+    common = {"max_steps": 4, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "learning_rate": 1e-2}
+    common |= {"lr_scheduler_type": "constant", "optim": "adamw_torch", "adam_epsilon": 1e-3}
+    if engine.startswith("zero"):
+        return common | {"deepspeed": deepspeed_config(int(engine[4:])), "use_cpu": False}
+    return common | {"per_device_train_batch_size": 4 // RANKS}
+
+
+def weights(trainer):
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: p.detach().double().tolist() for name, p in model.named_parameters()}
+    return {name: p.detach().double().tolist() for name, p in model.named_parameters()}
+
+
+@contextmanager
+def harvest_failing_on_rank_1():
+    """One rank's loss raises on every batch, but for the filler that keeps ranks in step."""
+    original = Pass1Loss.__call__
+
+    def broken(self, model, batch):
+        if RANK == 1 and bool((batch.slots >= 0).any()):
+            raise MemoryError("rank 1 has no room")
+        return original(self, model, batch)
+
+    Pass1Loss.__call__ = broken
+    try:
+        yield
+    finally:
+        Pass1Loss.__call__ = original
+
+
+def run(engine, variant, folder):
+    """Train once; what it came to."""
+    trainer = tiny_lm_trainer(folder / f"rank{RANK}", model=tiny_model(initializer_range=0.1), **arguments(engine))
+    guard = None
+    if variant != "without":
+        config = GuardConfig(**(GUARD if variant == "observe" else PROJECT))
+        sampler = SameEverywhere(trainer.processing_class)
+        guard = PassKGuardCallback(trainer, probe_rows(), digit_reward, config, sampler)
+        trainer.add_callback(guard)
+    with harvest_failing_on_rank_1() if variant == "rank_1_fails" else nullcontext():
+        trainer.train()
+    rows = [row for row in trainer.state.log_history if "passk_guard/mitigated" in row]
+    return {
+        "weights": weights(trainer),
+        "mitigated": [row["passk_guard/mitigated"] for row in rows],
+        "train_cosine": [row["passk_guard/train_cosine"] for row in rows],
+        "voids": guard.memory.voids if guard else 0,
+        "steps": trainer.state.global_step,
+    }
+
+
+def run_all(engine, folder):
+    """One start of the processes for all runs: starting them takes longer than running."""
+    results = {}
+    for variant in ("without", "project", "observe", "rank_1_fails"):
+        unset_hf_deepspeed_config()
+        AcceleratorState._reset_state()
+        results[variant] = run(engine, variant, folder / variant)
+    return results
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    target = Path(sys.argv[2])
+    result = run_all(sys.argv[1], target)
+    (target / f"rank{RANK}.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,55 @@
+"""The whole guard on several engines: the same projected run as in one plain process."""
+
+import pytest
+import torch
+
+from tests.distributed.launch import launch
+from tests.distributed.projection_worker import run
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.distributed
+ENGINES = ["ddp", "zero0", "zero1", "zero2", "zero3"]
+
+
+def flat(weights):
+    return torch.cat([torch.tensor(values, dtype=torch.float64).flatten() for _, values in sorted(weights.items())])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The guarded run of one plain process, and how far it moved."""
+    found = run("plain", "project", tmp_path_factory.mktemp("plain"))
+    start = {n: p.detach().double().tolist() for n, p in tiny_model(initializer_range=0.1).named_parameters()}
+    assert sum(found["mitigated"]) == 4, "every step of the fixture must be edited"
+    return found | {"moved": (flat(found["weights"]) - flat(start)).norm()}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request, tmp_path_factory):
+    """What each of two ranks found in all runs on one engine."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return launch(request.param, folder, 2, worker="tests.distributed.projection_worker")
+
+
+def test_a_guarded_run_is_that_of_one_plain_process(engine, plain):
+    first, second = (rank["project"] for rank in engine)
+    assert first["weights"] == second["weights"]
+    expected = flat(plain["weights"])
+    assert float((flat(first["weights"]) - expected).norm() / plain["moved"]) < 2e-5
+    assert first["mitigated"] == plain["mitigated"]
+    assert first["train_cosine"] == pytest.approx(plain["train_cosine"], abs=1e-4)
+    unguarded = flat(engine[0]["without"]["weights"])
+    assert float((unguarded - expected).norm() / plain["moved"]) > 0.05, "the edit must matter"
+
+
+def test_observing_is_bit_for_bit_no_guard(engine):
+    for rank in engine:
+        assert rank["observe"]["weights"] == rank["without"]["weights"]
+        assert (rank["observe"]["voids"], rank["observe"]["steps"]) == (0, 4)
+
+
+def test_a_harvest_that_fails_on_one_rank_leaves_all_steps_unguarded(engine):
+    for rank in engine:
+        assert rank["rank_1_fails"]["voids"] == 2
+        assert rank["rank_1_fails"]["mitigated"] == []
+        assert rank["rank_1_fails"]["weights"] == rank["without"]["weights"]
