@@ -1,6 +1,6 @@
 """passk_guard: is this step buying pass@k with pass@1?
 
-The mathematics (closed forms, estimates, decision) needs torch alone and imports without the rest of the stack; the
+The mathematics (closed forms, estimates, decision, projection) needs torch alone and imports without the rest of the stack; the
 callback and its parts are imported when they are first used.
 """
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.estimator import estimate_conflict, estimate_pooled
+from passk_guard.mitigation import combine, project_gradient
 from passk_guard.passk import pass_at_k, passk_advantages, passk_weight
 from passk_guard.pkpo import max_at_k, pkpo_transform
 from passk_guard.population import population_conflict
@@ -49,6 +50,7 @@ __all__ = [
     "TRLSampler",
     "Verifier",
     "VoidRefresh",
+    "combine",
     "estimate_conflict",
     "estimate_pooled",
     "max_at_k",
@@ -57,6 +59,7 @@ __all__ = [
     "passk_weight",
     "pkpo_transform",
     "population_conflict",
+    "project_gradient",
 ]
 
 

@@ -134,6 +134,7 @@ class StepGuard:
             "ranks": self._ranks.count,
             "open": self.open,
             "protected": None if self.protected is None else [part.cpu() for part in self.protected],
+            "on_cpu": [part.device.type == "cpu" for part in self.protected or ()],  # offloaded, or all there is
         }
         path = folder / self._file_name()
         partial = path.with_suffix(".partial")
@@ -147,7 +148,8 @@ class StepGuard:
             return reason or "another rank could not read its share"
         self.open = bool(content["open"])
         if content["protected"] is not None:
-            self.protected = [part.to(self._ranks.device) for part in content["protected"]]
+            parts = zip(content["protected"], content["on_cpu"], strict=True)
+            self.protected = [part if on_cpu else part.to(self._ranks.device) for part, on_cpu in parts]
         return None
 
     def _read(self, path: Path) -> tuple[dict[str, Any], str | None]:

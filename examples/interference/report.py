@@ -156,6 +156,7 @@ def draw(path: Path, records: Sequence[Record], events: Sequence[dict], k: int, 
         )  # fmt: skip
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
+    bottom.set_xticks(range(0, records[-1]["step"] + 1, max(1, records[-1]["step"] // 6)))
     # Room on the right for the labels of the lines.
     top.set_xlim(0, records[-1]["step"] * (1.32 if guarded else 1.22))
     bottom.set_xlabel("optimizer step")
