@@ -1,7 +1,7 @@
 """passk_guard: is this step buying pass@k with pass@1?
 
-The mathematics (closed forms, estimates, decision, projection) needs torch alone and imports without the rest of the stack; the
-callback and its parts are imported when they are first used.
+The mathematics (closed forms, estimates, decision, projection) needs torch alone and imports without the rest of the
+stack; the callback and its parts are imported when they are first used.
 """
 
 from importlib import import_module

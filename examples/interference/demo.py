@@ -22,6 +22,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -67,15 +69,36 @@ def attach_guard(trainer: GRPOTrainer, arm: str) -> None:
     trainer.add_callback(ProgressBar(arm))
 
 
+@contextmanager
+def tensorboard_folder(folder: Path) -> Iterator[None]:
+    """Where transformers writes TensorBoard files inside the context; the environment is its only way in."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def run(arm: str, seed: int, out: Path, model_dir: Path) -> tuple[list[report.Record], list[dict], report.Summary]:
     """One arm of one seed: exact evaluations, the guard's events, and the summary of both."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "passk_guard.jsonl").unlink(missing_ok=True)  # the guard appends, for runs that are resumed
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard" / time.strftime("%Y%m%d-%H%M%S"))
-    _, records = train(
-        model_dir, out, steps=STEPS, k=K, seed=seed, evaluate_every=EVALUATE_EVERY,
-        prepare=lambda trainer: attach_guard(trainer, arm), learning_rate=LEARNING_RATE, disable_tqdm=True,
-    )  # fmt: skip
+    with tensorboard_folder(out / "tensorboard" / time.strftime("%Y%m%d-%H%M%S")):
+        _, records = train(
+            model_dir,
+            out,
+            steps=STEPS,
+            k=K,
+            seed=seed,
+            evaluate_every=EVALUATE_EVERY,
+            prepare=lambda trainer: attach_guard(trainer, arm),
+            learning_rate=LEARNING_RATE,
+            disable_tqdm=True,
+        )
     events = report.read_events(out / "passk_guard.jsonl")
     summary = report.summarise(records, events, K)
     report.write_results(out / "results.jsonl", records, summary)
