@@ -83,6 +83,7 @@ def run(engine, variant, folder):
         "mitigated": [row["passk_guard/mitigated"] for row in rows],
         "train_cosine": [row["passk_guard/train_cosine"] for row in rows],
         "voids": guard.memory.voids if guard else 0,
+        "gram": guard.memory.history[0].gram.tolist() if guard and guard.memory.history else None,
         "steps": trainer.state.global_step,
     }
 

@@ -38,6 +38,10 @@ def test_a_guarded_run_is_that_of_one_plain_process(engine, plain):
     assert float((flat(first["weights"]) - expected).norm() / plain["moved"]) < 2e-5
     assert first["mitigated"] == plain["mitigated"]
     assert first["train_cosine"] == pytest.approx(plain["train_cosine"], abs=1e-4)
+    gram = torch.tensor(plain["gram"], dtype=torch.float64)
+    assert torch.allclose(
+        torch.tensor(first["gram"], dtype=torch.float64), gram, rtol=1e-4, atol=1e-4 * float(gram.max())
+    )
     unguarded = flat(engine[0]["without"]["weights"])
     assert float((unguarded - expected).norm() / plain["moved"]) > 0.05, "the edit must matter"
 

@@ -1,0 +1,114 @@
+"""The guard before a step, on an engine of two numbers."""
+
+import pytest
+import torch
+
+from passk_guard.mitigation import projection_coefficient
+from passk_guard.ranks import Ranks
+from passk_guard.step_guard import StepGuard
+
+
+class Engine:
+    """Holds one gradient, multiplied by a loss scale as fp16 training does."""
+
+    name = "toy"
+
+    def __init__(self, gradient, scale=1.0):
+        self.parts = [torch.tensor(gradient) * scale]
+        self.scale = scale
+
+    def install(self, before_step):
+        self.before_step = before_step
+
+    def remove(self):
+        self.before_step = None
+
+    def gradient(self):
+        return self.parts
+
+    def loss_scale(self):
+        return self.scale
+
+    def inner_products(self, pairs):
+        return [sum(float(a.double() @ b.double()) for a, b in zip(x, y, strict=True)) for x, y in pairs]
+
+    def add_(self, direction, coefficient):
+        for part, step in zip(self.parts, direction, strict=True):
+            part.add_(step, alpha=coefficient)
+
+    def probe_gradient(self, batches, loss, dtype=None):
+        return [torch.tensor(batch, dtype=dtype) for batch in batches]
+
+
+def guard(engine, told=None, **settings):
+    options = {"gamma": 0.2, "average": 0.0, "dtype": torch.float32} | settings
+    made = StepGuard(engine, Ranks(torch.device("cpu")), **options, on_failure=([] if told is None else told).append)
+    made.install()
+    made.open = True
+    return made
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_a_loss_scale_changes_nothing_but_the_scale(scale):
+    engine = Engine([1.0, -2.0], scale)
+    made = guard(engine)
+    made.protected = [torch.tensor([0.0, 3.0])]
+    engine.before_step()
+    coefficient = projection_coefficient(-6.0, 5.0, 9.0, 0.2)
+    assert torch.allclose(engine.parts[0] / scale, torch.tensor([1.0, -2.0 + 3.0 * coefficient]))
+    metrics = made.step_metrics()
+    assert metrics["coefficient"] == pytest.approx(coefficient)
+    assert metrics["grad_norm_before"] == pytest.approx(5**0.5)
+    assert metrics["grad_norm_after"] == pytest.approx(float(engine.parts[0].norm()) / scale)
+    assert metrics["train_cosine"] == pytest.approx(-6 / (3 * 5**0.5))
+    assert made.step_metrics() == {}
+
+
+def test_closed_or_empty_it_does_nothing():
+    engine = Engine([1.0, -2.0])
+    made = guard(engine)
+    engine.before_step()
+    made.protected, made.open = [torch.tensor([0.0, 3.0])], False
+    engine.before_step()
+    assert engine.parts[0].tolist() == [1.0, -2.0]
+    assert made.step_metrics() == {}
+
+
+def test_the_average_over_refreshes():
+    made = guard(Engine([1.0, 1.0]), average=0.75)
+    made.harvest(None, [[4.0, 0.0]])
+    assert made.protected[0].tolist() == [4.0, 0.0]
+    made.harvest(None, [[0.0, 8.0]])
+    assert made.protected[0].tolist() == [3.0, 2.0]
+
+
+def test_half_precision_keeps_the_direction_in_half_the_memory():
+    made = guard(Engine([1.0, 1.0]), dtype=torch.bfloat16)
+    made.harvest(None, [[4.0, 0.5]])
+    assert made.protected[0].dtype == torch.bfloat16
+
+
+def test_a_gradient_that_is_not_finite_is_told_once():
+    engine, told = Engine([1.0, float("inf")]), []
+    made = guard(engine, told)
+    made.protected = [torch.tensor([0.0, 3.0])]
+    engine.before_step()
+    engine.before_step()
+    assert len(told) == 1
+    assert engine.parts[0].tolist() == [1.0, float("inf")]
+
+
+def test_a_checkpoint_holds_it(tmp_path):
+    made = guard(Engine([1.0, 1.0]))
+    made.harvest(None, [[4.0, 0.5]])
+    made.save(tmp_path)
+    again = guard(Engine([1.0, 1.0]))
+    again.open = False
+    assert again.load(tmp_path) is None
+    assert again.open
+    assert again.protected[0].tolist() == [4.0, 0.5]
+    other = Engine([1.0, 1.0])
+    other.name = "zero2"
+    assert "this run has 1 of zero2" in guard(other).load(tmp_path)
+    assert "no protected direction" in guard(Engine([1.0])).load(tmp_path / "elsewhere")
+    assert not list(tmp_path.glob("*.partial"))
