@@ -104,10 +104,11 @@ class PassKGuardCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refresh from the probe set, where this step is due."""
-        if self._source is None or state.global_step % self.config.refresh_steps:
+        source = self._source
+        if source is None or state.global_step % self.config.refresh_steps:
             return
         number = state.global_step // self.config.refresh_steps
-        self._refresh(state.global_step, lambda: self._sample(number), self._source.keys(number))
+        self._refresh(state.global_step, lambda: self._sample(source, number), source.keys(number))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the guard's memory into the checkpoint."""
@@ -151,10 +152,9 @@ class PassKGuardCallback(TrainerCallback):
                 step_number, estimate, before=verdict.previous, after=verdict.status, action=self._action()
             )
 
-    def _sample(self, number: int) -> tuple[Rollouts, Outcomes]:
-        assert self._source is not None
-        with sampling_bar(self._source.sampler, wants_bar(self.config.progress_bar, self._trainer)):
-            rollouts = self._source.rollouts(number, self._ranks.index, self._ranks.count)
+    def _sample(self, source: HeldOut, number: int) -> tuple[Rollouts, Outcomes]:
+        with sampling_bar(source.sampler, wants_bar(self.config.progress_bar, self._trainer)):
+            rollouts = source.rollouts(number, self._ranks.index, self._ranks.count)
         return rollouts, self._verifier.score(rollouts, trainer_state=self._trainer.state)
 
     def _on_training_batch(self, rollouts: Rollouts, rewards: torch.Tensor) -> None:

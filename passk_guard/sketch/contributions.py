@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,19 +24,19 @@ def by_sample(x: Tensor, batch: int, width: int) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Contribution:
+class Contribution(ABC):
     """The rule of one kind of module. u is its input, delta the gradient of its output, both [B, T, d]."""
 
     use: Use
     accumulator: Accumulator
 
+    @abstractmethod
     def keep(self, u: Tensor) -> tuple[Tensor, ...]:
         """What of the input the rule needs in the backward."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, delta: Tensor, kept: Sequence[Tensor]) -> None:
         """Add this module's share, given what `keep` returned."""
-        raise NotImplementedError
 
     def add_bias(self, delta: Tensor) -> None:
         """d bias = sum_t delta_t."""
