@@ -81,7 +81,7 @@ def main() -> None:
     probe = make_prompts("probe", 1024, args.seed)
     trainer.add_callback(PassKGuardCallback(trainer, probe=probe, correct=correct, config=guard_config))
     with PassKObjective(trainer, k=guard_config.k):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     if trainer.is_world_process_zero():
         report(trainer, guard_config.k)

@@ -1,5 +1,6 @@
-"""The DeepSpeed example on two CPU processes, as the README starts it."""
+"""The DeepSpeed example on two CPU processes, as the README starts it, whole and resumed from its middle."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,18 +10,38 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+TIMES = ("probe_seconds", "mitigation_seconds")
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize(("config", "device"), [("zero2", "--ddp_backend=gloo"), ("zero3", "--ddp_backend=gloo")])
-def test_the_example_runs(config, device, tmp_path):
+def start(config, folder, *more):
+    """Run the example and return what it printed."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", f"examples/accelerate_configs/{config}.yaml", "-m", "examples.grpo_deepspeed"]
-    command += [device, "--max_steps=3", "--refresh_steps=2", "--gate=always", f"--output_dir={tmp_path}"]
+    command += ["--ddp_backend=gloo", "--max_steps=4", "--refresh_steps=3", "--gate=always", f"--output_dir={folder}"]
+    command += ["--save_strategy=steps", "--save_steps=2", *more]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert re.search("DistributedType.DEEPSPEED on 2 processes: [123] of 3 steps turned by the guard", done.stdout)
-    assert (tmp_path / "passk_guard.jsonl").is_file()
-    assert re.search(r"step +0: pass@1 \d", done.stdout)
+    return done.stdout
+
+
+def events(folder):
+    lines = (folder / "passk_guard.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["zero2", "zero3"])
+def test_the_example_runs_and_resumes_as_if_it_had_not_stopped(config, tmp_path):
+    printed = start(config, tmp_path)
+    assert re.search("DistributedType.DEEPSPEED on 2 processes: [1-4] of 4 steps turned by the guard", printed)
+    assert re.search(r"step +0: pass@1 \d", printed)
+    checkpoint = tmp_path / "checkpoint-2"
+    for name in ("passk_guard.pt", "passk_guard_rank0.pt", "passk_guard_rank1.pt"):
+        assert (checkpoint / name).is_file()
+    whole = events(tmp_path)
+    start(config, tmp_path, f"--resume_from_checkpoint={checkpoint}")
+    resumed = events(tmp_path)[len(whole) :]
+    assert any(event["event"] == "steps" and event["step"] == 3 for event in resumed), "guarded before any refresh"
+    assert resumed == [e for e in whole if e["step"] > 2]
