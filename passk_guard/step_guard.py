@@ -104,11 +104,16 @@ class StepGuard:
     def _before_step(self) -> None:
         if not self.open or self.protected is None:
             return
+        try:
+            self._turn(self.protected)
+        except Exception as error:  # on every rank alike: a version of the engine that is not what it was taken for
+            self.open = False
+            self._fail(f"steps are left unguarded until the next refresh: {type(error).__name__}: {error}")
+
+    def _turn(self, protected: list[Tensor]) -> None:
         began = time.perf_counter()
         gradient, scale = self.engine.gradient(), self.engine.loss_scale()
-        products = self.engine.inner_products(
-            [(gradient, self.protected), (gradient, gradient), (self.protected, self.protected)]
-        )
+        products = self.engine.inner_products([(gradient, protected), (gradient, gradient), (protected, protected)])
         # Replicated gradients are equal on all ranks, their sums need not be to the last bit.
         inner, own, other = self._ranks.from_first(torch.tensor(products, dtype=torch.float64)).tolist()
         plan = plan_projection(inner / scale, own / scale**2, other, self._gamma)
@@ -116,7 +121,7 @@ class StepGuard:
             self._fail(f"steps are left to the optimizer as they are where {plan.reason}")
             return
         if plan.coefficient:
-            self.engine.add_(self.protected, plan.coefficient * scale)
+            self.engine.add_(protected, plan.coefficient * scale)
         self._records.append(_record(plan, time.perf_counter() - began))
 
     def _fail(self, reason: str) -> None:

@@ -112,3 +112,16 @@ def test_a_checkpoint_holds_it(tmp_path):
     assert "this run has 1 of zero2" in guard(other).load(tmp_path)
     assert "no protected direction" in guard(Engine([1.0])).load(tmp_path / "elsewhere")
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_engine_that_breaks_does_not_break_training():
+    engine, told = Engine([1.0, -2.0]), []
+    made = guard(engine, told)
+    made.protected = [torch.tensor([0.0, 3.0])]
+    engine.inner_products = None
+    engine.before_step()
+    engine.before_step()
+    assert not made.open
+    assert len(told) == 1
+    assert "TypeError" in told[0]
+    assert engine.parts[0].tolist() == [1.0, -2.0]
