@@ -54,6 +54,7 @@ class StepGuard:
     ) -> None:
         self.engine, self.open = engine, False
         self.protected: list[Tensor] | None = None
+        self._norm_sq: float | None = None  # of the protected direction; the same for all its steps
         self._ranks, self._gamma, self._average, self._dtype = ranks, gamma, average, dtype
         self._on_failure = on_failure
         self._told: set[str] = set()
@@ -87,7 +88,7 @@ class StepGuard:
         if self.protected is not None and self._average:
             for old, fresh in zip(self.protected, new, strict=True):
                 fresh.mul_(1 - self._average).add_(old, alpha=self._average)
-        self.protected = new
+        self.protected, self._norm_sq = new, None
 
     def step_metrics(self) -> dict[str, float | None]:
         """Means over the steps since the last call: what was done to the gradient and what it took.
@@ -113,10 +114,15 @@ class StepGuard:
     def _turn(self, protected: list[Tensor]) -> None:
         began = time.perf_counter()
         gradient, scale = self.engine.gradient(), self.engine.loss_scale()
-        products = self.engine.inner_products([(gradient, protected), (gradient, gradient), (protected, protected)])
+        pairs = [(gradient, protected), (gradient, gradient)]
+        if self._norm_sq is None:
+            pairs.append((protected, protected))
         # Replicated gradients are equal on all ranks, their sums need not be to the last bit.
-        inner, own, other = self._ranks.from_first(torch.tensor(products, dtype=torch.float64)).tolist()
-        plan = plan_projection(inner / scale, own / scale**2, other, self._gamma)
+        products = self._ranks.from_first(torch.tensor(self.engine.inner_products(pairs), dtype=torch.float64)).tolist()
+        if self._norm_sq is None:
+            self._norm_sq = products[2]
+        inner, own = products[:2]
+        plan = plan_projection(inner / scale, own / scale**2, self._norm_sq, self._gamma)
         if plan.reason is not None:
             self._fail(f"steps are left to the optimizer as they are where {plan.reason}")
             return
@@ -154,6 +160,7 @@ class StepGuard:
         self.open = bool(content["open"])
         if content["protected"] is not None:
             parts = zip(content["protected"], content["on_cpu"], strict=True)
+            self._norm_sq = None
             self.protected = [part if on_cpu else part.to(self._ranks.device) for part, on_cpu in parts]
         return None
 
