@@ -23,7 +23,7 @@ from passk_guard.dropout import without_dropout
 from passk_guard.engines import choose_engine
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.estimator import estimate_pooled, in_conflict
-from passk_guard.isolation import untouched
+from passk_guard.isolation import seeded, untouched
 from passk_guard.memory import Memory, load_memory, save_memory
 from passk_guard.progress import sampling_bar, wants_bar
 from passk_guard.protect import pass1_loss
@@ -117,7 +117,7 @@ class PassKGuardCallback(TrainerCallback):
                 save_memory(self.memory, _checkpoint(args, state))
             if self._step_guard is not None:
                 self._step_guard.save(_checkpoint(args, state))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             logger.warning("passk_guard: the checkpoint holds no memory of the guard: %s", error)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -131,8 +131,8 @@ class PassKGuardCallback(TrainerCallback):
     ) -> None:
         began = time.perf_counter()
         try:
-            with untouched(self._trainer.model, self._trainer.processing_class):
-                seed = self.config.probe_seed * 1_000_003 + step_number
+            seed = self.config.probe_seed * 1_000_003 + step_number
+            with untouched(self._trainer.model, self._trainer.processing_class), seeded(seed):
                 refresh = self._refresher().run(sample, keys, seed)
                 memory = self.memory.with_refresh(refresh.probe, self.config.pool_refreshes, step_number)
                 estimate = self._estimate(memory)

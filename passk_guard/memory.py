@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,14 +69,17 @@ def save_memory(memory: Memory, folder: Path) -> None:
 
 
 def load_memory(folder: Path) -> Memory | None:
-    """Read it back; None where the checkpoint is older than the guard or of another format.
+    """Read it back; None where the checkpoint is older than the guard, of another format, or damaged.
 
     Loaded with weights_only: a checkpoint from elsewhere cannot run code.
     """
     path = folder / FILE_NAME
     if not path.is_file():
         return None
-    content: dict[str, Any] = torch.load(path, weights_only=True)
+    try:
+        content: dict[str, Any] = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):
+        return None
     if content.get("format") != _FORMAT:
         return None
     return Memory(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from passk_guard.errors import VoidRefresh
 from passk_guard.ranks import Ranks
 from passk_guard.sketch import ScoreSketcher, TokenBatch, filler_batch, token_batches
 from passk_guard.types import Outcomes, ProbeGram, Rollouts
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -167,7 +168,10 @@ class StepGuard:
     def _read(self, path: Path) -> tuple[dict[str, Any], str | None]:
         if not path.is_file():
             return {}, "the checkpoint has no protected direction"
-        content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        try:
+            content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            return {}, f"{path.name} cannot be read: {error}"
         found = (content.get("format"), content.get("engine"), content.get("ranks"))
         if found != (_FORMAT, self.engine.name, self._ranks.count):
             return {}, (

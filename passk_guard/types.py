@@ -25,7 +25,6 @@ class Rollouts:
         completions: decoded completion, a text or a list of messages as the reward function expects.
         num_prompts: m, prompts of the refresh over all ranks.
         temperature: sampling temperature; log-probabilities are taken at the same one.
-        held_out: False where the samples come from the training batch itself.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -35,7 +34,6 @@ class Rollouts:
     completions: Sequence[Any]
     num_prompts: int
     temperature: float = 1.0
-    held_out: bool = True
 
     def __len__(self) -> int:
         return len(self.prompt_index)

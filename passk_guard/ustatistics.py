@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Moments:
     influence: Tensor
     naive: Tensor
 
-    @property
+    @cached_property
     def covariance(self) -> Tensor:
         """[K, 3, 3] jackknife covariance of `value`: (N - 1)/N times the sum of squared deviations."""
         count = self.influence.shape[0]

@@ -260,3 +260,16 @@ def test_a_probe_without_a_gradient_leaves_steps_alone(solved, tmp_path):
     guarded.train()
     assert same(parameters(plain), parameters(guarded))
     assert [e["event"] for e in journal(tmp_path / "with")] == ["refresh", "refresh"]
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_stop_training(tmp_path, caplog, monkeypatch):
+    def full(self, folder):
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+
+    monkeypatch.setattr("passk_guard.step_guard.StepGuard.save", full)
+    trainer = tiny_lm_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    guard_of(trainer, **PROJECT)
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert "No space left" in caplog.text

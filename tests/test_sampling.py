@@ -430,7 +430,7 @@ def test_the_tap_sees_the_training_batch(make, chat, tmp_path):
     assert len(seen) == 2
     for (rollouts, rewards), (completions, ids) in zip(seen, rewarded, strict=True):
         assert list(rollouts.prompt_index) == [0] * 4 + [1] * 4
-        assert (rollouts.num_prompts, rollouts.held_out, rollouts.temperature) == (2, False, 1.0)
+        assert (rollouts.num_prompts, rollouts.temperature) == (2, 1.0)
         assert rollouts.completions == completions
         assert rollouts.completion_ids == ids  # also where mask_truncated_completions blanks them
         assert rewards[:, 0].tolist() == digit_reward(completions)

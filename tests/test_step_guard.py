@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from passk_guard.memory import load_memory
 from passk_guard.mitigation import projection_coefficient
 from passk_guard.ranks import Ranks
 from passk_guard.step_guard import StepGuard
@@ -125,3 +126,13 @@ def test_an_engine_that_breaks_does_not_break_training():
     assert len(told) == 1
     assert "TypeError" in told[0]
     assert engine.parts[0].tolist() == [1.0, -2.0]
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
+def test_a_damaged_checkpoint_is_said_and_not_raised(damage, tmp_path):
+    made = guard(Engine([1.0, 1.0]))
+    for name in ("passk_guard_rank0.pt", "passk_guard.pt"):
+        (tmp_path / name).write_bytes(damage)
+    assert "cannot be read" in made.load(tmp_path)
+    assert made.protected is None
+    assert load_memory(tmp_path) is None

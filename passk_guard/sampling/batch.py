@@ -115,7 +115,6 @@ class BatchTap:
             completions=list(completions),
             num_prompts=len(rewards) // group,
             temperature=float(self.trainer.temperature),
-            held_out=False,
         )
         return rollouts, rewards[start : start + local].clone()
 
