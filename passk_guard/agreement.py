@@ -10,7 +10,9 @@ from torch import Tensor
 
 from passk_guard.passk import unbiased_passk_weight
 from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import coefficients, prompt_kernel
+from passk_guard.ustatistics import Rows, coefficients, passk_rows, prompt_kernel
+
+_PASS_AT_1 = passk_rows(torch.tensor([1]))
 
 
 def informative(probe: ProbeGram) -> Tensor:
@@ -18,12 +20,13 @@ def informative(probe: ProbeGram) -> Tensor:
     return (probe.num_correct > 0) & (probe.num_correct < probe.num_samples)
 
 
-def prompt_view(probe: ProbeGram, k: int) -> dict[str, Any]:
+def prompt_view(probe: ProbeGram, rows: Rows) -> dict[str, Any]:
     r"""One refresh, prompt by prompt: the per-prompt fields of `ConflictEstimate`.
 
     $a(x) = \frac{1}{m-1} \sum_{x' \ne x} \langle g_1(x), g_1(x') \rangle$ estimates the agreement score of
     arXiv 2602.21189, Sec. 4, and the same sum with g_k(x) on the left is prompt x's share of the conflict: its mean
-    over prompts is the inner product. Pairs are counted as negative among prompts with a gradient only.
+    over prompts is the inner product; `rows` gives the
+    coefficients of that g. Pairs are counted as negative among prompts with a gradient only.
     """
     m = probe.num_samples.numel()
     one = coefficients(probe, torch.tensor([1]))[0]
@@ -32,8 +35,8 @@ def prompt_view(probe: ProbeGram, k: int) -> dict[str, Any]:
     pairs = mixed[:, None] & mixed[None, :] & ~torch.eye(m, dtype=torch.bool)
     return {
         "kernel": kernel,
-        "agreement": off_diagonal_sums(probe, 1) / (m - 1),
-        "weighted_agreement": off_diagonal_sums(probe, k) / (m - 1),
+        "agreement": off_diagonal_sums(probe, _PASS_AT_1) / (m - 1),
+        "weighted_agreement": off_diagonal_sums(probe, rows) / (m - 1),
         "frac_negative_pairs": float((kernel[pairs] < 0).double().mean()) if bool(pairs.any()) else None,
     }
 
@@ -48,16 +51,21 @@ def weight_and_agreement(probes: Sequence[ProbeGram], k: int) -> dict[str, Any]:
     for probe in probes:
         m = probe.num_samples.numel()
         weight = unbiased_passk_weight(probe.num_samples, probe.num_correct, k)
-        agreement = off_diagonal_sums(probe, 1)
+        agreement = off_diagonal_sums(probe, _PASS_AT_1)
         triples = float(weight.sum() * agreement.sum() - 2 * weight @ agreement) / (m * (m - 1) * (m - 2))
-        inner = float(off_diagonal_sums(probe, k).sum()) / (m * (m - 1))
+        inner = float(off_diagonal_sums(probe, passk_rows(torch.tensor([k]))).sum()) / (m * (m - 1))
         mean_weight += m / total * float(weight.mean())
         covariance += m / total * (inner - triples)
     return {"mean_weight": mean_weight, "weight_agreement_cov": covariance}
 
 
-def off_diagonal_sums(probe: ProbeGram, k: int) -> Tensor:
-    """[m] sum over x' != x of <g_k(x), g_1(x')>."""
-    rows = coefficients(probe, torch.tensor([k, 1]))
-    kernel = prompt_kernel(probe, rows[0], rows[1])
+def off_diagonal_sums(probe: ProbeGram, rows: Rows) -> Tensor:
+    """[m] sum over x' != x of <g(x), g_1(x')>, with the g of the one row."""
+    kernel = prompt_kernel(probe, rows(probe)[0], _PASS_AT_1(probe)[0])
     return kernel.sum(1) - kernel.diagonal()
+
+
+def mean_positive_and_negative(probe: ProbeGram) -> tuple[float, float]:
+    """A+ = E[max(a, 0)] and A- = E[max(-a, 0)] of the agreement scores; noise in the scores raises both alike."""
+    agreement = off_diagonal_sums(probe, _PASS_AT_1) / (probe.num_samples.numel() - 1)
+    return float(agreement.clamp(min=0).mean()), float((-agreement).clamp(min=0).mean())

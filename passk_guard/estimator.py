@@ -12,9 +12,10 @@ from torch import Tensor
 from passk_guard.agreement import informative, prompt_view, weight_and_agreement
 from passk_guard.errors import GuardError
 from passk_guard.intervals import cosine_bounds, student_t_quantile
+from passk_guard.objectives import Weighting
 from passk_guard.passk import pass_at_k
 from passk_guard.types import ConflictCurve, ConflictEstimate, ProbeGram, Status
-from passk_guard.ustatistics import Moments, pooled_moments
+from passk_guard.ustatistics import Moments, passk_rows, pooled_moments, weighting_rows
 
 _FEWEST_PROMPTS = 3  # two would give a U-statistic of one pair, and no jackknife
 
@@ -29,6 +30,7 @@ def estimate_conflict(
     confidence: float = 0.95,
     history: Sequence[ProbeGram] = (),
     prompt_keys: Sequence[object] = (),
+    weighting: Weighting | None = None,
 ) -> ConflictEstimate:
     r"""Estimate cos(grad J_k, grad J_1) from the Gram matrix of per-prompt score sums.
 
@@ -47,6 +49,8 @@ def estimate_conflict(
         confidence: of the interval (two-sided) and of the verdict (one-sided).
         history: Gram matrices of earlier refreshes, pooled with this one by averaging the U-statistics.
         prompt_keys: m hashable names, so that a prompt met again in `history` is recognised.
+        weighting: another objective in place of pass@k, e.g. `named_weighting("grpo")`: g_k is then the gradient its
+            advantages make of the same samples, and there is no curve over k. k still names the pass rate.
 
     Returns:
         A `ConflictEstimate`. Per-prompt fields describe this refresh, scalars the pooled ones, except the pass
@@ -56,11 +60,17 @@ def estimate_conflict(
         GuardError: shapes that do not fit, a Gram matrix that is not finite or not symmetric, or n < k.
     """
     newest = ProbeGram(gram, num_samples, num_correct, prompt_keys)
-    return estimate_pooled([*history, newest], k, threshold=threshold, confidence=confidence)
+    probes = [*history, newest]
+    return estimate_pooled(probes, k, threshold=threshold, confidence=confidence, weighting=weighting)
 
 
 def estimate_pooled(
-    probes: Sequence[ProbeGram], k: int, *, threshold: float = 0.0, confidence: float = 0.95
+    probes: Sequence[ProbeGram],
+    k: int,
+    *,
+    threshold: float = 0.0,
+    confidence: float = 0.95,
+    weighting: Weighting | None = None,
 ) -> ConflictEstimate:
     """`estimate_conflict` over a sequence of refreshes, the newest last.
 
@@ -75,22 +85,18 @@ def estimate_pooled(
     base = _base(probes, k, threshold, confidence)
     if min(p.num_samples.numel() for p in probes) < _FEWEST_PROMPTS or base.num_informative < _FEWEST_PROMPTS:
         return replace(base, reason=_too_little(probes))
-    ks = torch.arange(1, min(int(p.num_samples.min()) for p in probes) + 1)
-    moments = pooled_moments(probes, ks)
-    base = _with_inner_products(base, moments.value[k - 1], moments.covariance[k - 1])
-    for name, norm_sq, error in (
-        ("1", base.norm1_sq, moments.covariance[k - 1, 1, 1]),
-        (str(k), base.normk_sq, moments.covariance[k - 1, 2, 2]),
-    ):
-        if norm_sq is None or not norm_sq > 0:
-            reason = (
-                f"the probe holds no pass@{name} signal: "
-                f"|grad J_{name}|^2 = {norm_sq:.2g} ± {float(error) ** 0.5:.2g}; "
-                "use more prompts or samples, or pool more refreshes"
-            )
-            return replace(base, reason=reason)
-    estimate = replace(base, **weight_and_agreement(probes, k), **prompt_view(probes[-1], k))
-    return _with_cosine(estimate, moments, ks)
+    rows = passk_rows(torch.tensor([k])) if weighting is None else weighting_rows(weighting)
+    moments = pooled_moments(probes, rows)
+    value, covariance = moments.value[0], moments.covariance[0]
+    base = _with_inner_products(base, value, covariance)
+    name = f"pass@{k}" if weighting is None else weighting.name
+    if (reason := _no_signal(name, value, covariance)) is not None:
+        return replace(base, reason=reason)
+    estimate = replace(base, **prompt_view(probes[-1], rows))
+    if weighting is not None:
+        return _with_cosine(estimate, moments)
+    estimate = _with_cosine(replace(estimate, **weight_and_agreement(probes, k)), moments)
+    return estimate if estimate.cosine is None else _with_curve(estimate, probes)
 
 
 def in_conflict(estimate: ConflictEstimate, confidence: float) -> bool:
@@ -137,18 +143,33 @@ def _with_inner_products(base: ConflictEstimate, value: Tensor, covariance: Tens
     )
 
 
-def _with_cosine(base: ConflictEstimate, moments: Moments, ks: Tensor) -> ConflictEstimate:
-    value, covariance = moments.value[base.k - 1], moments.covariance[base.k - 1]
+def _no_signal(name: str, value: Tensor, covariance: Tensor) -> str | None:
+    """Why there is no angle: one of the two squared norms is not positive."""
+    for which, i in (("pass@1", 1), (name, 2)):
+        if not float(value[i]) > 0:
+            return (
+                f"the probe holds no {which} signal: the squared norm of its gradient is "
+                f"{float(value[i]):.2g} ± {float(covariance[i, i]) ** 0.5:.2g}; "
+                "use more prompts or samples, or pool more refreshes"
+            )
+    return None
+
+
+def _quantiles(base: ConflictEstimate) -> tuple[float, float]:
+    """Of the two-sided interval and of the one-sided bounds."""
     degrees = base.num_informative - 1
-    two_sided = student_t_quantile((1 + base.confidence) / 2, degrees)
-    one_sided = student_t_quantile(base.confidence, degrees)
+    return student_t_quantile((1 + base.confidence) / 2, degrees), student_t_quantile(base.confidence, degrees)
+
+
+def _with_cosine(base: ConflictEstimate, moments: Moments) -> ConflictEstimate:
+    value, covariance = moments.value[0], moments.covariance[0]
+    two_sided, one_sided = _quantiles(base)
     cosine, error = _cosine(value, covariance)
     ci_low, ci_high = cosine_bounds(value, covariance, two_sided)
     lower, upper = cosine_bounds(value, covariance, one_sided)
     if (lower, upper) == (-1.0, 1.0):
         return replace(base, reason="the probe holds no signal: no cosine in [-1, 1] can be ruled out")
     status, reason = _status(lower, upper, base.threshold, base.confidence)
-    curve = _curve(moments, ks, two_sided, one_sided, base.threshold)
     return replace(
         base,
         status=status,
@@ -159,10 +180,16 @@ def _with_cosine(base: ConflictEstimate, moments: Moments, ks: Tensor) -> Confli
         ci_high=ci_high,
         lower_bound=lower,
         upper_bound=upper,
-        naive_cosine=_naive_cosine(moments.naive[base.k - 1]),
-        k_star=_k_star(curve),
-        curve=curve,
+        naive_cosine=_naive_cosine(moments.naive[0]),
     )
+
+
+def _with_curve(base: ConflictEstimate, probes: Sequence[ProbeGram]) -> ConflictEstimate:
+    """The same angle for every k that the samples allow."""
+    ks = torch.arange(1, min(int(p.num_samples.min()) for p in probes) + 1)
+    two_sided, one_sided = _quantiles(base)
+    curve = _curve(pooled_moments(probes, passk_rows(ks)), ks, two_sided, one_sided, base.threshold)
+    return replace(base, k_star=_k_star(curve), curve=curve)
 
 
 def _status(lower: float, upper: float, threshold: float, confidence: float) -> tuple[Status, str]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from passk_guard.objectives import Weighting
 from passk_guard.passk import sample_coefficients
 from passk_guard.types import ProbeGram
+
+Rows = Callable[[ProbeGram], Tensor]
+"""Of a probe with m prompts, the [K, 2m] rows that turn its score sums into K gradients of each prompt."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """U-statistics of one or more refreshes, for K values of k at once.
+    """U-statistics of one or more refreshes, for K weightings of the prompts at once, such as K values of k.
 
     The last dimension of 3 holds U_k1, U_11, U_kk: estimates of <grad J_k, grad J_1>, |grad J_1|^2, |grad J_k|^2.
 
@@ -37,10 +41,24 @@ class Moments:
         return (count - 1) / count * torch.einsum("nki,nkj->kij", centred, centred)
 
 
-def coefficients(probe: ProbeGram, ks: Tensor) -> Tensor:
-    """[K, 2m] rows that turn the 2m score sums into g_k of each prompt: alpha+ of m prompts, then alpha-."""
-    positive, negative = sample_coefficients(probe.num_samples, probe.num_correct, ks[:, None])
+def coefficients(probe: ProbeGram, ks: Tensor, *, floor: float | None = None, cap: float | None = None) -> Tensor:
+    """[K, 2m] rows that turn the 2m score sums into g_k of each prompt: alpha+ of m prompts, then alpha-.
+
+    With bounds, the prompt weight of g_k is clipped to [floor, cap] as in `sample_coefficients`.
+    """
+    ks = ks.cpu()[:, None]
+    positive, negative = sample_coefficients(probe.num_samples, probe.num_correct, ks, floor=floor, cap=cap)
     return torch.cat([positive, negative], dim=1)
+
+
+def passk_rows(ks: Tensor) -> Rows:
+    """The rows of pass@k, for K values of k."""
+    return lambda probe: coefficients(probe, ks)
+
+
+def weighting_rows(weighting: Weighting) -> Rows:
+    """The one row of another objective, as its trainer would weigh these samples."""
+    return lambda probe: torch.cat(weighting.coefficients(probe.num_samples, probe.num_correct))[None]
 
 
 def prompt_kernel(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
@@ -50,19 +68,20 @@ def prompt_kernel(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
     return weighted.view(2, m, 2, m).sum((0, 2))
 
 
-def refresh_moments(probe: ProbeGram, ks: Tensor) -> Moments:
+def refresh_moments(probe: ProbeGram, rows: Rows) -> Moments:
     r"""U-statistics of one refresh over the pairs of *different* prompts, and their leave-one-out changes.
 
     $U_{kl} = \frac{1}{m(m-1)} \sum_{x \ne x'} \langle g_k(x), g_l(x') \rangle$. Row and column sums give every
-    leave-one-out value, so that all K values of k cost one product of [K, 2m] and [2m, 2m].
+    leave-one-out value, so that all K gradients cost one product of [K, 2m] and [2m, 2m].
 
     Args:
         probe: m >= 3 prompts.
-        ks: [K] int64.
+        rows: of the K gradients that are held against g_1, e.g. `passk_rows(ks)`.
     """
     m = probe.num_samples.numel()
-    rows = coefficients(probe, torch.cat([torch.ones(1, dtype=torch.int64), ks.cpu()]))
-    products = rows @ probe.gram
+    one = coefficients(probe, torch.ones(1, dtype=torch.int64))
+    many = rows(probe)
+    one_product, many_product = one @ probe.gram, many @ probe.gram
     own = torch.stack([probe.gram.diagonal()[:m], probe.gram.diagonal()[m:], probe.gram.diagonal(m)])
 
     def pairs(left: Tensor, left_product: Tensor, right: Tensor, right_product: Tensor) -> tuple[Tensor, ...]:
@@ -79,8 +98,6 @@ def refresh_moments(probe: ProbeGram, ks: Tensor) -> Moments:
         value = total / (m * (m - 1))
         return value, without / ((m - 1) * (m - 2)) - value[:, None], everything / m**2
 
-    one, one_product = rows[:1], products[:1]
-    many, many_product = rows[1:], products[1:]
     parts = [
         pairs(many, many_product, one, one_product),
         pairs(one.expand_as(many), one_product.expand_as(many), one, one_product),
@@ -90,7 +107,7 @@ def refresh_moments(probe: ProbeGram, ks: Tensor) -> Moments:
     return Moments(value=value, influence=change.transpose(0, 1), naive=naive)
 
 
-def pooled_moments(probes: Sequence[ProbeGram], ks: Tensor) -> Moments:
+def pooled_moments(probes: Sequence[ProbeGram], rows: Rows) -> Moments:
     """The same over several refreshes, each weighted by its number of prompts.
 
     A prompt that appears in several refreshes (equal `prompt_keys`) is left out of all of them together, so
@@ -98,7 +115,7 @@ def pooled_moments(probes: Sequence[ProbeGram], ks: Tensor) -> Moments:
     """
     sizes = [probe.num_samples.numel() for probe in probes]
     weights = [size / sum(sizes) for size in sizes]
-    parts = [refresh_moments(probe, ks) for probe in probes]
+    parts = [refresh_moments(probe, rows) for probe in probes]
     value = torch.stack([w * part.value for w, part in zip(weights, parts, strict=True)]).sum(0)
     naive = torch.stack([w * part.naive for w, part in zip(weights, parts, strict=True)]).sum(0)
     changes = torch.cat([w * part.influence for w, part in zip(weights, parts, strict=True)])

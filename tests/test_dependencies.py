@@ -13,6 +13,7 @@ LEAVES = {"errors", "types", "patch", "dropout"}
 MATHEMATICS = {
     "passk",
     "pkpo",
+    "objectives",
     "population",
     "intervals",
     "ustatistics",
@@ -34,7 +35,18 @@ ROOMS = {
     "progress",
     "engines",
 }
-WIRING = {"callback", "refresh", "sources", "assembly", "memory", "protect", "step_guard", "__init__"}
+WIRING = {
+    "callback",
+    "refresh",
+    "sources",
+    "assembly",
+    "memory",
+    "protect",
+    "step_guard",
+    "floor_guard",
+    "mitigator",
+    "__init__",
+}
 STACK = {"transformers", "trl", "accelerate", "deepspeed", "pydantic", "datasets", "peft", "tqdm", "yaml", "numpy"}
 
 

@@ -12,7 +12,7 @@ from passk_guard import GuardError, ProbeGram, estimate_conflict, estimate_poole
 from passk_guard.agreement import weight_and_agreement
 from passk_guard.passk import unbiased_passk_weight
 from passk_guard.population import population_conflict
-from passk_guard.ustatistics import pooled_moments, refresh_moments
+from passk_guard.ustatistics import passk_rows, pooled_moments, refresh_moments
 from tests.populations import DIM, draw, population, true_moments
 
 PAPER = json.loads((Path(__file__).parent / "reference" / "paper_toy.json").read_text())["float64"]
@@ -42,7 +42,7 @@ def gradients(correct, scores, k):
 
 def test_moments_are_means_over_pairs_of_different_prompts():
     correct, scores = score_vectors()
-    moments = refresh_moments(gram_of(correct, scores), torch.arange(1, 6))
+    moments = refresh_moments(gram_of(correct, scores), passk_rows(torch.arange(1, 6)))
     for k in range(1, 6):
         g1, gk = gradients(correct, scores, 1), gradients(correct, scores, k)
         pairs = list(itertools.permutations(range(6), 2))
@@ -58,10 +58,10 @@ def test_moments_are_means_over_pairs_of_different_prompts():
 def test_leave_one_out_changes_are_what_leaving_out_does():
     correct, scores = score_vectors()
     ks = torch.arange(1, 6)
-    moments = refresh_moments(gram_of(correct, scores), ks)
+    moments = refresh_moments(gram_of(correct, scores), passk_rows(ks))
     for x in range(6):
         rest = [i for i in range(6) if i != x]
-        without = refresh_moments(gram_of(correct[rest], scores[rest]), ks).value
+        without = refresh_moments(gram_of(correct[rest], scores[rest]), passk_rows(ks)).value
         assert torch.allclose(moments.value + moments.influence[x], without, rtol=1e-9, atol=1e-12)
 
 
@@ -69,8 +69,8 @@ def test_a_prompt_met_twice_is_left_out_twice():
     probes = [gram_of(*score_vectors(seed=seed)) for seed in (0, 1)]
     named = [ProbeGram(p.gram, p.num_samples, p.num_correct, list("abcdef")) for p in probes]
     ks = torch.tensor([4])
-    alone = pooled_moments(probes, ks)
-    shared = pooled_moments(named, ks)
+    alone = pooled_moments(probes, passk_rows(ks))
+    shared = pooled_moments(named, passk_rows(ks))
     assert torch.equal(alone.value, shared.value)
     assert alone.influence.shape[0] == 12
     assert torch.allclose(shared.influence, alone.influence[:6] + alone.influence[6:])
@@ -111,7 +111,7 @@ def test_exact_gradients_of_the_paper_toy_give_its_numbers():
     probe = exact_prompts(rate, gradient, n, copies)
     ks = torch.tensor([1, 2, 5, 10])
     m = 2 * copies
-    moments = refresh_moments(probe, ks)
+    moments = refresh_moments(probe, passk_rows(ks))
     same = gradient.square().sum(1).mean()  # the diagonal that U leaves out, for k = 1
     for i, k in enumerate(ks.tolist()):
         exact = population_conflict(gradient @ gradient.T, rate, k)
@@ -173,7 +173,7 @@ def test_unbiased_where_the_naive_statistic_is_not():
     pop, k = population(-0.4, spread=0.5, noise=0.3), 8
     generator = torch.Generator().manual_seed(11)
     ks = torch.tensor([k])
-    parts = [refresh_moments(draw(pop, 24, 16, generator), ks) for _ in range(400)]
+    parts = [refresh_moments(draw(pop, 24, 16, generator), passk_rows(ks)) for _ in range(400)]
     truth = true_moments(pop, k)
     u = torch.stack([part.value[0] for part in parts])
     naive = torch.stack([part.naive[0] for part in parts])

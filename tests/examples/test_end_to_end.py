@@ -17,7 +17,7 @@ from passk_guard.refresh import Refresher
 from passk_guard.sampling import TRLSampler
 from passk_guard.scoring import Verifier
 from passk_guard.sources import HeldOut
-from passk_guard.ustatistics import pooled_moments
+from passk_guard.ustatistics import passk_rows, pooled_moments
 
 CACHE = Path(__file__).parents[2] / "runs" / "warm_start"
 K, PROMPTS, SAMPLES, REFRESHES = 8, 64, 16, 40
@@ -50,7 +50,7 @@ def test_the_pipeline_is_unbiased_for_exact_gradients(tmp_path):
         done = refresher.run(lambda r=rollouts, o=outcomes: (r, o), source.keys(refresh), seed=refresh)
         assert done.remark is None
         probes.append(done.probe)
-    values = torch.stack([pooled_moments([probe], torch.tensor([K])).value[0] for probe in probes])
+    values = torch.stack([pooled_moments([probe], passk_rows(torch.tensor([K]))).value[0] for probe in probes])
     mean, error = values.mean(0), values.std(0) / math.sqrt(REFRESHES)
     print("exact", exact.tolist(), "mean", mean.tolist(), "error", error.tolist())
     assert bool(((mean - exact).abs() < 3.5 * error).all())

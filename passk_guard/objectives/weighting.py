@@ -1,0 +1,135 @@
+"""Two advantages per group, one for its correct and one for its wrong samples, and the prompt weight they amount to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from passk_guard.errors import GuardError
+
+
+@dataclass(frozen=True)
+class Weighting:
+    r"""An objective for 0/1 rewards, by what its advantages do to a prompt.
+
+    Of n samples of a prompt c are correct; a correct one gets $A^+(n, c)$, a wrong one $A^-(n, c)$. With S+ (S-) the
+    sum of score vectors over the correct (wrong) samples, the prompt's gradient estimate is
+    $g = \frac{1}{n}(A^+ S^+ + A^- S^-)$, and $E[g] = W_n(p) \nabla p$ for *any* such pair, since
+    $E[S^+ | c] = c \nabla p / p$ and $E[S^- | c] = -(n-c) \nabla p / (1-p)$.
+
+    Only the advantage is meant: clipping, a KL term and normalisation by length are the trainer's own.
+
+    Attributes:
+        name: spec that `named_weighting` turns back into the same weighting.
+        population_weight: p -> limit of W_n(p) as n grows, elementwise on a float tensor of pass rates in [0, 1];
+            infinite where that limit is.
+        advantages: (n, c) -> (A+, A-), float64 tensors that broadcast, n >= fewest_samples. A+ means nothing where
+            c = 0, nor A- where c = n; `coefficients` puts zeros there.
+        fewest_samples: smallest n for which the advantages are defined.
+    """
+
+    name: str
+    population_weight: Callable[[Tensor], Tensor]
+    advantages: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    fewest_samples: int
+
+    def coefficients(self, num_samples: Tensor, num_correct: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The two numbers of $g = \alpha^+ S^+ + \alpha^- S^-$, i.e. $\alpha^\pm = A^\pm(n, c) / n$.
+
+        Args:
+            num_samples: n, any shape; 0 for a prompt without samples.
+            num_correct: c, broadcasts with n.
+
+        Returns:
+            alpha+ and alpha-, float64, of the broadcast shape. alpha+ is 0 where c = 0, alpha- where c = n.
+
+        Raises:
+            GuardError: 0 < n < fewest_samples somewhere, or c outside 0..n.
+        """
+        n, c = torch.broadcast_tensors(torch.as_tensor(num_samples).double(), torch.as_tensor(num_correct).double())
+        if not bool(((c >= 0) & (c <= n)).all()):
+            raise GuardError("Expected 0 <= `num_correct` <= `num_samples`; found a count outside.")
+        self._check_samples(n[n > 0])
+        used = torch.where(n > 0, n, float(self.fewest_samples))
+        positive, negative = self.advantages(used, c)
+        return torch.where(c > 0, positive / used, 0.0), torch.where(c < n, negative / used, 0.0)
+
+    def effective_weight(self, pass_rate: Tensor, num_samples: int) -> Tensor:
+        r"""W_n(p), the exact expectation of the weight on $\nabla p$ that groups of n samples give.
+
+        $W_n(p) = E[\frac{c}{n} A^+(n, c)] / p - E[\frac{n-c}{n} A^-(n, c)] / (1-p)$ with c ~ Bin(n, p), written so
+        that nothing is divided by p or 1-p: $E_{c' \sim Bin(n-1, p)}[A^+(n, c'+1) - A^-(n, c')]$, where c' counts
+        the correct among the *other* samples.
+
+        Args:
+            pass_rate: p in [0, 1], any shape.
+            num_samples: n >= fewest_samples.
+
+        Returns:
+            float64 of p's shape; finite, also at p = 0 and p = 1.
+
+        Raises:
+            GuardError: n < fewest_samples, or p outside [0, 1].
+        """
+        p = torch.as_tensor(pass_rate).double()
+        if not bool(((p >= 0) & (p <= 1)).all()):
+            raise GuardError("Expected `pass_rate` in [0, 1]; found a value outside.")
+        n = torch.tensor(float(num_samples), dtype=torch.float64, device=p.device)
+        self._check_samples(n)
+        others = torch.arange(num_samples, dtype=torch.float64, device=p.device)
+        gap = self.advantages(n, others + 1)[0] - self.advantages(n, others)[1]
+        return (_binomial(num_samples - 1, others, p[..., None]) * gap).sum(-1)
+
+    def _check_samples(self, n: Tensor) -> None:
+        if n.numel() and float(n.min()) < self.fewest_samples:
+            raise GuardError(
+                f"Expected `num_samples` >= {self.fewest_samples} for {self.name!r}; found num_samples={n.min():g}. "
+                "Its advantages are not defined there: sample more, or leave the prompt out."
+            )
+
+
+def centred(
+    name: str,
+    scale: Callable[[Tensor, Tensor], Tensor],
+    population_weight: Callable[[Tensor], Tensor],
+    fewest_samples: int = 2,
+) -> Weighting:
+    r"""A weighting with $A = s(n, c)(r - c/n)$: the group's mean as the baseline, and one factor for the whole group.
+
+    Most published advantages have this form. s is computed where 0 < c < n only; any other group has advantage 0
+    throughout.
+
+    Args:
+        name, population_weight, fewest_samples: of the `Weighting`. One sample has no group to stand out from.
+        scale: (n, c) -> s(n, c).
+    """
+
+    def advantages(n: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = (c > 0) & (c < n)
+        s = torch.where(mixed, scale(n, torch.where(mixed, c, 1.0)), 0.0)
+        return s * (1 - c / n), -s * c / n
+
+    return Weighting(name, population_weight, advantages, fewest_samples)
+
+
+def shortest(value: float) -> str:
+    """Shortest text that reads back as the same float: 2.0 -> '2'."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def check_finite(name: str, value: float, *, least: float = -math.inf) -> None:
+    """Raise GuardError unless value is a finite number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+        bound = "" if least == -math.inf else f" >= {least:g}"
+        raise GuardError(f"Expected `{name}` to be a finite number{bound}; found {value!r}.")
+
+
+def _binomial(trials: int, successes: Tensor, p: Tensor) -> Tensor:
+    """Bin(trials, p) at each count of successes, with 0^0 = 1."""
+    failures = trials - successes
+    ways = math.lgamma(trials + 1) - torch.lgamma(successes + 1) - torch.lgamma(failures + 1)
+    return torch.exp(ways + torch.special.xlogy(successes, p) + torch.special.xlog1py(failures, -p))
