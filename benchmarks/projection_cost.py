@@ -37,7 +37,7 @@ class Alternate(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **_):
         self.guarded = state.global_step % 2 == 1
-        self.guard._step_guard.open = self.guarded
+        self.guard._mitigator.steps.open = self.guarded
         self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):
@@ -103,7 +103,7 @@ def measure(engine: str, steps: int) -> dict[str, float]:
 
         class Weigh(TrainerCallback):
             def on_step_end(self, args, state, control, **_):
-                parts = guard._step_guard.protected
+                parts = guard._mitigator.steps.protected
                 kept["bytes"] = sum(part.numel() * part.element_size() for part in parts)
 
         trainer.add_callback(Weigh())

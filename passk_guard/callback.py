@@ -19,21 +19,18 @@ from transformers import TrainerCallback
 from passk_guard.assembly import check_groups, choose_verifier, held_out_source
 from passk_guard.config import GuardConfig
 from passk_guard.decision import DecisionRule, step
-from passk_guard.dropout import without_dropout
-from passk_guard.engines import choose_engine
 from passk_guard.errors import GuardError, VoidRefresh
-from passk_guard.estimator import estimate_pooled, in_conflict
+from passk_guard.estimator import estimate_pooled
 from passk_guard.isolation import seeded, untouched
 from passk_guard.memory import Memory, load_memory, save_memory
+from passk_guard.mitigator import Mitigator
 from passk_guard.progress import sampling_bar, wants_bar
-from passk_guard.protect import pass1_loss
 from passk_guard.ranks import Ranks
-from passk_guard.refresh import Refresh, Refresher
+from passk_guard.refresh import Refresher
 from passk_guard.reporting import Reporter
 from passk_guard.sampling import BatchTap, Sampler
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.sources import HeldOut
-from passk_guard.step_guard import StepGuard
 from passk_guard.types import ConflictEstimate, Outcomes, Rollouts
 
 logger = logging.getLogger(__name__)
@@ -78,7 +75,7 @@ class PassKGuardCallback(TrainerCallback):
         self._sketcher = self._new_sketcher()
         held_out = self.config.source == "held_out"
         self._reporter = Reporter(trainer, held_out=held_out, since_last=self._step_metrics)
-        self._step_guard: StepGuard | None = None
+        self._mitigator: Mitigator | None = None
         self._source: HeldOut | None = None
         self._tap: BatchTap | None = None
         if self.config.source == "training_batch":
@@ -98,25 +95,27 @@ class PassKGuardCallback(TrainerCallback):
         self._ranks = Ranks(self._trainer.accelerator.device)
         self._sketcher = self._new_sketcher()
         self.memory = self._recall(args, state)
-        if self.config.mitigation == "project":
-            self._step_guard = self._guard_steps(args, state)
+        self._mitigator = Mitigator(self._trainer, self.config, self._ranks, self._warn)
+        if state.global_step:
+            self._mitigator.resume(_checkpoint(args, state), self.memory)
         self._announce()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refresh from the probe set, where this step is due."""
         source = self._source
-        if source is None or state.global_step % self.config.refresh_steps:
-            return
-        number = state.global_step // self.config.refresh_steps
-        self._refresh(state.global_step, lambda: self._sample(source, number), source.keys(number))
+        if source is not None and state.global_step % self.config.refresh_steps == 0:
+            number = state.global_step // self.config.refresh_steps
+            self._refresh(state.global_step, lambda: self._sample(source, number), source.keys(number))
+        if self._mitigator is not None:
+            self._mitigator.apply(self.memory)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the guard's memory into the checkpoint."""
         try:
             if state.is_world_process_zero:
                 save_memory(self.memory, _checkpoint(args, state))
-            if self._step_guard is not None:
-                self._step_guard.save(_checkpoint(args, state))
+            if self._mitigator is not None:
+                self._mitigator.save(_checkpoint(args, state))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             logger.warning("passk_guard: the checkpoint holds no memory of the guard: %s", error)
 
@@ -136,17 +135,20 @@ class PassKGuardCallback(TrainerCallback):
                 refresh = self._refresher().run(sample, keys, seed)
                 memory = self.memory.with_refresh(refresh.probe, self.config.pool_refreshes, step_number)
                 estimate = self._estimate(memory)
-                self._mitigate(refresh, estimate)
+                if self._mitigator is not None:
+                    memory = self._mitigator.react(refresh, estimate, memory)
         except VoidRefresh as error:
-            self._leave_unguarded()
+            if self._mitigator is not None:
+                self._mitigator.leave_unguarded()
             self.memory = self.memory.with_void(step_number)
             alert_after = self.config.void_alert
             self._reporter.void(step_number, str(error), streak=self.memory.voids, alert_after=alert_after)
             return
         decision, verdict = step(memory.decision, estimate, DecisionRule(self.config.patience, self.config.cooldown))
         self.memory, self.estimate = replace(memory, decision=decision), estimate
-        seconds = time.perf_counter() - began
-        self._reporter.refresh(step_number, estimate, verdict.status, remark=refresh.remark, seconds=seconds)
+        extra = self._mitigator.refresh_metrics(memory) if self._mitigator is not None else {}
+        extra["probe_seconds"] = time.perf_counter() - began
+        self._reporter.refresh(step_number, estimate, verdict.status, extra, remark=refresh.remark)
         if verdict.changed:
             self._reporter.change(
                 step_number, estimate, before=verdict.previous, after=verdict.status, action=self._action()
@@ -177,47 +179,19 @@ class PassKGuardCallback(TrainerCallback):
         except GuardError as error:  # the user has made no mistake here: this refresh is at fault
             raise VoidRefresh(str(error)) from error
 
-    # Mitigation
-
-    def _mitigate(self, refresh: Refresh, estimate: ConflictEstimate) -> None:
-        """Open or close the gate, and behind an open one take a new direction to protect."""
-        if self._step_guard is None:
-            return
-        wanted = self.config.gate == "always" or in_conflict(estimate, self.config.gate_confidence)
-        # Without a prompt that is solved sometimes there is no direction to protect; equally so on every rank.
-        self._step_guard.open = wanted and bool(refresh.batches)
-        if self._step_guard.open:
-            with without_dropout(self._trainer.model_wrapped):
-                self._step_guard.harvest(pass1_loss(refresh, self._ranks.count), refresh.batches)
-
-    def _leave_unguarded(self) -> None:
-        if self._step_guard is not None:
-            self._step_guard.open = False
-
-    def _guard_steps(self, args: Any, state: Any) -> StepGuard:
-        guard = StepGuard(
-            choose_engine(self._trainer),
-            self._ranks,
-            gamma=self.config.gamma,
-            average=self.config.protected_average,
-            dtype=getattr(torch, self.config.protected_dtype),
-            on_failure=lambda reason: self._reporter.warn(f"passk_guard: {reason}"),
-        )
-        if state.global_step and (reason := guard.load(_checkpoint(args, state))) is not None:
-            self._reporter.warn(f"passk_guard step {state.global_step}: no protected direction from before: {reason}")
-        guard.install()
-        return guard
-
     def _step_metrics(self) -> dict[str, float | None]:
-        return self._step_guard.step_metrics() if self._step_guard is not None else {}
+        return self._mitigator.step_metrics() if self._mitigator is not None else {}
 
     def _action(self) -> str:
-        return f"project (gamma {self.config.gamma:g})" if self._step_guard is not None else "observe"
+        return self._mitigator.action(self.memory) if self._mitigator is not None else "observe"
+
+    def _warn(self, reason: str) -> None:
+        self._reporter.warn(f"passk_guard step {self._trainer.state.global_step}: {reason}")
 
     # Parts
 
     def _announce(self) -> None:
-        config = self.config
+        config, remark = self.config, self._mitigator.remark if self._mitigator is not None else None
         what = "the training batch (not held out)"
         if self._source is not None:
             size = min(self._source.size, len(self._source.probe))
@@ -225,7 +199,7 @@ class PassKGuardCallback(TrainerCallback):
         self._reporter.info(
             f"passk_guard watches cos(pass@1, pass@{config.k}) every {config.refresh_steps} steps on {what}; "
             f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "
-            f"action: {self._action()}"
+            f"action: {self._action()}" + (f" ({remark})" if remark else "")
         )
 
     def _refresher(self) -> Refresher:
@@ -258,9 +232,9 @@ class PassKGuardCallback(TrainerCallback):
 
     def _undo(self) -> None:
         self._reporter.close()
-        if self._step_guard is not None:
-            self._step_guard.remove()
-            self._step_guard = None
+        if self._mitigator is not None:
+            self._mitigator.remove()
+            self._mitigator = None
         if self._tap is not None:
             self._tap.remove()
 

@@ -38,10 +38,12 @@ class GuardConfig:
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = _setting(0.95, "Confidence of the interval and of the verdict.")
     patience: AtLeast1 = _setting(2, "Refreshes in a row that must agree before the verdict changes.")
     cooldown: AtLeast1 = _setting(3, "Refreshes in a row without an established conflict that end a CONFLICT.")
-    mitigation: Literal["off", "project"] = _setting(
+    mitigation: Literal["off", "project", "reweight", "both", "auto"] = _setting(
         "off",
         "off observes; project turns the training gradient, before clipping and the optimizer and as little as "
-        "possible, towards the probe's pass@1 gradient until their cosine is gamma.",
+        "possible, towards the probe's pass@1 gradient until their cosine is gamma; reweight solves for a floor under "
+        "the prompt weights of the PassKObjective and touches no gradient; both does both; auto reweights where a "
+        "PassKObjective is installed and projects elsewhere.",
     )
     gamma: Annotated[float, Field(ge=0, lt=1)] = _setting(
         0.2, "Cosine that project restores; 0 only removes the conflict and does not protect pass@1."
@@ -57,6 +59,15 @@ class GuardConfig:
     )
     protected_dtype: Literal["float32", "bfloat16"] = _setting(
         "float32", "Dtype the protected gradient is kept in; bfloat16 halves its memory."
+    )
+    floor_gamma: Annotated[float, Field(ge=0, lt=1)] = _setting(
+        0.0, "Cosine to the pass@1 gradient that the floor of reweight is solved for."
+    )
+    floor_max: Annotated[float, Field(gt=0)] = _setting(
+        1.0, "Largest floor; 1 is the weight that pass@1 gives every prompt, k would make the run one on pass@1."
+    )
+    floor_average: Annotated[float, Field(ge=0, lt=1)] = _setting(
+        0.8, "Weight of the past in the average of the floor over refreshes; without one it lets go too early."
     )
     correct_threshold: float = _setting(1.0, "Rewards at or above it count as correct.")
     source: Literal["held_out", "training_batch"] = _setting(
@@ -90,10 +101,15 @@ class GuardConfig:
                 f"Expected `num_samples` >= k; found num_samples={self.num_samples}, k={self.k}. No unbiased estimate "
                 "exists above the number of samples: raise `num_samples` or lower `k`."
             )
-        if self.mitigation == "project" and self.source == "training_batch":
+        if self.mitigation in ("project", "both") and self.source == "training_batch":
             raise ValueError(
-                "Expected source='held_out' for mitigation='project'; found 'training_batch'. Its batch comes in the "
-                "middle of a step, where no second gradient can be taken: pass held-out prompts as `probe`."
+                f"Expected source='held_out' for mitigation={self.mitigation!r}; found 'training_batch'. Its batch "
+                "comes in the middle of a step, where no second gradient can be taken: pass held-out prompts as "
+                "`probe`, or use mitigation='reweight'."
+            )
+        if self.floor_max > self.k:
+            raise ValueError(
+                f"Expected `floor_max` <= k; found floor_max={self.floor_max}, k={self.k}. No weight is above k."
             )
         return self
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from passk_guard.decision import DecisionState
+from passk_guard.mitigation import FloorState
 from passk_guard.types import ProbeGram
 
 FILE_NAME = "passk_guard.pt"
@@ -26,16 +27,22 @@ class Memory:
         history: newest refreshes, oldest first, at most as many as are pooled.
         voids: void refreshes in a row.
         step: of the newest refresh, void or not; -1 before the first.
+        floor: under the prompt weights, where reweighting solves for it.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
     history: tuple[ProbeGram, ...] = ()
     voids: int = 0
     step: int = -1
+    floor: FloorState = field(default_factory=FloorState)
 
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
         """The same with one more refresh, and the streak of void ones ended."""
-        return Memory(self.decision, (*self.history, probe)[-pool:], 0, step)
+        return replace(self, history=(*self.history, probe)[-pool:], voids=0, step=step)
+
+    def with_floor(self, floor: FloorState) -> Memory:
+        """The same with the floor after the newest refresh."""
+        return replace(self, floor=floor)
 
     def with_void(self, step: int) -> Memory:
         """The same with one more void refresh."""
@@ -53,6 +60,7 @@ def save_memory(memory: Memory, folder: Path) -> None:
         "decision": asdict(memory.decision),
         "voids": memory.voids,
         "step": memory.step,
+        "floor": asdict(memory.floor),
         "history": [
             {
                 "gram": probe.gram,
@@ -87,4 +95,5 @@ def load_memory(folder: Path) -> Memory | None:
         history=tuple(ProbeGram(**probe) for probe in content["history"]),
         voids=content["voids"],
         step=content["step"],
+        floor=FloorState(**content.get("floor", {})),  # absent in the first versions
     )

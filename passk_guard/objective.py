@@ -16,6 +16,8 @@ from passk_guard.patch import MethodPatch
 
 logger = logging.getLogger(__name__)
 
+_INSTALLED = "_passk_guard_objective"
+
 
 class PassKObjective:
     r"""Replaces the advantages of a TRL GRPOTrainer or RLOOTrainer by pass@k advantages.
@@ -33,7 +35,7 @@ class PassKObjective:
         k: 1 <= k <= trainer.num_generations; k = 1 is RLOO.
         correct: name of the reward function that means *correct*; may be left out when there is only one.
         threshold: rewards at or above it count as correct.
-        floor, cap: clip the prompt weight to [floor, cap]; may be changed between steps.
+        floor, cap: clip the prompt weight to [floor, cap]; may be changed between steps. A cap alone draws a warning.
 
     Raises:
         GuardError: the trainer computes no advantages, num_generations < k, the reward function is unknown or not
@@ -52,6 +54,7 @@ class PassKObjective:
         cap: float | None = None,
     ) -> None:
         _check_trainer(trainer, k)
+        _check_bounds(floor, cap)
         self.k, self.threshold, self.floor, self.cap = k, threshold, floor, cap
         self._trainer = trainer
         self._column = _reward_column(trainer, correct)
@@ -65,12 +68,20 @@ class PassKObjective:
         """Take over the advantages. Raises GuardError when the trainer has a pass@k objective already."""
         for patch in self._patches:
             patch.install()
+        setattr(self._trainer, _INSTALLED, self)
         return self
 
     def remove(self) -> None:
         """Give the trainer its own advantages back."""
         for patch in self._patches:
             patch.remove()
+        if self.of(self._trainer) is self:
+            delattr(self._trainer, _INSTALLED)
+
+    @staticmethod
+    def of(trainer: Any) -> PassKObjective | None:
+        """The objective that is installed on this trainer, if there is one."""
+        return getattr(trainer, _INSTALLED, None)
 
     def __enter__(self) -> PassKObjective:
         return self.install()
@@ -128,6 +139,17 @@ def _correct_completion_log(trainer: Any, advantages: Tensor) -> None:
     for _ in range(advantages.numel()):
         log.pop()
     log.extend(advantages.tolist())
+
+
+def _check_bounds(floor: float | None, cap: float | None) -> None:
+    if floor is not None and cap is not None and floor > cap:
+        raise GuardError(f"Expected `floor` <= `cap`; found floor={floor}, cap={cap}.")
+    if cap is not None and not floor:
+        logger.warning(
+            "A cap of %g on the prompt weight does not protect pass@1: easy prompts keep weights near 0, which only a "
+            "floor lifts (measured: the README's table of mitigations). Pass `floor`, e.g. 0.5.",
+            cap,
+        )
 
 
 def _check_trainer(trainer: Any, k: int) -> None:

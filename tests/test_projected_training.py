@@ -37,7 +37,7 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         gradient = torch.cat([p.grad.double().flatten() for p in model.parameters()])
-        protected = torch.cat([p.double().flatten() for p in self.guard._step_guard.protected])
+        protected = torch.cat([p.double().flatten() for p in self.guard._mitigator.steps.protected])
         self.seen.append(float(gradient @ protected / gradient.norm() / protected.norm()))
 
 
@@ -80,7 +80,7 @@ def test_an_open_gate_without_conflict_changes_nothing_either(tmp_path):
 
     class Agree(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
-            guard._step_guard.engine.inner_products = lambda pairs: [1.0] * len(pairs)
+            guard._mitigator.steps.engine.inner_products = lambda pairs: [1.0] * len(pairs)
 
     guarded.add_callback(Agree)
     guarded.train()
@@ -187,7 +187,7 @@ def test_a_gradient_that_is_not_finite_is_left_alone(tmp_path, caplog):
         """No NaN while the probe takes its gradient: only training's overflows."""
 
         def on_train_begin(self, args, state, control, **_):
-            engine = guard._step_guard.engine
+            engine = guard._mitigator.steps.engine
             original = engine.probe_gradient
 
             def calm(*args, **kwargs):
@@ -247,7 +247,7 @@ def test_observing_does_not_touch_the_engine(tmp_path):
     guard = PassKGuardCallback(trainer, probe_rows(), digit_reward, GuardConfig(**CONFIG))
     trainer.add_callback(guard)
     trainer.train()
-    assert guard._step_guard is None
+    assert guard._mitigator is None
     assert json.loads((tmp_path / "passk_guard.jsonl").read_text().splitlines()[0])["event"] == "refresh"
 
 

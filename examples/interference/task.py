@@ -49,11 +49,15 @@ def right_answer(kind: str, digits: str) -> str:
     return {"easy": ascending, "hard": ascending[::-1], "neutral": digits[::-1]}[kind]
 
 
-def make_prompts(split: str, size: int, seed: int, mixture: dict[str, float] = MIXTURE) -> list[dict[str, str]]:
+def make_prompts(
+    split: str, size: int, seed: int, mixture: dict[str, float] = MIXTURE, *, cue: bool = True
+) -> list[dict[str, str]]:
     """`size` distinct prompts of a split, in random order, as rows of `prompt`, `answer` and `kind`.
 
     The shares of `mixture` hold exactly (up to rounding, which goes to the last kind), so that J_k does not move
-    with the draw. Raises ValueError when a kind has too few distinct prompts.
+    with the draw. Without `cue` the tag says nothing: a hash of the prompt makes it easy or hard, which no model can
+    foresee, so that the conflict between the two is irreducible. Raises ValueError when a kind has too few distinct
+    prompts.
     """
     kinds = list(mixture)
     counts = [round(mixture[kind] * size) for kind in kinds[:-1]]
@@ -62,7 +66,7 @@ def make_prompts(split: str, size: int, seed: int, mixture: dict[str, float] = M
     rows = []
     for kind, count in zip(kinds, counts, strict=True):
         op, tags = KINDS[kind]
-        every = list(product(tags, tuples(split)))
+        every = list(product(tags, tuples(split))) if cue else _by_hash(kind, split)
         if count > len(every):
             raise ValueError(
                 f"Expected `size` to ask for at most {len(every)} distinct {kind} prompts of the {split} split; "
@@ -73,6 +77,14 @@ def make_prompts(split: str, size: int, seed: int, mixture: dict[str, float] = M
             rows.append({"prompt": f"{tag}{op}{digits}=", "answer": right_answer(kind, digits), "kind": kind})
     random.Random(f"{split}/order/{seed}").shuffle(rows)
     return rows
+
+
+def _by_hash(kind: str, split: str) -> list[tuple[str, str]]:
+    """The (tag, digits) of a kind where the tag is no cue; hard in 3 of 17, as 0.15 is of 0.85."""
+    every = product(TAGS, tuples(split))
+    if kind == "neutral":
+        return list(every)
+    return [(t, d) for t, d in every if (hashlib.sha256(f"{t}{d}".encode()).digest()[1] % 17 < 3) == (kind == "hard")]
 
 
 def correct(completions: list[str], answer: list[str], **_: object) -> list[float]:

@@ -65,14 +65,17 @@ def build_trainer(
     steps: int = 60,
     seed: int = 0,
     mixture: dict[str, float] = MIXTURE,
+    cue: bool = True,
     **overrides: object,
 ) -> GRPOTrainer:
     """TRL's GRPOTrainer on the interference task, with its own advantages: install `PassKObjective` for pass@k."""
+    config = make_config(output_dir, steps=steps, seed=seed, **overrides)
+    size = steps * config.per_device_train_batch_size // config.num_generations
     return GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_dir),
         reward_funcs=[correct],
-        args=make_config(output_dir, steps=steps, seed=seed, **overrides),
-        train_dataset=Dataset.from_list(make_prompts("train", steps * PROMPTS_PER_STEP, seed, mixture)),
+        args=config,
+        train_dataset=Dataset.from_list(make_prompts("train", size, seed, mixture, cue=cue)),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )
 
@@ -116,25 +119,31 @@ def train(
     seed: int = 0,
     evaluate_every: int = 5,
     prepare: Callable[[GRPOTrainer], None] = lambda trainer: None,
+    objective: Callable[..., PassKObjective] = PassKObjective,
     floor: float | None = None,
     cap: float | None = None,
+    mixture: dict[str, float] = MIXTURE,
+    cue: bool = True,
     **overrides: object,
 ) -> tuple[GRPOTrainer, list[dict[str, float]]]:
     """One GRPO run on pass@k from a warm-started model.
 
     Args:
         prepare: called with the trainer before it starts; the place to add callbacks, such as the guard.
+        objective: makes what gives the trainer its advantages, from the trainer, k, floor and cap.
         floor, cap: bounds on the weight of a prompt.
-        overrides: any GRPOConfig fields, and `mixture` for other shares of easy, hard and neutral prompts.
+        mixture, cue: of the prompts, in training and in the evaluation, as in `make_prompts`.
+        overrides: any GRPOConfig fields.
 
     Returns:
         The trainer (its logs in `trainer.state.log_history`) and the records of `ExactEvaluation` on 768 test prompts.
     """
-    trainer = build_trainer(model_dir, output_dir, steps=steps, seed=seed, **overrides)
-    evaluation = ExactEvaluation(trainer, make_prompts("test", 768, seed=0), k=k, every=evaluate_every)
+    trainer = build_trainer(model_dir, output_dir, steps=steps, seed=seed, mixture=mixture, cue=cue, **overrides)
+    test = make_prompts("test", 768, seed=0, mixture=mixture, cue=cue)
+    evaluation = ExactEvaluation(trainer, test, k=k, every=evaluate_every)
     trainer.add_callback(evaluation)
     prepare(trainer)
-    with PassKObjective(trainer, k=k, floor=floor, cap=cap):
+    with objective(trainer, k=k, floor=floor, cap=cap):
         trainer.train()
     return trainer, evaluation.records
 

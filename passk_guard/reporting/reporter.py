@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from passk_guard.journal_file import JOURNAL_NAME
 from passk_guard.reporting.alerts import send_alert
+from passk_guard.reporting.images import Images
 from passk_guard.reporting.journal import Journal
 from passk_guard.reporting.log_rows import LogRows
 from passk_guard.reporting.message import blind, state_change, void_refresh
 from passk_guard.reporting.metrics import Metrics, estimate_metrics
-from passk_guard.types import ConflictEstimate, Status
+from passk_guard.types import ConflictEstimate, ProbeGram, Status
 
 logger = logging.getLogger("passk_guard")
-
-JOURNAL_NAME = "passk_guard.jsonl"
 
 
 class Reporter:
@@ -26,14 +26,26 @@ class Reporter:
         trainer: whose log rows are completed, and whose `report_to` names the trackers.
         held_out: False where the numbers describe the training batch, which every line then says.
         since_last: asked at each log row for the numbers of the steps since the row before.
+        image_refreshes: refreshes between pictures of the kernel in the trackers; 0 sends none.
+        settings: written into the journal when a run starts; None writes nothing then.
     """
 
-    def __init__(self, trainer: Any, *, held_out: bool, since_last: Callable[[], Metrics] = dict) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        held_out: bool,
+        since_last: Callable[[], Metrics] = dict,
+        image_refreshes: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self._trainer = trainer
         self._held_out = held_out
         self._rows = LogRows(trainer, self._steps)
         self._since_last = since_last
         self._journal = Journal(None)
+        self._images = Images(trainer, image_refreshes)
+        self._settings = settings
 
     def open(self) -> None:
         """Start a run: complete log rows from here on, and append to `passk_guard.jsonl` in its output folder.
@@ -44,16 +56,28 @@ class Reporter:
         self._rows.install()
         folder = Path(self._trainer.args.output_dir)
         self._journal = Journal(folder / JOURNAL_NAME if self._speaks else None)
+        if self._settings is not None:
+            self._journal.write("start", self._trainer.state.global_step, settings=dict(self._settings))
 
     def close(self) -> None:
         """Give the trainer its own `log` back."""
         self._rows.remove()
 
     def refresh(
-        self, step: int, estimate: ConflictEstimate, verdict: Status, *, remark: str | None, seconds: float
+        self,
+        step: int,
+        estimate: ConflictEstimate,
+        verdict: Status,
+        extra: Metrics,
+        *,
+        remark: str | None,
+        probe: ProbeGram | None = None,
     ) -> None:
-        """Numbers of one refresh, for the next log row and the journal."""
-        metrics = estimate_metrics(estimate, verdict) | {"probe_seconds": seconds}
+        """Numbers of one refresh, with those of the mitigation in `extra`, for the next log row and the journal.
+
+        With `probe`, the refresh's own, the prompts in the pictures of the kernel run from easy to hard.
+        """
+        metrics = estimate_metrics(estimate, verdict) | dict(extra)
         self._rows.put(metrics)
         self._journal.write(
             "refresh",
@@ -61,6 +85,8 @@ class Reporter:
             status=estimate.status,
             verdict=verdict,
             reason=estimate.reason,
+            k=estimate.k,
+            threshold=estimate.threshold,
             confidence=estimate.confidence,
             refreshes=estimate.num_refreshes,
             prompts=estimate.num_prompts,
@@ -74,6 +100,8 @@ class Reporter:
             weight_agreement_cov=estimate.weight_agreement_cov,
             **metrics,
         )
+        if self._speaks:
+            self._images.refresh(step, estimate, probe)
         if remark:
             self.warn(f"passk_guard step {step}: {remark}")
 
@@ -91,7 +119,7 @@ class Reporter:
 
     def void(self, step: int, reason: str, *, streak: int, alert_after: int) -> None:
         """A refresh without an estimate; after `alert_after` in a row an alert says that the guard is blind."""
-        self._journal.write("void", step, reason=reason, streak=streak)
+        self._journal.write("void", step, reason=reason, streak=streak, alert=streak == alert_after)
         self.warn(void_refresh(step, reason))
         if streak == alert_after:
             self._alert("passk_guard: BLIND", blind(step, streak, reason))

@@ -1,0 +1,105 @@
+"""The floor under the prompt weights of a run's PassKObjective, solved from the probe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from passk_guard.config import GuardConfig
+from passk_guard.errors import GuardError
+from passk_guard.mitigation import FloorSolution, FloorState, smooth_floor, solve_floor
+from passk_guard.objective import PassKObjective
+from passk_guard.ranks import Ranks
+from passk_guard.types import ProbeGram
+
+
+class FloorGuard:
+    """Moves the floor of the installed objective, and does nothing else to the run.
+
+    The floor comes from the probe of earlier moments only, never from the batch it will weigh, so that the weight a
+    sample gets does not look at the sample.
+
+    Args:
+        objective: installed on the trainer; its own `floor` is the least that is ever used, its `cap` stays.
+        config: floor_gamma, floor_max, floor_average.
+        ranks: the processes of the run.
+    """
+
+    def __init__(self, objective: PassKObjective, config: GuardConfig, ranks: Ranks) -> None:
+        self.objective, self.solution = objective, FloorSolution("undetermined", "no refresh yet")
+        self._config, self._ranks = config, ranks
+        self._given = objective.floor
+
+    def learn(self, state: FloorState, probes: Sequence[ProbeGram]) -> FloorState:
+        """The floor after one more refresh, the same on every rank; takes effect with `apply`."""
+        config = self._config
+        self.solution = solve_floor(
+            probes, config.k, gamma=config.floor_gamma, largest=config.floor_max, cap=self.objective.cap
+        )
+        new = smooth_floor(state, self.solution, config.floor_average)
+        agreed = self._ranks.from_first(torch.tensor([new.floor, new.precision], dtype=torch.float64))
+        return FloorState(*agreed.tolist())
+
+    def apply(self, state: FloorState) -> None:
+        """From here on advantages are computed with this floor."""
+        self.objective.floor = self._in_force(state)
+
+    def remove(self) -> None:
+        """Give the objective its own floor back."""
+        self.objective.floor = self._given
+
+    def metrics(self, state: FloorState) -> dict[str, float | None]:
+        """The floor for the next batch, the newest solution with its error, and both sides of the theory's bound."""
+        floor, cap = self._in_force(state) or 0.0, self.objective.cap
+        highest = min(self.objective.k, cap) if cap is not None else self.objective.k
+        return {
+            "floor": floor,
+            "floor_solved": self.solution.floor,
+            "floor_se": self.solution.standard_error,
+            "weight_ratio": highest / floor if floor else None,
+            "weight_ratio_bound": self.solution.weight_ratio_bound,
+        }
+
+    def _in_force(self, state: FloorState) -> float | None:
+        return max(state.floor, self._given or 0.0) if state.precision else self._given
+
+
+def installed_objective(trainer: Any, k: int) -> PassKObjective | None:
+    """The PassKObjective of this trainer.
+
+    Raises:
+        GuardError: it trains on another k than the guard watches.
+    """
+    objective = PassKObjective.of(trainer)
+    if objective is not None and objective.k != k:
+        raise GuardError(
+            f"Expected the guard and the objective to have the same k; found GuardConfig(k={k}) and "
+            f"PassKObjective(k={objective.k})."
+        )
+    return objective
+
+
+def choose_mitigation(mitigation: str, objective: PassKObjective | None, source: str) -> tuple[str, str | None]:
+    """What "auto" means here, and why.
+
+    Raises:
+        GuardError: nothing can be reweighted, or neither of the two ways is open.
+    """
+    if mitigation in ("reweight", "both") and objective is None:
+        raise GuardError(
+            f"Expected a PassKObjective installed on the trainer for mitigation={mitigation!r}; found none. Run "
+            "`with PassKObjective(trainer, k=...): trainer.train()`, or use mitigation='project'."
+        )
+    if mitigation != "auto":
+        return mitigation, None
+    if objective is not None:
+        return "reweight", "auto: reweight, since a PassKObjective computes the advantages of this trainer"
+    if source == "training_batch":
+        raise GuardError(
+            "Expected a way to mitigate for mitigation='auto'; found none: no PassKObjective is installed to reweight, "
+            "and with source='training_batch' no second gradient can be taken to project. Install one, or pass "
+            "held-out prompts as `probe`."
+        )
+    return "project", "auto: project, since no PassKObjective computes the advantages of this trainer"
