@@ -9,34 +9,42 @@ from typing import TYPE_CHECKING, Any
 
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.estimator import estimate_conflict, estimate_pooled
-from passk_guard.mitigation import combine, project_gradient
+from passk_guard.mitigation import combine, project_gradient, smooth_floor, solve_floor
+from passk_guard.objectives import Weighting, named_weighting
 from passk_guard.passk import pass_at_k, passk_advantages, passk_weight
 from passk_guard.pkpo import max_at_k, pkpo_transform
 from passk_guard.population import population_conflict
 from passk_guard.types import ConflictEstimate, ProbeGram
 
 if TYPE_CHECKING:
+    from passk_guard.analysis import Analysis, analyze
     from passk_guard.callback import PassKGuardCallback
     from passk_guard.config import GuardConfig
     from passk_guard.objective import PassKObjective
+    from passk_guard.pages.run_report import RunReport, report
     from passk_guard.probe import ProbeSet
     from passk_guard.sampling import GenerateSampler, Sampler, TRLSampler
     from passk_guard.scoring import Verifier
     from passk_guard.sketch import ScoreSketcher
 
 _LAZY = {
+    "Analysis": "passk_guard.analysis",
     "GenerateSampler": "passk_guard.sampling",
     "GuardConfig": "passk_guard.config",
     "PassKGuardCallback": "passk_guard.callback",
     "PassKObjective": "passk_guard.objective",
     "ProbeSet": "passk_guard.probe",
+    "RunReport": "passk_guard.pages.run_report",
     "Sampler": "passk_guard.sampling",
     "ScoreSketcher": "passk_guard.sketch",
     "TRLSampler": "passk_guard.sampling",
     "Verifier": "passk_guard.scoring",
+    "analyze": "passk_guard.analysis",
+    "report": "passk_guard.pages.run_report",
 }
 
 __all__ = [
+    "Analysis",
     "ConflictEstimate",
     "GenerateSampler",
     "GuardConfig",
@@ -45,21 +53,28 @@ __all__ = [
     "PassKObjective",
     "ProbeGram",
     "ProbeSet",
+    "RunReport",
     "Sampler",
     "ScoreSketcher",
     "TRLSampler",
     "Verifier",
     "VoidRefresh",
+    "Weighting",
+    "analyze",
     "combine",
     "estimate_conflict",
     "estimate_pooled",
     "max_at_k",
+    "named_weighting",
     "pass_at_k",
     "passk_advantages",
     "passk_weight",
     "pkpo_transform",
     "population_conflict",
     "project_gradient",
+    "report",
+    "smooth_floor",
+    "solve_floor",
 ]
 
 

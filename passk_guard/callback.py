@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,13 @@ class PassKGuardCallback(TrainerCallback):
         self._verifier = choose_verifier(trainer, correct, self.config)
         self._sketcher = self._new_sketcher()
         held_out = self.config.source == "held_out"
-        self._reporter = Reporter(trainer, held_out=held_out, since_last=self._step_metrics)
+        self._reporter = Reporter(
+            trainer,
+            held_out=held_out,
+            since_last=self._step_metrics,
+            image_refreshes=self.config.image_refreshes,
+            settings=asdict(self.config),
+        )
         self._mitigator: Mitigator | None = None
         self._source: HeldOut | None = None
         self._tap: BatchTap | None = None
@@ -148,7 +154,7 @@ class PassKGuardCallback(TrainerCallback):
         self.memory, self.estimate = replace(memory, decision=decision), estimate
         extra = self._mitigator.refresh_metrics(memory) if self._mitigator is not None else {}
         extra["probe_seconds"] = time.perf_counter() - began
-        self._reporter.refresh(step_number, estimate, verdict.status, extra, remark=refresh.remark)
+        self._reporter.refresh(step_number, estimate, verdict.status, extra, remark=refresh.remark, probe=refresh.probe)
         if verdict.changed:
             self._reporter.change(
                 step_number, estimate, before=verdict.previous, after=verdict.status, action=self._action()

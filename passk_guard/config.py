@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from passk_guard.errors import GuardError
@@ -48,8 +48,10 @@ class GuardConfig:
     gamma: Annotated[float, Field(ge=0, lt=1)] = _setting(
         0.2, "Cosine that project restores; 0 only removes the conflict and does not protect pass@1."
     )
-    gate: Literal["conflict", "always"] = _setting(
-        "conflict", "When project acts: while the newest estimate is in conflict at gate_confidence, or always."
+    gate: Literal["always", "conflict"] = _setting(
+        "always",
+        "When project keeps the margin: always, or only while the newest estimate is in conflict at gate_confidence. "
+        "The cosine turns acute after the damage is done, and a gate that closes then leaves the run as damaged.",
     )
     gate_confidence: Annotated[float, Field(gt=0.5, lt=1)] = _setting(
         0.8413, "One-sided confidence from which a conflict opens the gate; the default is one standard error."
@@ -61,7 +63,7 @@ class GuardConfig:
         "float32", "Dtype the protected gradient is kept in; bfloat16 halves its memory."
     )
     floor_gamma: Annotated[float, Field(ge=0, lt=1)] = _setting(
-        0.0, "Cosine to the pass@1 gradient that the floor of reweight is solved for."
+        0.2, "Cosine to the pass@1 gradient that the floor of reweight is solved for."
     )
     floor_max: Annotated[float, Field(gt=0)] = _setting(
         1.0, "Largest floor; 1 is the weight that pass@1 gives every prompt, k would make the run one on pass@1."
@@ -92,7 +94,16 @@ class GuardConfig:
     )
     void_alert: AtLeast1 = _setting(3, "Void refreshes in a row after which an alert says that the guard is blind.")
     probe_seed: Natural = _setting(0, "Seed of the probe's own randomness; training's is never touched.")
+    image_refreshes: Natural = _setting(
+        5, "Refreshes between pictures of the kernel and the k curve in TensorBoard, wandb and trackio; 0 sends none."
+    )
     progress_bar: bool | None = _setting(None, "Progress bar while probing; None shows it in a terminal only.")
+
+    @field_validator("mitigation", mode="before")
+    @classmethod
+    def _yaml_off(cls, value: Any) -> Any:
+        """YAML 1.1 reads a bare `off` as False."""
+        return "off" if value is False else value
 
     @model_validator(mode="after")
     def _samples_reach_k(self) -> "GuardConfig":
@@ -131,6 +142,6 @@ class GuardConfig:
         if not isinstance(content, dict):
             raise GuardError(f"Expected a mapping of settings in {path}; found {type(content).__name__}.")
         try:
-            return cls(**content)
+            return cls(**{str(name): value for name, value in content.items()})
         except ValidationError as error:
             raise GuardError(f"Settings in {path}: {error}") from error

@@ -35,7 +35,9 @@ def guard_of(trainer, *, correct=digit_reward, probe=None, sampler=None, **confi
 
 
 def journal(folder):
-    return [json.loads(line) for line in (Path(folder) / "passk_guard.jsonl").read_text().splitlines()]
+    """Everything but the settings at the start of a run."""
+    events = [json.loads(line) for line in (Path(folder) / "passk_guard.jsonl").read_text().splitlines()]
+    return [event for event in events if event["event"] != "start"]
 
 
 class Witness(TrainerCallback):

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "passk_guard"
 
-LEAVES = {"errors", "types", "patch", "dropout"}
+LEAVES = {"errors", "types", "patch", "dropout", "pixels", "journal_file"}
 MATHEMATICS = {
     "passk",
     "pkpo",
@@ -34,6 +34,7 @@ ROOMS = {
     "ranks",
     "progress",
     "engines",
+    "pages",
 }
 WIRING = {
     "callback",
@@ -45,6 +46,10 @@ WIRING = {
     "step_guard",
     "floor_guard",
     "mitigator",
+    "analysis",
+    "config_file",
+    "cli",
+    "__main__",
     "__init__",
 }
 STACK = {"transformers", "trl", "accelerate", "deepspeed", "pydantic", "datasets", "peft", "tqdm", "yaml", "numpy"}

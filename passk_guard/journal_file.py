@@ -1,0 +1,112 @@
+"""Reading `passk_guard.jsonl` back, also while the run that writes it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from passk_guard.errors import GuardError
+
+JOURNAL_NAME = "passk_guard.jsonl"
+Event = Mapping[str, Any]
+# What a step writes, in this order: numbers of the steps before, the refresh, the change of verdict after it.
+_ORDER = {"steps": 0, "refresh": 1, "void": 1, "state": 2}
+
+
+@dataclass(frozen=True)
+class RunJournal:
+    """The events of one run, by rising step.
+
+    Attributes:
+        path: of the file.
+        events: objects with `event` and `step`; kinds that are not known here are left out.
+        settings: of the newest start of the run, empty where the journal holds none.
+        unfinished: the last line was half written and is left out: the run goes on, or it crashed.
+        restarts: steps at which the run began again, from a checkpoint or from the start. What it then took again
+            stands instead of what was taken before.
+    """
+
+    path: Path
+    events: Sequence[Event]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    unfinished: bool = False
+    restarts: Sequence[int] = ()
+
+    def of(self, *kinds: str) -> list[Event]:
+        """The events of these kinds: "refresh", "void", "state", "steps"."""
+        return [event for event in self.events if event["event"] in kinds]
+
+
+def read_journal(run_dir: str | Path) -> RunJournal:
+    """Read the journal of a run.
+
+    Args:
+        run_dir: the run's output folder, or the JSONL file itself.
+
+    Raises:
+        GuardError: no such folder, no journal in it, none that can be read, no event in it, or a line before the last
+            that is not a JSON object with `event` and a whole number `step`; its line number is named.
+    """
+    path = Path(run_dir)
+    if path.is_dir():
+        path = path / JOURNAL_NAME
+        if not path.exists():
+            raise GuardError(
+                f"Expected `{JOURNAL_NAME}` in {run_dir}; found none. Pass the output_dir of a guarded run."
+            )
+    elif not path.exists():
+        raise GuardError(f"Expected the output folder of a run; found no {run_dir}.")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise GuardError(f"Cannot read {path}: {error.strerror or error}.") from error
+    events, unfinished = _parse(content, path)
+    if not events:
+        raise GuardError(f"Expected events in {path}; found none yet. The guard writes the first at its first refresh.")
+    return _ordered(path, events, unfinished)
+
+
+def _parse(content: bytes, path: Path) -> tuple[list[Event], bool]:
+    *lines, rest = content.split(b"\n")
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    events = [_event(line, number, path) for number, line in numbered]
+    if not rest.strip():
+        return events, False
+    try:
+        return [*events, _event(rest, len(lines) + 1, path)], False
+    except GuardError:  # the writer ends each line with a line feed: this one is not whole
+        return events, True
+
+
+def _event(line: bytes, number: int, path: Path) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError as error:  # also of bytes that are not UTF-8
+        raise GuardError(f"{path}, line {number}: not JSON ({error}). Remove or mend that line.") from error
+    whole = isinstance(event, dict) and isinstance(event.get("event"), str) and type(event.get("step")) is int
+    if not whole:
+        raise GuardError(f"{path}, line {number}: expected an object with `event` and a whole number `step`.")
+    return dict(event)
+
+
+def _ordered(path: Path, events: Sequence[Event], unfinished: bool) -> RunJournal:
+    kept: list[Event] = []
+    settings: Mapping[str, Any] = {}
+    restarts: list[int] = []
+    for event in events:
+        if event["event"] == "start" and isinstance(event.get("settings"), dict):
+            settings = event["settings"]
+        if event["event"] not in _ORDER:
+            continue
+        if kept and _key(event) <= _key(kept[-1]):
+            restarts.append(event["step"])
+            kept = [before for before in kept if _key(before) < _key(event)]
+        kept.append(event)
+    return RunJournal(path, kept, settings, unfinished, restarts)
+
+
+def _key(event: Event) -> tuple[int, int]:
+    return event["step"], _ORDER[event["event"]]

@@ -1,0 +1,125 @@
+"""How an analysis is put into words: numbers with their uncertainty, verdicts, what is undetermined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from passk_guard.pages.axes import write_number
+
+UNDETERMINED = "undetermined"
+_TIED = "\u00a0"  # keeps an interval on one line of a narrow column
+Data = Mapping[str, Any]
+
+
+def value(number: Data, digits: int = 3) -> str:
+    """The estimate alone; "undetermined" where there is none."""
+    return UNDETERMINED if number["value"] is None else _fixed(number["value"], digits)
+
+
+def interval(number: Data, digits: int = 3) -> str:
+    """[low, high], or the standard error where that is all there is, or nothing known."""
+    if number["value"] is None:
+        return UNDETERMINED
+    if number["low"] is not None and number["high"] is not None:
+        return f"[{_fixed(number['low'], digits)},{_TIED}{_fixed(number['high'], digits)}]"
+    if number["standard_error"] is not None:
+        return f"±{_TIED}{_fixed(number['standard_error'], digits)}"
+    return "no spread seen"
+
+
+def with_interval(number: Data, digits: int = 3) -> str:
+    """The estimate and its interval."""
+    return UNDETERMINED if number["value"] is None else f"{value(number, digits)}{_TIED}{interval(number, digits)}"
+
+
+def scientific(number: Data) -> str:
+    """The same with two significant digits, for inner products of gradients, whose scale is the model's."""
+    if number["value"] is None:
+        return UNDETERMINED
+    error = number["standard_error"]
+    spread = "" if error is None else f"{_TIED}±{_TIED}{_short(error)}"
+    return f"{_short(number['value'])}{spread}"
+
+
+def level(data: Data) -> str:
+    """The confidence as text, e.g. "95%"."""
+    return f"{100 * data['settings']['confidence']:g}%"
+
+
+def verdict(data: Data) -> tuple[str, str]:
+    """One sentence on the whole, and its kind: "bad", "good" or ""."""
+    at = data["at_k"][-1]
+    k, status = at["k"], at["status"]
+    if status is None:
+        return "Only k = 1 was asked for, which has nothing to conflict with.", ""
+    if at["cosine"]["value"] is None:
+        return f"Undetermined at k = {k}: {at['reason']}.", ""
+    said = f"cos(∇J_{k}, ∇J_1) = {value(at['cosine'], 2)}, {level(data)} interval {interval(at['cosine'], 2)}."
+    if status == "conflict":
+        return (
+            f"Conflict: a pass@{k} step lowers pass@1 on prompts like these. {said} {k_star(data)}",
+            "bad",
+        )
+    if status == "clear":
+        return f"Clear: a pass@{k} step raises pass@1 too. {said}", "good"
+    return f"Undetermined: the probe cannot tell whether pass@{k} and pass@1 conflict. {said} {k_star(data)}", ""
+
+
+def k_star(data: Data) -> str:
+    """What k* is, in words."""
+    curve = data["curve"]
+    if curve is None:
+        return "k* is undetermined."
+    if not any(curve["established"]):
+        return f"No conflict is established up to k = {curve['k'][-1]}, the smallest number of samples of a prompt."
+    return f"k* = {curve['k_star']}: up to there no conflict is established."
+
+
+def hurt(prompt: Data, texts: Mapping[int, str], length: int = 40, most: int = 3) -> str:
+    """The prompts this one hurts most, with the inner products."""
+    worst = prompt["hurts"][:most]
+    return "; ".join(f"{one_line(texts.get(place, f'#{place}'), length)} ({_short(v)})" for place, v in worst)
+
+
+def most_negative(data: Data, count: int) -> list[Data]:
+    """The prompts with the largest shares of the conflict, largest first."""
+    against = [p for p in data["prompts"] if (p["share"]["value"] or 0.0) > 0]
+    return sorted(against, key=lambda p: -p["share"]["value"])[:count]
+
+
+def one_line(text: str, length: int) -> str:
+    """The text on one line, cut where it is longer."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= length else flat[: length - 1].rstrip() + "…"
+
+
+def settings_rows(data: Data) -> list[tuple[str, str]]:
+    """Names and values of the settings and of the sketch."""
+    sketch, chosen = data["sketch"], data["settings"]
+    share = sketch["covered"] / sketch["total"]
+    missing: Sequence[str] = sketch["uncovered"]
+    left = f"; not: {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}" if missing else ""
+    return [
+        ("sketch", f"{sketch['method']}, {sketch['dim']} dimensions, seed {sketch['seed']}"),
+        ("gradients with respect to", sketch["parameters"]),
+        ("coverage", f"{100 * share:.4g}% of {sketch['total']:,} parameters{left}"),
+        *((name.replace("_", " "), _plain(setting)) for name, setting in chosen.items() if name != "prompts"),
+        ("prompts", "all of the probe" if chosen["prompts"] is None else f"{chosen['prompts']} drawn from the probe"),
+        ("model fingerprint", data["model"]["fingerprint"]),
+    ]
+
+
+def _plain(setting: Any) -> str:
+    if isinstance(setting, (list, tuple)):
+        return ", ".join(map(str, setting))
+    return "none" if setting is None else str(setting)
+
+
+def _fixed(number: float, digits: int) -> str:
+    return write_number(number, 10.0**-digits)
+
+
+def _short(number: float) -> str:
+    text = f"{number:.0f}" if 100 <= abs(number) < 1e6 else f"{number:.2g}"
+    return text.replace("-", "−")
