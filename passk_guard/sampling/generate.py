@@ -150,7 +150,6 @@ class GenerateSampler:
             eta_cutoff=0.0,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
-            min_length=0,
             min_new_tokens=0,
             max_new_tokens=self.max_new_tokens,
             num_return_sequences=1,

@@ -1,0 +1,56 @@
+"""The angle between two weightings of the same prompts' gradients, as the estimator has it for J_k and J_1."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from passk_guard.analysis.kernels import Coefficients, kernel_of, mixed
+from passk_guard.analysis.record import Number
+from passk_guard.intervals import cosine_bounds, student_t_quantile
+from passk_guard.types import ProbeGram
+
+
+def angle(probe: ProbeGram, left: Coefficients, right: Coefficients, confidence: float) -> Number:
+    r"""cos(E[g], E[h]) from U-statistics over pairs of different prompts, with its interval.
+
+    $U_{gh} / \sqrt{U_{gg} U_{hh}}$; bounds by `intervals.cosine_bounds` from the jackknife over prompts.
+
+    Args:
+        probe: m prompts.
+        left, right: coefficients of S+ and S- that give g(x) and h(x).
+        confidence: of the two-sided interval.
+
+    Returns:
+        Nothing where a squared norm is not positive, where no cosine can be ruled out, or below three prompts with a
+        gradient.
+    """
+    degrees = int(mixed(probe).sum()) - 1
+    if degrees < 2:
+        return Number()
+    pairs = [(left, right), (right, right), (left, left)]
+    values, changes = zip(*(_statistic(kernel_of(probe, *pair)) for pair in pairs), strict=True)
+    value, influence = torch.stack(values), torch.stack(changes)
+    if not bool((value[1:] > 0).all()):
+        return Number()
+    m = influence.shape[1]
+    centred = influence - influence.mean(1, keepdim=True)
+    covariance = (m - 1) / m * centred @ centred.T
+    low, high = cosine_bounds(value, covariance, student_t_quantile((1 + confidence) / 2, degrees))
+    if (low, high) == (-1.0, 1.0):
+        return Number()
+    inner, *norms = value.tolist()
+    cosine = inner / math.sqrt(norms[0] * norms[1])
+    scaled = [1 / math.sqrt(norms[0] * norms[1]), -cosine / (2 * norms[0]), -cosine / (2 * norms[1])]
+    slope = torch.tensor(scaled, dtype=torch.float64)
+    return Number(max(-1.0, min(1.0, cosine)), float(slope @ covariance @ slope) ** 0.5, low, high)
+
+
+def _statistic(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean off the diagonal, and [m] what it is with each prompt left out."""
+    m = kernel.shape[0]
+    others = kernel - torch.diag(kernel.diagonal())
+    total = others.sum()
+    return total / (m * (m - 1)), (total - others.sum(0) - others.sum(1)) / ((m - 1) * (m - 2))

@@ -1,0 +1,144 @@
+"""A model and its tokenizer from a local directory, with or without a PEFT adapter; nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from passk_guard.errors import GuardError
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_model(directory: str | Path, *, adapter: str | Path | None = None, base: str | Path | None = None) -> Any:
+    """A causal LM whose trainable parameters are those that training would change.
+
+    Args:
+        directory: a model as `save_pretrained` writes it, or an adapter with its `adapter_config.json`.
+        adapter: an adapter to put on the model in `directory`.
+        base: the model an adapter in `directory` belongs on; by default the one its config names, if it is local.
+
+    Returns:
+        The model in the dtype it was saved in; with an adapter only the adapter's parameters require grad.
+
+    Raises:
+        GuardError: no such directory, no config or weights in it, an adapter without a local base, PEFT not installed,
+            or a model transformers cannot load.
+    """
+    place, on_top = _model_and_adapter(directory, adapter, base)
+    _check_weights(place)
+    from transformers import AutoModelForCausalLM
+
+    model = _loaded(AutoModelForCausalLM, place, "a causal language model", dtype="auto")
+    return model if on_top is None else _with_adapter(model, on_top)
+
+
+def load_tokenizer(directory: str | Path, *, adapter: str | Path | None = None, base: str | Path | None = None) -> Any:
+    """The tokenizer of the adapter if it has one, else of the model; arguments as for `load_model`.
+
+    Raises:
+        GuardError: as `load_model`, or no tokenizer in either directory.
+    """
+    place, on_top = _model_and_adapter(directory, adapter, base)
+    holders = [p for p in (on_top, place) if p is not None and any((p / name).exists() for name in _TOKENIZER)]
+    if not holders:  # transformers would make one with an empty vocabulary
+        raise GuardError(
+            f"Expected a tokenizer beside the model ({', '.join(_TOKENIZER)}); found {_listed(place)} in "
+            f"{str(place)!r}. Save it there with `tokenizer.save_pretrained`."
+        )
+    from transformers import AutoTokenizer
+
+    return _loaded(AutoTokenizer, holders[0], "a tokenizer")
+
+
+def _model_and_adapter(
+    directory: str | Path, adapter: str | Path | None, base: str | Path | None
+) -> tuple[Path, Path | None]:
+    place = _directory(directory, "model")
+    if not (place / _ADAPTER_CONFIG).exists():
+        if base is not None:
+            raise GuardError(f"Expected `base` with an adapter only; found no {_ADAPTER_CONFIG} in {str(place)!r}.")
+        return place, None if adapter is None else _adapter(adapter)
+    if adapter is not None:
+        raise GuardError(f"Expected one adapter; found {str(place)!r}, which is one, and {str(adapter)!r}.")
+    return _base_of(place, base), _adapter(place)
+
+
+def _base_of(place: Path, base: str | Path | None) -> Path:
+    if base is not None:
+        return _directory(base, "base model")
+    named = _read_config(place / _ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not named or not Path(named).is_dir():
+        raise GuardError(
+            f"Expected the adapter in {str(place)!r} to name a local base model; found {named!r}. Nothing is "
+            "downloaded: pass the base's directory with --base."
+        )
+    return Path(named)
+
+
+def _adapter(adapter: str | Path) -> Path:
+    place = _directory(adapter, "adapter")
+    if not (place / _ADAPTER_CONFIG).exists() or not any((place / name).exists() for name in _ADAPTER_WEIGHTS):
+        raise GuardError(
+            f"Expected a PEFT adapter, {_ADAPTER_CONFIG} and its weights; found {_listed(place)} in {str(place)!r}."
+        )
+    return place
+
+
+def _directory(path: str | Path, what: str) -> Path:
+    place = Path(path)
+    if not place.is_dir():
+        found = "a file" if place.exists() else "nothing"
+        raise GuardError(f"Expected the directory of a local {what}; found {found} at {str(path)!r}.")
+    return place
+
+
+def _check_weights(place: Path) -> None:
+    if not (place / "config.json").exists():
+        raise GuardError(
+            f"Expected a model as `save_pretrained` writes it, with a config.json; found {_listed(place)} in "
+            f"{str(place)!r}. A checkpoint sharded by its engine must be merged first."
+        )
+    if not any(next(place.glob(pattern), None) for pattern in _WEIGHTS):
+        raise GuardError(
+            f"Expected weights (*.safetensors or pytorch_model.bin); found {_listed(place)} in {str(place)!r}."
+        )
+
+
+def _with_adapter(model: Any, place: Path) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise GuardError("Expected PEFT to be installed, to load an adapter. pip install peft") from error
+    try:
+        return PeftModel.from_pretrained(model, str(place), is_trainable=True, local_files_only=True)
+    except Exception as error:
+        raise GuardError(f"Expected an adapter that fits its base in {str(place)!r}; {_said(error)}.") from error
+
+
+def _loaded(loader: Any, place: Path, what: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(str(place), local_files_only=True, **options)
+    except Exception as error:  # transformers raises many kinds, of which none says more than its text
+        raise GuardError(f"Expected {what} that transformers can load from {str(place)!r}; {_said(error)}.") from error
+
+
+def _said(error: Exception) -> str:
+    return f"it raised {type(error).__name__}: {str(error).strip()[:500]}"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GuardError(f"Expected JSON in {str(path)!r}; {error}.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _listed(place: Path) -> str:
+    names = sorted(entry.name for entry in place.iterdir())
+    return "nothing" if not names else ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,0 +1,132 @@
+"""Completions on disk: one line a prompt, appended as they are sampled, and read back by the run that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from passk_guard.analysis.folder import write_whole
+from passk_guard.errors import GuardError
+
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class PromptRollouts:
+    """All n completions of one prompt.
+
+    Attributes:
+        place: which prompt of the analysis, from 0.
+        prompt_ids: its tokens.
+        completion_ids: n lists of tokens.
+        completions: n decoded completions, texts or lists of messages.
+    """
+
+    place: int
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+    completions: list[Any]
+
+
+class RolloutStore:
+    """The folder of kept completions; with no folder nothing is kept.
+
+    Each rank appends to a file of its own and reads those of all ranks, so that a run can go on with another number
+    of processes.
+
+    Args:
+        folder: of the completions, or None.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path | None, rank: int = 0) -> None:
+        self.folder = folder
+        self._own = None if folder is None else folder / f"rank{rank}.jsonl"
+
+    def prepare(self, settings: Mapping[str, Any], *, force: bool = False) -> None:
+        """Make the folder ready for samples of these settings; called on the first rank alone.
+
+        Args:
+            settings: all that the samples depend on, the model's fingerprint included.
+            force: drop what is kept where it does not fit.
+
+        Raises:
+            GuardError: completions are kept that another model or other settings gave; says which.
+        """
+        if self.folder is None:
+            return
+        differing = self._differing(dict(settings))
+        if differing and not force:
+            raise GuardError(
+                f"Expected the samples kept in {str(self.folder)!r} to be of this model and these settings; found "
+                f"others: {'; '.join(differing)}. Pass another folder, or --force (force=True) to sample afresh."
+            )
+        if differing:
+            for path in self._files():
+                path.unlink()
+        write_whole(self.folder / _SETTINGS, json.dumps(dict(settings), indent=1))
+
+    def read(self) -> dict[int, PromptRollouts]:
+        """What all ranks have kept, by place.
+
+        A last line without its end, as a killed run leaves it, is passed over.
+
+        Raises:
+            GuardError: a whole line that is damaged; names file and line.
+        """
+        return {kept.place: kept for path in self._files() for kept in _read(path)}
+
+    def append(self, rollouts: Sequence[PromptRollouts]) -> None:
+        """Write completions down, so that they outlive this process."""
+        if self._own is None:
+            return
+        lines = "".join(json.dumps(asdict(one)) + "\n" for one in rollouts)
+        with self._own.open("ab") as file:
+            # What a crash left of a line would otherwise run into the first line written here.
+            file.truncate(_end_of_whole_lines(self._own))
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _files(self) -> list[Path]:
+        return [] if self.folder is None else sorted(self.folder.glob("rank*.jsonl"))
+
+    def _differing(self, settings: dict[str, Any]) -> list[str]:
+        """In words, what the kept completions do not share with `settings`; nothing where there are none."""
+        if not any(path.stat().st_size for path in self._files()):
+            return []
+        assert self.folder is not None
+        try:
+            kept = json.loads((self.folder / _SETTINGS).read_text(encoding="utf-8"))
+            return [_difference(name, kept[name], value) for name, value in settings.items() if kept[name] != value]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return [f"{_SETTINGS}, which says what they are of, is missing or unreadable"]
+
+
+def _difference(name: str, kept: Any, wanted: Any) -> str:
+    if name in ("model", "probe"):
+        return {"model": "another model", "probe": "other prompts"}[name]
+    return f"{name} {kept} and not {wanted}"
+
+
+def _end_of_whole_lines(path: Path) -> int:
+    return path.read_bytes().rfind(b"\n") + 1
+
+
+def _read(path: Path) -> Iterator[PromptRollouts]:
+    data = path.read_bytes()
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            kept = PromptRollouts(**json.loads(line))
+            if len(kept.completion_ids) != len(kept.completions) or not isinstance(kept.place, int):
+                raise ValueError("counts that do not fit")
+        except (ValueError, TypeError) as error:
+            raise GuardError(
+                f"Expected one prompt's completions a line; found a damaged line {number} in {str(path)!r}: {error}. "
+                "Remove the line (its prompt is sampled again), or the file."
+            ) from None
+        yield kept

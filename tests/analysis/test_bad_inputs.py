@@ -1,0 +1,122 @@
+"""Each mistake has its own message, says what to pass instead, and leaves the output folder alone."""
+
+import json
+import sys
+
+import pytest
+
+from passk_guard import GuardError
+from passk_guard.analysis import Settings
+from passk_guard.analysis.correct import import_function
+from passk_guard.analysis.loading import load_model
+from tests.analysis.cases import PromptSampler, command, quick, save_model, write_probe
+from tests.tiny import probe_rows, tiny_model
+
+
+def needs_solution(completions, solution):
+    return [1.0 for _ in completions]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--k", "1,16"), "num_samples=8, k=16"),
+        (("--k", "0,2"), "found k=0"),
+        (("--prompts", "99"), "at most 13"),
+        (("--delta-1", "0.8"), "delta_1=0.8, delta_2=0.75"),
+        (("--temperature", "0"), "`temperature` > 0"),
+        (("--max-new-tokens", "64"), "do not fit"),
+        (("--correct", "tests.tiny:no_such"), "Expected a function 'no_such' in 'tests.tiny'"),
+        (("--correct", "no.such.module:f"), "No module named 'no'"),
+        (("--correct", "tests/tiny.py"), "as module:function"),
+        (("--correct", "tests.tiny:SPECIAL"), "found list"),
+        (("--correct", "tests.analysis.test_bad_inputs:needs_solution"), "column `solution`"),
+    ],
+)
+def test_arguments(more, words, model, tmp_path, capsys):
+    assert command(model, write_probe(tmp_path / "probe.jsonl"), tmp_path / "out", *more) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "at least 3 different prompts"),
+        ('{"prompt": "a"}\n{"prompt": "b"\n', "malformed JSON in probe.jsonl, line 2"),
+        ('{"prompt": "a"}\n\n[1]\n', "found list in probe.jsonl, line 3"),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c\\ud83d"}\n', "half of a surrogate pair in 'c"),
+        ('{"prompt": "a"}\n{"question": "b"}\n', "found only ['question'] in probe.jsonl, line 2"),
+    ],
+)
+def test_probes(text, words, model, tmp_path, capsys):
+    probe = tmp_path / "probe.jsonl"
+    probe.write_text(text)
+    assert command(model, probe, tmp_path / "out") == 1
+    assert words in capsys.readouterr().err
+
+
+def test_directories_without_a_model(model, tmp_path):
+    empty = tmp_path / "empty"
+    with pytest.raises(GuardError, match="found nothing at"):
+        load_model(empty)
+    empty.mkdir()
+    with pytest.raises(GuardError, match=r"with a config\.json; found nothing in"):
+        load_model(empty)
+    (empty / "config.json").write_text((model / "config.json").read_text())
+    with pytest.raises(GuardError, match=r"Expected weights .*; found config\.json"):
+        load_model(empty)
+    (empty / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(GuardError, match="transformers can load"):
+        load_model(empty)
+    with pytest.raises(GuardError, match="found a file at"):
+        load_model(empty / "config.json")
+    with pytest.raises(GuardError, match="`base` with an adapter only"):
+        load_model(model, base=model)
+
+
+def test_a_model_without_a_tokenizer(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    assert command(tmp_path / "model", write_probe(tmp_path / "probe.jsonl"), tmp_path / "out") == 1
+    assert "Expected a tokenizer" in capsys.readouterr().err
+
+
+def test_functions_come_from_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards_7.py").write_text("def right(completions, **_):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "broken_7.py").write_text("raise OSError('no sandbox')\n")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    monkeypatch.chdir(tmp_path)
+    assert import_function("my_rewards_7:right")(["a"]) == [1.0]
+    with pytest.raises(GuardError, match="OSError: no sandbox"):
+        import_function("broken_7:right")
+    with pytest.raises(GuardError, match="Functions there: right"):
+        import_function("my_rewards_7:wrong")
+
+
+def test_a_verifier_that_always_raises_says_so():
+    def broken(completions, **_):
+        raise ConnectionError("no sandbox")
+
+    from passk_guard.analysis import analyze
+    from tests.analysis.cases import QUICK
+    from tests.tiny import tiny_tokenizer
+
+    with pytest.raises(GuardError, match="`broken` raised on each of 40 samples, first ConnectionError: no sandbox"):
+        analyze(tiny_model(), tiny_tokenizer(), probe_rows(5), broken, sampler=PromptSampler(), **QUICK)
+
+
+def test_settings_check_themselves():
+    with pytest.raises(TypeError, match="tempreture"):
+        quick(tempreture=1.0)
+    for wrong in ({"confidence": 0.4}, {"threshold": 1.0}, {"gamma": 1.0}, {"protocol": "pappers"}, {"prompts": 2}):
+        with pytest.raises(GuardError, match=next(iter(wrong))):
+            Settings(**wrong)
+    assert Settings(ks=[8, 2, 2]).ks == (1, 2, 8)
+    json.dumps(Settings().to_dict(), allow_nan=False)

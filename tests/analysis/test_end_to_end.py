@@ -1,0 +1,132 @@
+"""The command and the function on tiny checkpoints: what is written, and what is left alone."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from passk_guard import GuardError, pass_at_k
+from passk_guard.analysis import Analysis, analyze
+from tests.analysis.cases import QUICK, PromptSampler, command, quick, save_model, write_probe
+from tests.tiny import digit_reward, probe_rows, tiny_chat_rows, tiny_model, tiny_tokenizer
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_checkpoint_directory_gives_tables_json_and_a_page(kind, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(save_model(tmp_path / "model", kind), write_probe(tmp_path / "probe.jsonl"), out) == 0
+    found = json.loads((out / "analysis.json").read_text())
+    kept = [json.loads(line) for line in (out / "rollouts" / "rank0.jsonl").read_text().splitlines()]
+    right = [sum(digit_reward(line["completions"])) for line in sorted(kept, key=lambda line: line["place"])]
+    assert [p["num_correct"] for p in found["prompts"]] == right
+    for at in found["at_k"]:
+        expected = float(pass_at_k(8, torch.tensor(right), at["k"]).mean())
+        assert at["pass_rate"]["value"] == pytest.approx(expected)
+    assert [p["text"] for p in found["prompts"]] == [row["prompt"] for row in probe_rows(13)]
+    assert found["model"]["name"] == str(tmp_path / "model")
+    assert (
+        found["sketch"]["covered"] == found["sketch"]["total"] == sum(p.numel() for p in tiny_model(kind).parameters())
+    )
+    page = (out / "analysis.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "http" not in page.replace("http-equiv", "")
+    assert "pass@k and its angle to pass@1" in capsys.readouterr().out
+
+
+def test_the_record_survives_json(tmp_path):
+    analysis = quick(protocol="paper")
+    analysis.save(tmp_path)
+    text = (tmp_path / "analysis.json").read_text()
+    assert Analysis.from_dict(json.loads(text)) == analysis
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    with pytest.raises(GuardError, match="version"):
+        Analysis.from_dict(json.loads(text) | {"version": 99})
+    with pytest.raises(GuardError, match=r"difference: \['verifier'\]"):
+        Analysis.from_dict({k: v for k, v in json.loads(text).items() if k != "verifier"})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_model_and_the_random_state_come_back_as_they_were():
+    model = tiny_model(attention_dropout=0.3).train()
+    model.lm_head.weight.requires_grad_(False)
+    tokenizer = tiny_tokenizer()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    grads = [p.requires_grad for p in model.parameters()]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    analyze(model, tokenizer, probe_rows(5), digit_reward, protocol="paper", **QUICK)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()] == grads
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_same_call_gives_the_same_numbers_and_another_seed_others():
+    def pass_rates(seed):
+        analysis = analyze(tiny_model(), tiny_tokenizer(), probe_rows(5), digit_reward, **QUICK, seed=seed)
+        return [p.num_correct for p in analysis.prompts], analysis.at_k[-1].inner_product
+
+    assert pass_rates(0) == pass_rates(0)
+    assert pass_rates(0) != pass_rates(1)
+
+
+def test_a_verifier_that_draws_random_numbers_repeats_itself_and_leaves_no_trace():
+    def reward(completions, **_):
+        return [float(random.random() + float(torch.rand(())) > 1) for _ in completions]
+
+    def verdicts():
+        analysis = analyze(tiny_model(), tiny_tokenizer(), probe_rows(5), reward, sampler=PromptSampler(), **QUICK)
+        return [p.num_correct for p in analysis.prompts]
+
+    states = random.getstate(), torch.get_rng_state()
+    first = verdicts()
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    random.random()
+    torch.rand(())
+    assert verdicts() == first
+
+
+def test_conversations_and_drawn_prompts():
+    analysis = analyze(tiny_model(), tiny_tokenizer(), tiny_chat_rows(9), digit_reward, **QUICK, prompts=4)
+    assert len(analysis.prompts) == analysis.num_prompts == 4
+    assert all(p.text.startswith("user: ") for p in analysis.prompts)
+
+
+def test_no_signal_is_said_in_words_and_not_in_numbers():
+    """Every completion right: no gradient anywhere."""
+    analysis = quick(rows=probe_rows(5), correct_threshold=-1.0)
+    assert analysis.always_solved == 5
+    assert analysis.curve is None
+    for at in analysis.at_k[1:]:
+        assert at.status == "undetermined"
+        assert at.cosine.value is None
+        assert "always solved" in at.reason
+    assert all(p.agreement.value is None for p in analysis.prompts)
+    assert all(one.cosine.value is None for one in analysis.predictions)
+    page = analysis._repr_html_()
+    assert "Undetermined" in page
+    assert "nan" not in page.lower().replace("nance", "")
+
+
+def test_k_1_alone_has_nothing_to_conflict_with():
+    analysis = quick(ks=(1,))
+    assert [at.k for at in analysis.at_k] == [1]
+    assert analysis.predictions == []
+    assert "nothing to conflict" in analysis._repr_html_()
+
+
+def test_a_prompt_with_too_few_verdicts_is_left_out_and_the_places_stay():
+    rows = probe_rows(6)
+
+    def reward(prompts, completions, **_):
+        return [None if p == rows[1]["prompt"] else r for p, r in zip(prompts, digit_reward(completions), strict=True)]
+
+    analysis = analyze(tiny_model(), tiny_tokenizer(), rows, reward, **QUICK)
+    assert analysis.left_out == 1
+    assert [p.place for p in analysis.prompts] == [0, 2, 3, 4, 5]
+    assert [p.text for p in analysis.prompts] == [rows[i]["prompt"] for i in (0, 2, 3, 4, 5)]
+    assert "1 prompts had fewer than 4" in analysis.remark
