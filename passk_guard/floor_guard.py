@@ -35,10 +35,9 @@ class FloorGuard:
     def learn(self, state: FloorState, probes: Sequence[ProbeGram]) -> FloorState:
         """The floor after one more refresh, the same on every rank; takes effect with `apply`."""
         config = self._config
-        self.solution = solve_floor(
-            probes, config.k, gamma=config.floor_gamma, largest=config.floor_max, cap=self.objective.cap
-        )
-        new = smooth_floor(state, self.solution, config.floor_average)
+        largest = min(config.floor_max, self.objective.cap or config.floor_max)
+        self.solution = solve_floor(probes, config.k, gamma=config.floor_gamma, largest=largest, cap=self.objective.cap)
+        new = smooth_floor(state, self.solution, config.floor_average, largest=largest)
         agreed = self._ranks.from_first(torch.tensor([new.floor, new.precision], dtype=torch.float64))
         return FloorState(*agreed.tolist())
 

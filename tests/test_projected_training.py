@@ -1,6 +1,5 @@
 """mitigation="project" in real trainers: what the optimizer sees, when it acts, and what it leaves alone."""
 
-import json
 import logging
 import math
 
@@ -64,7 +63,7 @@ def test_a_closed_gate_is_bit_for_bit_no_guard(tmp_path):
     plain = tiny_grpo_trainer(tmp_path / "without", model=tiny_model(attention_dropout=0.2), max_steps=4)
     plain.train()
     guarded = tiny_grpo_trainer(tmp_path / "with", model=tiny_model(attention_dropout=0.2), max_steps=4)
-    guard_of(guarded, mitigation="project", refresh_steps=1, gate_confidence=0.999999)
+    guard_of(guarded, mitigation="project", gate="conflict", refresh_steps=1, gate_confidence=0.999999)
     guarded.train()
     assert same(parameters(plain), parameters(guarded))
     assert not any("passk_guard/train_cosine" in row for row in guarded.state.log_history)
@@ -248,7 +247,7 @@ def test_observing_does_not_touch_the_engine(tmp_path):
     trainer.add_callback(guard)
     trainer.train()
     assert guard._mitigator is None
-    assert json.loads((tmp_path / "passk_guard.jsonl").read_text().splitlines()[0])["event"] == "refresh"
+    assert journal(tmp_path)[0]["event"] == "refresh"
 
 
 @pytest.mark.parametrize("solved", [0.0, 1.0])

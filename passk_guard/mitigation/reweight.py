@@ -30,7 +30,7 @@ from passk_guard.types import ProbeGram
 from passk_guard.ustatistics import Moments, coefficients, pooled_moments
 
 _GRID = 64  # points besides the weights that occur; between two of them the inner product is linear
-_ERROR_FLOOR = 0.1  # added in quadrature to an error, so that no single refresh is taken for certain
+_ERROR_FLOOR = 0.2  # added in quadrature to an error, so that no single refresh is taken for certain
 
 FloorStatus = Literal["solved", "not_needed", "no_floor_suffices", "undetermined"]
 
@@ -113,26 +113,37 @@ def solve_floor(
     return FloorSolution("solved" if floor > 0 else "not_needed", "", floor, error, bound)
 
 
-def smooth_floor(state: FloorState, solution: FloorSolution, average: float) -> FloorState:
+def smooth_floor(
+    state: FloorState, solution: FloorSolution, average: float, *, caution: float = 1.0, largest: float = math.inf
+) -> FloorState:
     r"""The floor to use after one more answer: an average of answers, each weighed by its precision.
 
-    $P_t = a P_{t-1} + 1/s_t^2$ and $\varphi_t = (a P_{t-1} \varphi_{t-1} + \hat\varphi_t / s_t^2) / P_t$, with s the
-    jackknife error of the answer: a noisy one moves the floor little. Memory is needed: solved anew each time, the
-    floor is let go as soon as the angle turns acute, which it does after the damage. Answers without a floor change
-    nothing.
+    $P_t = a P_{t-1} + 1/(s_t^2 + 0.2^2)$ and $\varphi_t$ moves towards $\hat\varphi_t + z s_t$ by the share of the new
+    precision in $P_t$, with s the jackknife error of the answer: a noisy one moves the floor little. The answer is
+    raised by z errors, since a floor that is too low costs pass@1 and one that is too high costs little pass@k.
+    Memory is needed: solved anew each time, the floor is let go as soon as the angle turns acute, which it does after
+    the damage. Answers without a floor change nothing.
 
     Args:
         state: before.
         solution: of `solve_floor`.
         average: a in [0, 1); 0 takes each answer as it is.
+        caution: z >= 0.
+        largest: above which no answer is raised.
+
+    Raises:
+        GuardError: average or caution outside its bounds.
     """
     if not 0 <= average < 1:
         raise GuardError(f"Expected `average` in [0, 1); found {average}. The usual value is 0.8.")
+    if caution < 0:
+        raise GuardError(f"Expected `caution` >= 0; found {caution}.")
     if solution.floor is None:
         return state
-    error_sq = (solution.standard_error or 0.0) ** 2 + _ERROR_FLOOR**2
-    old, new = average * state.precision, 1 / error_sq
-    return FloorState((old * state.floor + new * solution.floor) / (old + new), old + new)
+    error = solution.standard_error or 0.0
+    answer = min(solution.floor + caution * error, max(largest, solution.floor))
+    old, new = average * state.precision, 1 / (error**2 + _ERROR_FLOOR**2)
+    return FloorState((old * state.floor + new * answer) / (old + new), old + new)
 
 
 def _check(probes: Sequence[ProbeGram], k: int, gamma: float, largest: float, cap: float | None) -> None:
