@@ -1,6 +1,7 @@
 """mitigation="reweight", "both" and "auto" in real trainers: what the advantages become, when, and what stays."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -96,7 +97,8 @@ def test_the_floor_is_resumed(tmp_path):
     whole, floors, guard, _ = run(tmp_path / "whole", guard=REWEIGHT, **args)
     memory = load_memory(tmp_path / "whole" / "checkpoint-3")
     assert memory.floor.floor == pytest.approx(floors[3])
-    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "second" / "checkpoint-3")
+    checkpoint = str(tmp_path / "second" / "checkpoint-3")
     second, rest, again, _ = run(tmp_path / "second", guard=REWEIGHT, resume=checkpoint, **args)
     assert rest == floors[3:]
     assert again.memory.floor == guard.memory.floor
