@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # One thread a process: tests run in parallel and several start processes of their own.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-.PHONY: venv demo test test-distributed test-slow lint format toy clean
+.PHONY: venv demo benchmark test test-distributed test-slow test-browser browser lint format toy clean
 
 venv: $(INSTALLED)
 
@@ -21,6 +21,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m examples.interference.demo
 
+benchmark: $(INSTALLED)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m examples.interference.benchmark
+
 toy: $(INSTALLED)
 	$(BIN)/python -m examples.paper_toy
 
@@ -32,6 +35,13 @@ test-distributed: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not distributed and not gpu"
+
+# The pages are looked at by Debian's Chromium; elsewhere install one by hand.
+browser:
+	command -v chromium >/dev/null || { apt-get -q update && apt-get -q install -y --no-install-recommends chromium; }
+
+test-browser: $(INSTALLED) browser
+	$(TEST_ENV) PASSK_GUARD_BROWSER=1 $(BIN)/python -m pytest -m browser
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -54,7 +54,7 @@ class Settings:
     confidence: float = 0.95
     correct_threshold: float = 1.0
     gamma: float = 0.2
-    floor_gamma: float = 0.0
+    floor_gamma: float = 0.2
     protocol: Literal["paper"] | None = None
     delta_1: float = 0.25
     delta_2: float = 0.75
