@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from passk_guard import GuardError, ProbeGram, estimate_conflict, estimate_pooled, passk_advantages
+from passk_guard import (
+    GuardError,
+    ProbeGram,
+    estimate_conflict,
+    estimate_pooled,
+    named_weighting,
+    passk_advantages,
+)
 from passk_guard.agreement import weight_and_agreement
 from passk_guard.passk import unbiased_passk_weight
 from passk_guard.population import population_conflict
@@ -288,3 +295,40 @@ def test_covariance_is_a_mean_over_triples_of_different_prompts():
     found = weight_and_agreement([gram_of(correct, scores)], 3)
     assert found["weight_agreement_cov"] == pytest.approx(inner - product)
     assert found["mean_weight"] == pytest.approx(float(weight.mean()))
+
+
+def test_a_weighting_takes_the_place_of_pass_at_k():
+    correct, scores = score_vectors(m=8, n=6, seed=3)
+    probe = gram_of(correct, scores)
+    given = (probe.gram, probe.num_samples, probe.num_correct, 4)
+    passk, named = estimate_conflict(*given), estimate_conflict(*given, weighting=named_weighting("passk:4"))
+    for name in ("status", "cosine", "ci_low", "ci_high", "inner_product", "naive_cosine", "frac_negative_pairs"):
+        assert getattr(named, name) == getattr(passk, name), name
+    assert torch.equal(named.weighted_agreement, passk.weighted_agreement)
+    assert (named.curve, named.k_star, named.mean_weight) == (None, None, None)
+
+
+@pytest.mark.parametrize("spec", ["grpo", "maxrl", "rs_grpo:beta=2"])
+def test_a_weighting_is_measured_on_the_advantages_it_gives(spec):
+    correct, scores = score_vectors(m=8, n=6, seed=3)
+    probe = gram_of(correct, scores)
+    baseline = correct.mean(1, keepdim=True)
+    scale = {
+        "grpo": 1 / (correct.std(1, keepdim=True) + 1e-4),
+        "maxrl": 1 / baseline,
+        "rs_grpo:beta=2": (math.exp(2) - 1) / 2 / (1 + (math.exp(2) - 1) * baseline),
+    }[spec]
+    advantages = ((correct - baseline) * scale).nan_to_num(0.0)
+    left, right = (advantages[..., None] * scores).mean(1), gradients(correct, scores, 1)
+    pairs = list(itertools.permutations(range(8), 2))
+    moments = [
+        sum(float(a[i] @ b[j]) for i, j in pairs) / len(pairs) for a, b in ((left, right), (right, right), (left, left))
+    ]
+    found = estimate_conflict(probe.gram, probe.num_samples, probe.num_correct, 4, weighting=named_weighting(spec))
+    assert [found.inner_product, found.norm1_sq, found.normk_sq] == pytest.approx(moments, rel=1e-9)
+
+
+def test_a_weighting_without_enough_samples_is_an_error():
+    probe = gram_of(*score_vectors(m=6, n=5))
+    with pytest.raises(GuardError, match="num_samples"):
+        estimate_conflict(probe.gram, probe.num_samples, probe.num_correct, 4, weighting=named_weighting("passk:8"))

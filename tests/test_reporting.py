@@ -115,3 +115,12 @@ def test_alerts_that_fail_are_logged(monkeypatch, caplog):
 @pytest.mark.parametrize("trackers", [[], ["tensorboard"]])
 def test_no_tracker_no_alert(trackers):
     assert send_alert("t", "x", trackers) == []
+
+
+def test_a_verdict_the_two_sided_interval_does_not_explain_says_what_decided():
+    """The verdict is one-sided: a conflict may be established with a two-sided interval that touches the threshold."""
+    bound = "upper 95% bound -0.02 is below the threshold 0"
+    wide = dataclasses.replace(CONFLICT, ci_high=0.05, reason=bound)
+    assert bound in state_change(10, "conflict", wide, "observe")
+    narrow = dataclasses.replace(CONFLICT, ci_high=-0.05, reason=bound)
+    assert bound not in state_change(10, "conflict", narrow, "observe")

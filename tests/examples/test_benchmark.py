@@ -1,0 +1,159 @@
+"""The benchmark: its plan, its file, its statistics, and that each arm does what its name says."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from examples.interference import comparison
+from examples.interference.arms import ARMS, CORE, SETTINGS, ShortestStep
+from examples.interference.benchmark import SEEDS, plan, run_missing
+from examples.interference.benchmark_run import run
+from examples.interference.model import make_model
+from examples.interference.task import make_prompts
+from examples.interference.tokenizer import make_tokenizer
+from passk_guard import passk_advantages
+
+TUNED_ON = {10, 11, 100}
+
+
+def record(setting="main", arm="none", seed=12, one=(0.6, 0.5), many=(0.8, 0.9), **more):
+    trajectory = [{"step": i, "pass_at_1": a, "pass_at_8": b} for i, (a, b) in enumerate(zip(one, many, strict=True))]
+    return {"setting": setting, "arm": arm, "seed": seed, "steps": 180, "k": 8, "trajectory": trajectory} | more
+
+
+def test_the_plan_has_enough_seeds_and_none_that_defaults_were_chosen_on():
+    jobs = plan(None, None, None, quick=False)
+    assert len({job.key for job in jobs}) == len(jobs)
+    seeds = Counter((job.setting, job.arm) for job in jobs)
+    assert all(seeds["main", arm] >= (8 if arm in CORE else 4) for arm in ARMS)
+    assert all(seeds[setting, arm] >= 3 for setting in SETTINGS for arm in CORE)
+    assert not TUNED_ON & {job.seed for job in jobs}
+    assert not TUNED_ON & set(SEEDS)
+    assert {job.arm for job in plan(["main"], ["floor"], [3], quick=False)} == {"floor"}
+    assert {job.seed for job in plan(["main"], ["floor"], [3], quick=False)} == {3}
+
+
+def test_a_line_that_was_cut_off_is_left_out_and_then_replaced(tmp_path):
+    path = tmp_path / "results.jsonl"
+    comparison.append(path, record(seed=12))
+    whole = path.read_text()
+    path.write_text(whole + whole[:40])
+    assert [r["seed"] for r in comparison.read(path)] == [12]
+    comparison.append(path, record(seed=13))
+    assert [r["seed"] for r in comparison.read(path)] == [12, 13]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+    assert comparison.read(tmp_path / "nothing.jsonl") == []
+
+
+def test_what_is_done_is_not_run_again(tmp_path):
+    path = tmp_path / "results.jsonl"
+    jobs = plan(["main"], ["none"], [12, 13], quick=False)
+    for job in jobs:
+        comparison.append(path, record(seed=job.seed))
+    before = path.read_text()
+    run_missing(jobs, path, tmp_path / "no_warm_start", workers=1)
+    assert path.read_text() == before
+    assert not (tmp_path / "no_warm_start").exists()
+
+
+def test_changes_and_their_intervals():
+    runs = [record(seed=s, one=(0.6, 0.6 + d)) for s, d in zip(range(12, 16), (0.1, 0.2, 0.3, 0.4), strict=True)]
+    found = comparison.change(runs, "pass_at_1")
+    assert found.mean == pytest.approx(0.25)
+    assert found.each == pytest.approx((0.1, 0.2, 0.3, 0.4))
+    # Of the 4^4 means of resamples with replacement, exactly.
+    values = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    means = torch.cartesian_prod(values, values, values, values).mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.013)
+
+
+def test_the_gain_kept_is_compared_on_the_same_seeds():
+    runs = [record(seed=s, many=(0.8, 0.8 + gain)) for s, gain in ((12, 0.1), (13, 0.5))]
+    runs += [record(arm="floor", seed=12, many=(0.8, 0.85))]
+    assert comparison.kept(runs, "main", "floor") == pytest.approx(0.5)
+    assert comparison.lowest([record(one=(0.6, 0.4, 0.5), many=(0, 0, 0))]) == pytest.approx(-0.2)
+
+
+def test_the_picture_and_the_table_hold_every_arm(tmp_path, capsys):
+    from rich.console import Console
+
+    runs = [record(arm=arm, seed=s) for arm in ARMS for s in (12, 13)]
+    comparison.draw(tmp_path / "picture.png", runs)
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    comparison.print_table(Console(width=160), "main", runs)
+    shown = capsys.readouterr().out
+    assert all(arm.label in shown for arm in ARMS.values())
+
+
+def test_without_a_cue_the_tag_says_nothing():
+    rows = make_prompts("test", 2000, seed=0, cue=False)
+    assert len({row["prompt"] for row in rows if row["prompt"][1] == "S"}) == sum(r["prompt"][1] == "S" for r in rows)
+    share = {kind: Counter(row["prompt"][0] for row in rows if row["kind"] == kind) for kind in ("easy", "hard")}
+    assert len(share["easy"]) == len(share["hard"]) == 16
+    hard = {row["prompt"] for row in make_prompts("test", 1000, seed=1, mixture={"hard": 1.0}, cue=False)}
+    easy = {row["prompt"] for row in make_prompts("test", 1000, seed=1, mixture={"easy": 1.0}, cue=False)}
+    assert not hard & easy, "a prompt has one right answer"
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A cache whose warm start of seed 0 is an untrained model: quick, and enough to go through the motions."""
+    cache = tmp_path_factory.mktemp("cache")
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, 0, hidden=16, layers=1, heads=2).save_pretrained(cache / "seed0")
+    tokenizer.save_pretrained(cache / "seed0")
+    return cache
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_runs(arm, untrained):
+    small = {"per_device_train_batch_size": 64}
+    found = run("main", arm, 0, untrained, steps=1, **small)
+    assert (found["arm"], found["seed"], found["steps"], found["k"]) == (arm, 0, 1, 8)
+    assert [point["step"] for point in found["trajectory"]] == [0, 1]
+    assert (found["guard"]["refreshes"] + found["guard"]["void"] > 0) == (ARMS[arm].guard is not None)
+    json.dumps(found)
+
+
+def test_a_mixture_is_a_mixture():
+    rewards = (torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+
+    class Trainer:
+        reward_func_names = ("correct",)
+        num_generations = 16
+
+        class args:
+            scale_rewards = "none"
+
+        def _generate_and_score_completions(self): ...
+
+        def _calculate_rewards(self): ...
+
+    found = ARMS["mixture"].objective(Trainer(), k=8, floor=None, cap=None).advantages(rewards, 16)
+    one, many = (passk_advantages(rewards.view(4, 16), k).view(-1) for k in (1, 8))
+    assert torch.allclose(found, 0.3 * one + 0.7 * many)
+
+
+def test_mgda_takes_the_shortest_step():
+    """The shortest convex combination has equal products with both, where it lies strictly between them."""
+    g, p = torch.tensor([2.0, 1.0]), 5 * torch.tensor([-1.0, 1.5])
+
+    class Engine:
+        def gradient(self):
+            return [g]
+
+        def inner_products(self, pairs):
+            return [float(a[0] @ b[0]) for a, b in pairs]
+
+        def add_(self, direction, coefficient):
+            g.add_(direction[0].clone(), alpha=coefficient)
+
+    before = g.clone()
+    guard = ShortestStep.__new__(ShortestStep)
+    guard.engine = Engine()
+    guard._turn([p])
+    assert float(g @ before) == pytest.approx(float(g @ p / 5), rel=1e-4)
+    assert float(g @ g) == pytest.approx(float(g @ before), rel=1e-4)
