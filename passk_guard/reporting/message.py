@@ -20,8 +20,15 @@ def describe_estimate(estimate: ConflictEstimate) -> str:
 def state_change(step: int, verdict: Status, estimate: ConflictEstimate, action: str, *, held_out: bool = True) -> str:
     """The log line of a change of verdict, as in `passk_guard step 240: CONFLICT cos(...) = ...; action: observe`."""
     source = "" if held_out else " (training batch, not held out)"
-    why = f"; {estimate.reason}" if verdict == "undetermined" and estimate.cosine is not None else ""
+    why = f"; {estimate.reason}" if _needs_a_reason(verdict, estimate) else ""
     return f"passk_guard step {step}: {verdict.upper()} {describe_estimate(estimate)}{source}{why}; action: {action}"
+
+
+def _needs_a_reason(verdict: Status, estimate: ConflictEstimate) -> bool:
+    """Where the interval alone does not explain the verdict, which one-sided bounds decide."""
+    if estimate.ci_low is None or estimate.ci_high is None:
+        return False
+    return verdict == "undetermined" or estimate.ci_low <= estimate.threshold <= estimate.ci_high
 
 
 def void_refresh(step: int, reason: str) -> str:
