@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import passk_guard
 from passk_guard import PassKGuardCallback
 from passk_guard.config import GuardConfig
@@ -66,3 +68,32 @@ def test_commands_in_the_readme_exist():
     makefile = (root / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make ([\w-]+)", README, flags=re.M):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_numbers_of_the_mitigations_are_documented():
+    for name in (
+        "floor",
+        "floor_solved",
+        "floor_se",
+        "weight_ratio",
+        "weight_ratio_bound",
+        "train_cosine",
+        "mitigated",
+    ):
+        assert f"`{name}`" in README, name
+    for setting in ("floor_gamma", "floor_average", "floor_max", "gate_confidence", "image_refreshes"):
+        assert f"`{setting}`" in README
+        assert setting in GuardConfig.__dataclass_fields__
+
+
+def test_commands_and_pictures_exist():
+    from passk_guard.cli import main
+
+    for command in ("report", "analyze", "check", "schema"):
+        assert f"passk-guard {command}" in README
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+    root = Path(__file__).parents[1]
+    for path in re.findall(r"\]\((docs/[^)]+)\)", README):
+        assert (root / path).is_file(), path

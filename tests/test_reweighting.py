@@ -8,8 +8,10 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, GuardError, PassKGuardCallback, PassKObjective
+from passk_guard.floor_guard import FloorGuard
 from passk_guard.memory import load_memory
-from passk_guard.mitigation import solve_floor
+from passk_guard.mitigation import FloorState, solve_floor
+from passk_guard.ranks import Ranks
 from tests.test_callback import CONFIG, guard_of, journal
 from tests.tiny import digit_reward, tiny_grpo_trainer, tiny_lm_trainer, tiny_rloo_trainer
 
@@ -126,14 +128,26 @@ def test_a_training_batch_never_sets_its_own_floor(tmp_path):
 
 
 def test_a_floor_of_the_user_is_the_least(tmp_path):
-    trainer = grpo(tmp_path, max_steps=2)
-    guard_of(trainer, **(REWEIGHT | {"floor_max": 0.01}))
+    trainer = grpo(tmp_path, max_steps=6)
+    guard = guard_of(trainer, **(REWEIGHT | {"floor_max": 0.01}))
     with PassKObjective(trainer, k=CONFIG["k"], floor=0.5, cap=2.0) as objective:
         floors = Floors(objective)
         trainer.add_callback(floors)
         trainer.train()
-        assert floors.seen == [0.5, 0.5]
+        assert guard.memory.floor.floor <= 0.01
+        assert floors.seen == [0.5] * 6
     assert (objective.floor, objective.cap) == (0.5, 2.0)
+
+
+def test_a_solved_floor_below_that_of_the_user_is_not_used(tmp_path):
+    trainer = grpo(tmp_path, max_steps=1)
+    with PassKObjective(trainer, k=CONFIG["k"], floor=0.5) as objective:
+        floor = FloorGuard(objective, GuardConfig(**CONFIG), Ranks(torch.device("cpu")))
+        floor.apply(FloorState(0.2, 1.0))
+        assert objective.floor == 0.5
+        floor.apply(FloorState(0.8, 1.0))
+        assert objective.floor == 0.8
+        assert floor.metrics(FloorState(0.8, 1.0))["weight_ratio"] == CONFIG["k"] / 0.8
 
 
 def test_both_reweights_and_projects(tmp_path):
