@@ -140,6 +140,8 @@ def main() -> int:
             missing = compare(seed, args.out / f"seed{seed}", args.cache, console)
             failures += [f"seed {seed}: {reason}" for reason in missing]
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes. Figures, results and TensorBoard: {args.out}")
+    arms = " ".join(str(args.out / f"seed{args.seeds[0]}" / arm) for arm in ("observe", "project"))
+    console.print(f"Both runs on one page: .venv/bin/passk-guard report {arms}", soft_wrap=True)
     for failure in failures:
         print(f"The demo did not show its claim. {failure}.", file=sys.stderr)
     return 1 if failures else 0
