@@ -18,7 +18,7 @@ def start(config, folder, *more):
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", f"examples/accelerate_configs/{config}.yaml", "-m", "examples.grpo_deepspeed"]
+    command += ["--config_file", f"examples/accelerate_configs/{config}.yaml", "-m", "tests.distributed.example_worker"]
     command += ["--ddp_backend=gloo", "--max_steps=4", "--refresh_steps=3", "--gate=always", f"--output_dir={folder}"]
     command += ["--save_strategy=steps", "--save_steps=2", *more]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
