@@ -7,6 +7,8 @@ import logging
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,10 @@ def run(
         first before training and the last after it; and what the guard did, from its journal.
     """
     torch.set_num_threads(1)  # two runs side by side use two cores better than one run does
-    _quiet()
     name, arm = (arm, ARMS[arm]) if isinstance(arm, str) else (arm.label, arm)
     setting = replace(SETTINGS[setting_name], steps=steps or SETTINGS[setting_name].steps)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
 
         def prepare(trainer: Any) -> None:
             arm.prepare(trainer, setting)
@@ -89,9 +90,19 @@ def _what_the_guard_did(events: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _quiet() -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers_logging.disable_progress_bar()
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing but errors from the stack; two runs side by side would write over each other's lines."""
+    loggers = [logging.getLogger(name) for name in ("passk_guard", "accelerate", "httpx")]
+    before, verbosity = [logger.level for logger in loggers], transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    for name in ("passk_guard", "accelerate", "httpx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
