@@ -41,7 +41,7 @@ browser:
 	command -v chromium >/dev/null || { apt-get -q update && apt-get -q install -y --no-install-recommends chromium; }
 
 test-browser: $(INSTALLED) browser
-	$(TEST_ENV) PASSK_GUARD_BROWSER=1 $(BIN)/python -m pytest -m browser
+	$(TEST_ENV) $(BIN)/python -m pytest -m browser
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

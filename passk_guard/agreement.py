@@ -25,8 +25,8 @@ def prompt_view(probe: ProbeGram, rows: Rows) -> dict[str, Any]:
 
     $a(x) = \frac{1}{m-1} \sum_{x' \ne x} \langle g_1(x), g_1(x') \rangle$ estimates the agreement score of
     arXiv 2602.21189, Sec. 4, and the same sum with g_k(x) on the left is prompt x's share of the conflict: its mean
-    over prompts is the inner product; `rows` gives the
-    coefficients of that g. Pairs are counted as negative among prompts with a gradient only.
+    over prompts is the inner product; `rows` gives the coefficients of that g. Pairs are counted as negative among
+    prompts with a gradient only.
     """
     m = probe.num_samples.numel()
     one = coefficients(probe, torch.tensor([1]))[0]

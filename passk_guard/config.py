@@ -1,6 +1,7 @@
 """Every setting of the guard, with its bounds and its help; from Python, YAML or a command line (TrlParser)."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,22 +127,35 @@ class GuardConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "GuardConfig":
-        """Read a YAML mapping of settings, either the whole file or what stands under `passk_guard:`.
+        """Read a YAML or JSON mapping of settings, either the whole file or what stands under `passk_guard:`.
 
         Raises:
             GuardError: no such file, not a mapping, an unknown setting or a value outside its bounds.
         """
-        import yaml
-
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise GuardError(f"Cannot read the guard's settings from {path}: {error}") from error
-        if isinstance(content, dict) and "passk_guard" in content:
-            content = content["passk_guard"]
-        if not isinstance(content, dict):
-            raise GuardError(f"Expected a mapping of settings in {path}; found {type(content).__name__}.")
-        try:
-            return cls(**{str(name): value for name, value in content.items()})
+            return cls(**read_settings(Path(path)))
         except ValidationError as error:
             raise GuardError(f"Settings in {path}: {error}") from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping of settings in a YAML or JSON file, not yet checked.
+
+    Raises:
+        GuardError: no such file, none that can be read, neither YAML nor JSON, or not a mapping.
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise GuardError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError also of bytes that are not UTF-8
+        reason = " ".join(str(error).split())
+        raise GuardError(f"Cannot read {path} as {'JSON' if path.suffix == '.json' else 'YAML'}: {reason}") from error
+    if isinstance(content, dict) and "passk_guard" in content:
+        content = content["passk_guard"]
+    if not isinstance(content, dict):
+        raise GuardError(f"Expected a mapping of settings in {path}; found {type(content).__name__}.")
+    return {str(name): value for name, value in content.items()}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from passk_guard.config import GuardConfig
-from passk_guard.errors import GuardError
+from passk_guard.config import GuardConfig, read_settings
 
 
 def config_schema() -> dict[str, Any]:
@@ -30,30 +28,12 @@ def config_problems(path: str | Path) -> list[str]:
     Raises:
         GuardError: no such file, none that can be read, neither YAML nor JSON, or not a mapping.
     """
-    content = _load(Path(path))
+    content = read_settings(Path(path))
     try:
         TypeAdapter(GuardConfig).validate_python(content)
     except ValidationError as error:
         return [_line(problem) for problem in error.errors()]
     return []
-
-
-def _load(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise GuardError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError also of bytes that are not UTF-8
-        reason = " ".join(str(error).split())
-        raise GuardError(f"Cannot read {path} as {'JSON' if path.suffix == '.json' else 'YAML'}: {reason}") from error
-    if isinstance(content, dict) and "passk_guard" in content:
-        content = content["passk_guard"]
-    if not isinstance(content, dict):
-        raise GuardError(f"Expected a mapping of settings in {path}; found {type(content).__name__}.")
-    return {str(name): value for name, value in content.items()}
 
 
 def _line(problem: Any) -> str:

@@ -35,7 +35,7 @@ class FloorGuard:
     def learn(self, state: FloorState, probes: Sequence[ProbeGram]) -> FloorState:
         """The floor after one more refresh, the same on every rank; takes effect with `apply`."""
         config = self._config
-        largest = min(config.floor_max, self.objective.cap or config.floor_max)
+        largest = self._capped(config.floor_max)
         self.solution = solve_floor(probes, config.k, gamma=config.floor_gamma, largest=largest, cap=self.objective.cap)
         new = smooth_floor(state, self.solution, config.floor_average, largest=largest)
         agreed = self._ranks.from_first(torch.tensor([new.floor, new.precision], dtype=torch.float64))
@@ -62,7 +62,11 @@ class FloorGuard:
         }
 
     def _in_force(self, state: FloorState) -> float | None:
-        return max(state.floor, self._given or 0.0) if state.precision else self._given
+        # A run may be resumed with a lower cap than its floor was solved under.
+        return max(self._capped(state.floor), self._given or 0.0) if state.precision else self._given
+
+    def _capped(self, floor: float) -> float:
+        return floor if self.objective.cap is None else min(floor, self.objective.cap)
 
 
 def installed_objective(trainer: Any, k: int) -> PassKObjective | None:

@@ -142,12 +142,15 @@ def _correct_completion_log(trainer: Any, advantages: Tensor) -> None:
 
 
 def _check_bounds(floor: float | None, cap: float | None) -> None:
+    if (floor is not None and floor < 0) or (cap is not None and cap <= 0):
+        raise GuardError(f"Expected `floor` >= 0 and `cap` > 0; found floor={floor}, cap={cap}.")
     if floor is not None and cap is not None and floor > cap:
         raise GuardError(f"Expected `floor` <= `cap`; found floor={floor}, cap={cap}.")
     if cap is not None and not floor:
         logger.warning(
             "A cap of %g on the prompt weight does not protect pass@1: easy prompts keep weights near 0, which only a "
-            "floor lifts (measured: the README's table of mitigations). Pass `floor`, e.g. 0.5.",
+            "floor lifts. Measured over 60 steps (README): pass@1 0.605 -> 0.466 with a cap of 2, 0.460 without, 0.615 "
+            "with a floor of 0.5. Pass `floor`.",
             cap,
         )
 

@@ -66,7 +66,7 @@ def sample_coefficients(
     num_correct: Tensor,
     k: int | Tensor,
     *,
-    floor: float | None = None,
+    floor: float | Tensor | None = None,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The two numbers that turn score sums into a prompt's pass@k gradient.
@@ -82,7 +82,7 @@ def sample_coefficients(
         num_correct: c, same shape.
         k: 1 <= k <= n, broadcasts.
         floor, cap: bounds on the weight; None for none. With them the estimate is unbiased for
-            $E[f(W)] \nabla p$ instead.
+            $E[f(W)] \nabla p$ instead. Several floors at once as a tensor that broadcasts with the others.
 
     Returns:
         alpha+ and alpha-, float64. A prompt with c = 0 has alpha- = 0, one with c = n has alpha+ = 0, and
@@ -98,7 +98,8 @@ def sample_coefficients(
     def weight(correct_others: Tensor) -> Tensor:
         subset = torch.minimum(wanted - 1, others)
         w = wanted * torch.exp(_log_miss(others, torch.minimum(correct_others, others), subset))
-        return w.clamp(min=floor, max=cap) if floor is not None or cap is not None else w
+        w = w if floor is None else torch.maximum(w, torch.as_tensor(floor, dtype=w.dtype, device=w.device))
+        return w if cap is None else w.clamp(max=cap)
 
     others_or_1 = others.clamp(min=1)
     n_or_1 = n.clamp(min=1)
@@ -193,6 +194,9 @@ def _counts(
     return n, c, k
 
 
-def _check_bounds(floor: float | None, cap: float | None) -> None:
-    if floor is not None and cap is not None and floor > cap:
-        raise GuardError(f"Expected `floor` <= `cap`; found floor={floor}, cap={cap}.")
+def _check_bounds(floor: float | Tensor | None, cap: float | None) -> None:
+    if floor is None or cap is None:
+        return
+    highest = float(torch.as_tensor(floor).max())
+    if highest > cap:
+        raise GuardError(f"Expected `floor` <= `cap`; found floor={highest}, cap={cap}.")

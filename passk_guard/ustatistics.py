@@ -41,10 +41,11 @@ class Moments:
         return (count - 1) / count * torch.einsum("nki,nkj->kij", centred, centred)
 
 
-def coefficients(probe: ProbeGram, ks: Tensor, *, floor: float | None = None, cap: float | None = None) -> Tensor:
+def coefficients(probe: ProbeGram, ks: Tensor, *, floor: Tensor | None = None, cap: float | None = None) -> Tensor:
     """[K, 2m] rows that turn the 2m score sums into g_k of each prompt: alpha+ of m prompts, then alpha-.
 
-    With bounds, the prompt weight of g_k is clipped to [floor, cap] as in `sample_coefficients`.
+    With bounds, the prompt weight of g_k is clipped to [floor, cap] as in `sample_coefficients`; `floor`
+    holds [F, 1] floors, a row for each of them at the one k.
     """
     ks = ks.cpu()[:, None]
     positive, negative = sample_coefficients(probe.num_samples, probe.num_correct, ks, floor=floor, cap=cap)

@@ -150,6 +150,15 @@ def test_a_solved_floor_below_that_of_the_user_is_not_used(tmp_path):
         assert floor.metrics(FloorState(0.8, 1.0))["weight_ratio"] == CONFIG["k"] / 0.8
 
 
+def test_a_floor_solved_under_a_higher_cap_is_lowered_to_the_new_one(tmp_path):
+    """A run may be resumed with a lower cap; a floor above it would stop the run."""
+    trainer = grpo(tmp_path, max_steps=1)
+    with PassKObjective(trainer, k=CONFIG["k"], floor=0.1, cap=0.5) as objective:
+        FloorGuard(objective, GuardConfig(**CONFIG), Ranks(torch.device("cpu"))).apply(FloorState(0.9, 1.0))
+        assert objective.floor == 0.5
+        objective.advantages(torch.ones(8), 8)
+
+
 def test_both_reweights_and_projects(tmp_path):
     trainer, floors, _, _ = run(tmp_path, guard=REWEIGHT | {"mitigation": "both", "gamma": 0.9})
     assert any(floors)
@@ -203,6 +212,9 @@ def test_a_cap_alone_is_warned_about(tmp_path, caplog):
     assert "does not protect pass@1" in caplog.text
     with pytest.raises(GuardError, match="`floor` <= `cap`"):
         PassKObjective(trainer, k=4, floor=3.0, cap=2.0)
+    for bounds in ({"cap": 0.0}, {"floor": -1.0}):  # else the run would stop at its first refresh
+        with pytest.raises(GuardError, match="`cap` > 0"):
+            PassKObjective(trainer, k=4, **bounds)
 
 
 def test_a_floor_above_k_is_refused():

@@ -7,7 +7,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 
 def make_model(
-    tokenizer: PreTrainedTokenizerBase, seed: int, *, hidden: int = 128, layers: int = 3, heads: int = 4
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    hidden: int = 128,
+    layers: int = 3,
+    heads: int = 4,
+    positions: int = 16,  # 7 of the prompt, 5 of the answer
 ) -> LlamaForCausalLM:
     """A randomly initialised model, the same for the same seed whatever the global RNG was before.
 
@@ -20,7 +26,7 @@ def make_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=16,  # 7 of the prompt, 5 of the answer
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

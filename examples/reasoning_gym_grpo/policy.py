@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import string
 
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from examples.interference import model as interference
 from examples.reasoning_gym_grpo.tasks import KINDS
 
 PAD, EOS = "<pad>", "<eos>"
@@ -42,18 +42,4 @@ def make_model(
     tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden: int = 128, layers: int = 3
 ) -> LlamaForCausalLM:
     """A randomly initialised model (0.7 million parameters), the same for the same seed."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+    return interference.make_model(tokenizer, seed, hidden=hidden, layers=layers, positions=tokenizer.model_max_length)

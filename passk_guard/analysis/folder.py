@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +62,3 @@ def _check_finished(path: Path, fingerprint: str, settings: dict[str, Any]) -> N
             f"in {', '.join(differing)}. Pass another folder, or --force (force=True) to overwrite it; samples that "
             "still fit are used again."
         )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

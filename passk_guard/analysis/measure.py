@@ -55,12 +55,10 @@ def inner_product_of(estimate: ConflictEstimate) -> Number:
 
 def curve_of(estimates: dict[int, ConflictEstimate]) -> Curve | None:
     """The curve over k, which every determined estimate holds; None where none is."""
-    held = [e for e in estimates.values() if e.curve is not None and e.k_star is not None]
+    held = [(e.curve, e.k_star) for e in estimates.values() if e.curve is not None and e.k_star is not None]
     if not held:
         return None
-    curve, k_star = held[-1].curve, held[-1].k_star
-    assert curve is not None
-    assert k_star is not None
+    curve, k_star = held[-1]
     return Curve(
         k=curve.k.tolist(),
         cosine=_numbers(curve.cosine),

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from passk_guard.analysis.folder import JSON_NAME, PAGE_NAME, check_folder, write_whole
+from passk_guard.analysis.folder import JSON_NAME, PAGE_NAME, check_folder
 from passk_guard.analysis.json_text import to_json
 from passk_guard.errors import GuardError
 from passk_guard.pages import in_a_frame
 from passk_guard.pages.analysis_page import analysis_page
+from passk_guard.pages.saving import write_whole
 
 VERSION = 1
 
@@ -264,6 +265,7 @@ class Analysis:
         """
         folder = Path(folder)
         check_folder(folder, self.model["fingerprint"], self.settings, force=force)
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / JSON_NAME, to_json(self.to_dict()))
         write_whole(folder / PAGE_NAME, analysis_page(self.to_dict()))
 

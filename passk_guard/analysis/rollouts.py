@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from passk_guard.analysis.folder import write_whole
 from passk_guard.errors import GuardError
+from passk_guard.pages.saving import write_whole
 
 _SETTINGS = "settings.json"
 
@@ -59,7 +59,7 @@ class RolloutStore:
         """
         if self.folder is None:
             return
-        differing = self._differing(dict(settings))
+        differing = self._differing(self.folder, dict(settings))
         if differing and not force:
             raise GuardError(
                 f"Expected the samples kept in {str(self.folder)!r} to be of this model and these settings; found "
@@ -68,6 +68,7 @@ class RolloutStore:
         if differing:
             for path in self._files():
                 path.unlink()
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / _SETTINGS, json.dumps(dict(settings), indent=1))
 
     def read(self) -> dict[int, PromptRollouts]:
@@ -95,13 +96,12 @@ class RolloutStore:
     def _files(self) -> list[Path]:
         return [] if self.folder is None else sorted(self.folder.glob("rank*.jsonl"))
 
-    def _differing(self, settings: dict[str, Any]) -> list[str]:
+    def _differing(self, folder: Path, settings: dict[str, Any]) -> list[str]:
         """In words, what the kept completions do not share with `settings`; nothing where there are none."""
         if not any(path.stat().st_size for path in self._files()):
             return []
-        assert self.folder is not None
         try:
-            kept = json.loads((self.folder / _SETTINGS).read_text(encoding="utf-8"))
+            kept = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
             return [_difference(name, kept[name], value) for name, value in settings.items() if kept[name] != value]
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return [f"{_SETTINGS}, which says what they are of, is missing or unreadable"]

@@ -100,7 +100,7 @@ def solve_floor(
         return FloorSolution("undetermined", "fewer than 3 prompts")
     bound = _weight_ratio_bound(probes[-1])
     grid = _grid(probes, k, largest)
-    moments = pooled_moments(probes, lambda probe: _rows(probe, k, grid, cap))
+    moments = pooled_moments(probes, lambda probe: coefficients(probe, torch.tensor([k]), floor=grid[:, None], cap=cap))
     if not float(moments.value[0, 1]) > 0:
         norm_sq = float(moments.value[0, 1])
         reason = f"the probe holds no pass@1 signal: |grad J_1|^2 = {norm_sq:.2g}"
@@ -163,12 +163,6 @@ def _grid(probes: Sequence[ProbeGram], k: int, largest: float) -> Tensor:
     knots = [k * math.comb(n - 1 - c, k - 1) / math.comb(n - 1, k - 1) for n in counts for c in range(n)]
     even = torch.linspace(0.0, largest, _GRID + 1, dtype=torch.float64)
     return torch.cat([even, torch.tensor([w for w in knots if 0 < w < largest], dtype=torch.float64)]).unique()
-
-
-def _rows(probe: ProbeGram, k: int, grid: Tensor, cap: float | None) -> Tensor:
-    """[F, 2m] rows of g_phi for every floor of the grid."""
-    ks = torch.tensor([k])
-    return torch.cat([coefficients(probe, ks, floor=floor, cap=cap) for floor in grid.tolist()])
 
 
 def _margin(values: Tensor, gamma: float) -> Tensor:

@@ -23,17 +23,25 @@ def save_page(page: str, path: str | Path, *, kind: str, force: bool = False) ->
     path = Path(path)
     if path.is_dir():
         raise GuardError(f"Expected a file to write the page to; found the folder {path}. Name a file in it.")
-    beside = path.with_name(path.name + ".part")
     try:
         if path.exists() and not force and not page_kind(_beginning(path), kind):
             raise GuardError(
                 f"{path} exists and is not a page of this command: choose another file, or --force (force=True)."
             )
-        beside.write_text(page, encoding="utf-8", newline="\n")
-        os.replace(beside, path)
+        write_whole(path, page)
     except OSError as error:
         raise GuardError(f"Cannot write {path}: {error.strerror or error}.") from error
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write under a temporary name and rename, so that a reader never sees half a file."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _beginning(path: Path) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from passk_guard import GuardError
 from tests.analysis.cases import command, quick
+from tests.distributed.launch import leave
 from tests.tiny import digit_reward
 
 RANK = int(os.environ.get("RANK", 0))
@@ -66,9 +67,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[2])
     result = SCENARIOS[sys.argv[1]](folder)
     (folder / f"rank{RANK}.json").write_text(json.dumps(result))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    # The result is written. gloo's threads abort about one interpreter shutdown in twenty.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave()

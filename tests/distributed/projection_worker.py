@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard import GuardConfig, PassKGuardCallback
 from passk_guard.protect import Pass1Loss
+from tests.distributed.launch import leave
 from tests.distributed.worker import SameEverywhere
 from tests.tiny import digit_reward, probe_rows, tiny_lm_trainer, tiny_model
 
@@ -103,8 +104,4 @@ if __name__ == "__main__":
     target = Path(sys.argv[2])
     result = run_all(sys.argv[1], target)
     (target / f"rank{RANK}.json").write_text(json.dumps(result))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave()

@@ -10,6 +10,7 @@ import torch
 
 from passk_guard import GuardConfig, PassKGuardCallback
 from passk_guard.sampling import Samples
+from tests.distributed.launch import leave
 from tests.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model
 
 RANK = int(os.environ.get("RANK", 0))
@@ -113,9 +114,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[2])
     result = SCENARIOS[sys.argv[1]](folder / "run")
     (folder / f"rank{RANK}.json").write_text(json.dumps(result))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    # The result is written. gloo's threads abort about one interpreter shutdown in twenty, with or without a guard.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave()

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from deepspeed.accelerator import get_accelerator
 from transformers import TrainerCallback
@@ -23,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard.engines.deepspeed import deepspeed_engine
 from passk_guard.errors import GuardError, VoidRefresh
+from tests.distributed.launch import leave
 from tests.engines import oracle
 from tests.engines.deepspeed_cases import CASES, EXACT, HARD, OVERFLOWING, ROUNDED, STAGES, UNEVEN
 from tests.engines.guarded import FixedTrainer, Projecting
@@ -398,8 +398,4 @@ if __name__ == "__main__":
         function, names = SCENARIOS[scenario]
         results[scenario] = each(function, sys.argv[3:] or names)(folder / "run")
     torch.save(results, folder / f"rank{RANK}.pt")
-    if dist.is_initialized():
-        dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # gloo's threads sometimes abort at interpreter shutdown
+    leave()

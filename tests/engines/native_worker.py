@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from passk_guard.engines.fsdp import ShardedEngine
 from passk_guard.errors import VoidRefresh
+from tests.distributed.launch import leave
 from tests.engines import oracle
 from tests.engines.guarded import Projecting, train_guarded
 from tests.tiny import tiny_grpo_trainer
@@ -207,8 +208,4 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
     result = SCENARIOS[sys.argv[1]](folder / "run")
     (folder / f"rank{RANK}.json").write_text(json.dumps(result))
-    dist.barrier()
-    # The result is written; gloo's threads abort now and then when the interpreter shuts down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    leave()
