@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from passk_guard.assembly import check_groups, choose_verifier, held_out_source
 from passk_guard.config import GuardConfig
-from passk_guard.decision import DecisionRule, step
+from passk_guard.decision import DecisionRule, decide
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.estimator import estimate_pooled
 from passk_guard.isolation import seeded, untouched
@@ -28,6 +28,7 @@ from passk_guard.progress import sampling_bar, wants_bar
 from passk_guard.ranks import Ranks
 from passk_guard.refresh import Refresher
 from passk_guard.reporting import Reporter
+from passk_guard.run_evidence import conflict_score
 from passk_guard.sampling import BatchTap, Sampler
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.sources import HeldOut
@@ -150,14 +151,21 @@ class PassKGuardCallback(TrainerCallback):
             alert_after = self.config.void_alert
             self._reporter.void(step_number, str(error), streak=self.memory.voids, alert_after=alert_after)
             return
-        decision, verdict = step(memory.decision, estimate, DecisionRule(self.config.patience, self.config.cooldown))
-        self.memory, self.estimate = replace(memory, decision=decision), estimate
+        score = conflict_score(refresh.probe, self.config.k, threshold=self.config.threshold)
+        decision, evidence, verdict = decide(memory.decision, memory.evidence, estimate, score, self._rule)
+        self.memory, self.estimate = replace(memory, decision=decision, evidence=evidence), estimate
         extra = self._mitigator.refresh_metrics(memory) if self._mitigator is not None else {}
+        extra["run_p_value"] = evidence.p_value
         extra["probe_seconds"] = time.perf_counter() - began
         self._reporter.refresh(step_number, estimate, verdict.status, extra, remark=refresh.remark, probe=refresh.probe)
         if verdict.changed:
             self._reporter.change(
-                step_number, estimate, before=verdict.previous, after=verdict.status, action=self._action()
+                step_number,
+                estimate,
+                before=verdict.previous,
+                after=verdict.status,
+                action=self._action(),
+                run_p_value=evidence.p_value if self._rule.false_alarms is not None else None,
             )
 
     def _sample(self, source: HeldOut, number: int) -> tuple[Rollouts, Outcomes]:
@@ -187,6 +195,12 @@ class PassKGuardCallback(TrainerCallback):
 
     def _step_metrics(self) -> dict[str, float | None]:
         return self._mitigator.step_metrics() if self._mitigator is not None else {}
+
+    @property
+    def _rule(self) -> DecisionRule:
+        over_the_run = self.config.alert_rule == "whole_run"
+        allowed = 1 - self.config.confidence if over_the_run else None
+        return DecisionRule(self.config.patience, self.config.cooldown, allowed)
 
     def _action(self) -> str:
         return self._mitigator.action(self.memory) if self._mitigator is not None else "observe"

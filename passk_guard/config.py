@@ -37,7 +37,14 @@ class GuardConfig:
     pool_refreshes: AtLeast1 = _setting(3, "Newest refreshes whose statistics are averaged for the estimate.")
     threshold: Annotated[float, Field(gt=-1, lt=1)] = _setting(0.0, "Cosine below which the two gradients conflict.")
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = _setting(0.95, "Confidence of the interval and of the verdict.")
-    patience: AtLeast1 = _setting(2, "Refreshes in a row that must agree before the verdict changes.")
+    alert_rule: Literal["whole_run", "each_look"] = _setting(
+        "whole_run",
+        "When CONFLICT is said: whole_run, once the evidence of all refreshes establishes it with a chance of at most "
+        "1 - confidence of any false alert in the run; each_look, when `patience` refreshes in a row do, each alone.",
+    )
+    patience: AtLeast1 = _setting(
+        2, "Refreshes in a row that must agree before the verdict changes; CONFLICT by whole_run needs none."
+    )
     cooldown: AtLeast1 = _setting(3, "Refreshes in a row without an established conflict that end a CONFLICT.")
     mitigation: Literal["off", "project", "reweight", "both", "auto"] = _setting(
         "off",

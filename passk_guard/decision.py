@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from passk_guard.errors import GuardError
+from passk_guard.run_evidence import RunEvidence
 from passk_guard.types import ConflictEstimate, Status
 
 
@@ -16,15 +17,20 @@ class DecisionRule:
         patience: consecutive refreshes that must agree before the verdict changes.
         cooldown: consecutive refreshes without an established conflict before a CONFLICT verdict is dropped.
             Larger than `patience`, it keeps noise around the threshold from switching the alarm off and on.
+        false_alarms: bound on the chance that a run in which there is never a conflict is called one at any of its
+            looks, by `RunEvidence`; None leaves CONFLICT to `patience`, which bounds each look by itself.
     """
 
     patience: int = 2
     cooldown: int = 3
+    false_alarms: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("patience", "cooldown"):
             if getattr(self, name) < 1:
                 raise GuardError(f"Expected `{name}` >= 1; found {getattr(self, name)}.")
+        if self.false_alarms is not None and not 0 < self.false_alarms < 1:
+            raise GuardError(f"Expected 0 < `false_alarms` < 1, or None; found {self.false_alarms}.")
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,39 @@ class Verdict:
     @property
     def changed(self) -> bool:
         return self.status != self.previous
+
+
+def decide(
+    state: DecisionState, evidence: RunEvidence, estimate: ConflictEstimate, score: float | None, rule: DecisionRule
+) -> tuple[DecisionState, RunEvidence, Verdict]:
+    """Advance the decision and the evidence of the run by one refresh; pure, so that a resumed run repeats it exactly.
+
+    With `rule.false_alarms`, a CONFLICT begins at the look at which the evidence of the run establishes one, without
+    patience, and stands while the pooled estimate is below the threshold; `cooldown` refreshes in a row that are not
+    end it. Its end restarts the evidence. Without `rule.false_alarms`, this is `step`.
+
+    Args:
+        state, evidence: so far.
+        estimate: the pooled one of this refresh.
+        score: `conflict_score` of this refresh alone, or None where it has none.
+        rule: how much evidence it takes.
+
+    Returns:
+        The next state, the next evidence, and the verdict to act on.
+    """
+    evidence = evidence.with_score(score)
+    if rule.false_alarms is None:
+        state, verdict = step(state, estimate, rule)
+        return state, evidence, verdict
+    if state.verdict != "conflict":
+        if evidence.p_value <= rule.false_alarms:
+            return DecisionState(verdict="conflict"), evidence, Verdict("conflict", state.verdict)
+        status: Status = "undetermined" if estimate.status == "conflict" else estimate.status
+    else:
+        below = estimate.cosine is not None and estimate.cosine < estimate.threshold
+        status = "conflict" if below else estimate.status
+    state, verdict = step(state, status, rule)
+    return state, evidence.restarted() if verdict.changed and verdict.previous == "conflict" else evidence, verdict
 
 
 def step(

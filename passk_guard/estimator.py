@@ -11,7 +11,7 @@ from torch import Tensor
 
 from passk_guard.agreement import informative, prompt_view, weight_and_agreement
 from passk_guard.errors import GuardError
-from passk_guard.intervals import cosine_bounds, student_t_quantile
+from passk_guard.intervals import corrected_cosine, cosine_bounds, student_t_quantile
 from passk_guard.objectives import Weighting
 from passk_guard.passk import pass_at_k
 from passk_guard.types import ConflictCurve, ConflictEstimate, ProbeGram, Status
@@ -88,7 +88,7 @@ def estimate_pooled(
     rows = passk_rows(torch.tensor([k])) if weighting is None else weighting_rows(weighting)
     moments = pooled_moments(probes, rows)
     value, covariance = moments.value[0], moments.covariance[0]
-    base = _with_inner_products(base, value, covariance)
+    base = _with_inner_products(base, moments)
     name = f"pass@{k}" if weighting is None else weighting.name
     if (reason := _no_signal(name, value, covariance)) is not None:
         return replace(base, reason=reason)
@@ -106,7 +106,7 @@ def in_conflict(estimate: ConflictEstimate, confidence: float) -> bool:
     """
     if estimate.inner_product is None or estimate.inner_product_se is None:
         return False
-    quantile = student_t_quantile(confidence, max(1, estimate.num_informative - 1))
+    quantile = student_t_quantile(confidence, estimate.degrees or max(1, estimate.num_informative - 1))
     return estimate.inner_product + quantile * estimate.inner_product_se < 0
 
 
@@ -131,12 +131,13 @@ def _base(probes: Sequence[ProbeGram], k: int, threshold: float, confidence: flo
     )
 
 
-def _with_inner_products(base: ConflictEstimate, value: Tensor, covariance: Tensor) -> ConflictEstimate:
-    inner, norm1_sq, normk_sq = (float(x) for x in value)
+def _with_inner_products(base: ConflictEstimate, moments: Moments) -> ConflictEstimate:
+    inner, norm1_sq, normk_sq = (float(x) for x in moments.value[0])
     return replace(
         base,
         inner_product=inner,
-        inner_product_se=float(covariance[0, 0]) ** 0.5,
+        inner_product_se=float(moments.covariance[0, 0, 0]) ** 0.5,
+        degrees=float(moments.degrees[0]),
         mean_weighted_agreement=inner,
         norm1_sq=norm1_sq,
         normk_sq=normk_sq,
@@ -155,16 +156,15 @@ def _no_signal(name: str, value: Tensor, covariance: Tensor) -> str | None:
     return None
 
 
-def _quantiles(base: ConflictEstimate) -> tuple[float, float]:
+def _quantiles(base: ConflictEstimate, degrees: float) -> tuple[float, float]:
     """Of the two-sided interval and of the one-sided bounds."""
-    degrees = base.num_informative - 1
     return student_t_quantile((1 + base.confidence) / 2, degrees), student_t_quantile(base.confidence, degrees)
 
 
 def _with_cosine(base: ConflictEstimate, moments: Moments) -> ConflictEstimate:
     value, covariance = moments.value[0], moments.covariance[0]
-    two_sided, one_sided = _quantiles(base)
-    cosine, error = _cosine(value, covariance)
+    two_sided, one_sided = _quantiles(base, float(moments.degrees[0]))
+    cosine, error = corrected_cosine(value, covariance)
     ci_low, ci_high = cosine_bounds(value, covariance, two_sided)
     lower, upper = cosine_bounds(value, covariance, one_sided)
     if (lower, upper) == (-1.0, 1.0):
@@ -187,8 +187,7 @@ def _with_cosine(base: ConflictEstimate, moments: Moments) -> ConflictEstimate:
 def _with_curve(base: ConflictEstimate, probes: Sequence[ProbeGram]) -> ConflictEstimate:
     """The same angle for every k that the samples allow."""
     ks = torch.arange(1, min(int(p.num_samples.min()) for p in probes) + 1)
-    two_sided, one_sided = _quantiles(base)
-    curve = _curve(pooled_moments(probes, passk_rows(ks)), ks, two_sided, one_sided, base.threshold)
+    curve = _curve(pooled_moments(probes, passk_rows(ks)), ks, base)
     return replace(base, k_star=_k_star(curve), curve=curve)
 
 
@@ -203,28 +202,20 @@ def _status(lower: float, upper: float, threshold: float, confidence: float) -> 
     )
 
 
-def _cosine(value: Tensor, covariance: Tensor) -> tuple[float, float]:
-    """Point estimate, clipped to [-1, 1], and its delta-method standard error."""
-    inner, norm1_sq, normk_sq = (float(x) for x in value)
-    scale = math.sqrt(norm1_sq * normk_sq)
-    cosine = inner / scale
-    slope = torch.tensor([1 / scale, -cosine / (2 * norm1_sq), -cosine / (2 * normk_sq)], dtype=torch.float64)
-    return max(-1.0, min(1.0, cosine)), float(slope @ covariance @ slope) ** 0.5
-
-
 def _naive_cosine(value: Tensor) -> float | None:
     inner, norm1_sq, normk_sq = (float(x) for x in value)
     return inner / math.sqrt(norm1_sq * normk_sq) if norm1_sq > 0 and normk_sq > 0 else None
 
 
-def _curve(moments: Moments, ks: Tensor, two_sided: float, one_sided: float, threshold: float) -> ConflictCurve:
+def _curve(moments: Moments, ks: Tensor, base: ConflictEstimate) -> ConflictCurve:
     numbers = torch.full((3, len(ks)), math.nan, dtype=torch.float64)
     established = torch.zeros(len(ks), dtype=torch.bool)
     for i, (value, covariance) in enumerate(zip(moments.value, moments.covariance, strict=True)):
         if bool((value[1:] > 0).all()):
+            two_sided, one_sided = _quantiles(base, float(moments.degrees[i]))
             bounds = cosine_bounds(value, covariance, two_sided)
-            numbers[:, i] = torch.tensor([_cosine(value, covariance)[0], *bounds])
-            established[i] = cosine_bounds(value, covariance, one_sided)[1] < threshold
+            numbers[:, i] = torch.tensor([corrected_cosine(value, covariance)[0], *bounds])
+            established[i] = cosine_bounds(value, covariance, one_sided)[1] < base.threshold
     return ConflictCurve(ks, numbers[0], numbers[1], numbers[2], established)
 
 

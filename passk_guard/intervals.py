@@ -24,6 +24,29 @@ def student_t_quantile(probability: float, degrees: float) -> float:
     )
 
 
+def corrected_cosine(moments: Tensor, covariance: Tensor) -> tuple[float, float]:
+    """The cosine U_k1 / sqrt(U_11 U_kk) less its bias, clipped to [-1, 1], and its delta-method standard error.
+
+    Noisy squared norms in the denominator make the ratio too large. Its bias to second order in their errors is taken
+    off, damped where those errors are not small against the norms.
+
+    Args:
+        moments: [3] U_k1, U_11, U_kk, the last two positive.
+        covariance: [3, 3] of those estimates.
+    """
+    inner, norm1_sq, normk_sq = (float(x) for x in moments)
+    scale = math.sqrt(norm1_sq * normk_sq)
+    cosine = inner / scale
+    slope = torch.tensor([1 / scale, -cosine / (2 * norm1_sq), -cosine / (2 * normk_sq)], dtype=torch.float64)
+    unit = torch.tensor([scale, norm1_sq, normk_sq], dtype=torch.float64)
+    relative = covariance.double() / unit[:, None] / unit[None, :]
+    noise1, noisek = float(relative[1, 1]), float(relative[2, 2])
+    bias = cosine * (3 * (noise1 + noisek) / 8 + float(relative[1, 2]) / 4)
+    bias -= float(relative[0, 1] + relative[0, 2]) / 2
+    corrected = cosine - bias / (1 + 2 * max(noise1, noisek))
+    return max(-1.0, min(1.0, corrected)), float(slope @ covariance @ slope) ** 0.5
+
+
 def cosine_bounds(moments: Tensor, covariance: Tensor, quantile: float) -> tuple[float, float]:
     r"""Bounds on cos = a / b, with $a = U_{k1}$ and $b = \sqrt{U_{11} U_{kk}}$, by inverting a test.
 

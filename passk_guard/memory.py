@@ -12,6 +12,7 @@ import torch
 
 from passk_guard.decision import DecisionState
 from passk_guard.mitigation import FloorState
+from passk_guard.run_evidence import RunEvidence
 from passk_guard.types import ProbeGram
 
 FILE_NAME = "passk_guard.pt"
@@ -28,6 +29,7 @@ class Memory:
         voids: void refreshes in a row.
         step: of the newest refresh, void or not; -1 before the first.
         floor: under the prompt weights, where reweighting solves for it.
+        evidence: for a conflict, of all refreshes together.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
@@ -35,6 +37,7 @@ class Memory:
     voids: int = 0
     step: int = -1
     floor: FloorState = field(default_factory=FloorState)
+    evidence: RunEvidence = field(default_factory=RunEvidence)
 
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
         """The same with one more refresh, and the streak of void ones ended."""
@@ -61,6 +64,7 @@ def save_memory(memory: Memory, folder: Path) -> None:
         "voids": memory.voids,
         "step": memory.step,
         "floor": asdict(memory.floor),
+        "evidence": asdict(memory.evidence),
         "history": [
             {
                 "gram": probe.gram,
@@ -95,5 +99,6 @@ def load_memory(folder: Path) -> Memory | None:
         history=tuple(ProbeGram(**probe) for probe in content["history"]),
         voids=content["voids"],
         step=content["step"],
-        floor=FloorState(**content.get("floor", {})),  # absent in the first versions
+        floor=FloorState(**content.get("floor", {})),  # this and the next are absent in the first versions
+        evidence=RunEvidence(**content.get("evidence", {})),
     )

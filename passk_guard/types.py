@@ -104,13 +104,13 @@ class ConflictEstimate:
         status: "conflict" when the upper confidence bound is below the threshold, "clear" when the lower one
             is above it, else "undetermined".
         reason: one sentence; why the status is what it is.
-        cosine: unbiased-ratio estimate U_k1 / sqrt(U_11 U_kk), in [-1, 1] up to noise.
-        standard_error: jackknife over prompts, of `cosine`.
+        cosine: U_k1 / sqrt(U_11 U_kk) less its bias to second order, in [-1, 1].
+        standard_error: over prompts, of `cosine`.
         ci_low, ci_high: two-sided interval at `confidence`.
         upper_bound, lower_bound: one-sided bounds at `confidence`, which decide the status.
         confidence: e.g. 0.95.
         inner_product, norm1_sq, normk_sq: U-statistics of <grad J_k, grad J_1>, |grad J_1|^2, |grad J_k|^2.
-        inner_product_se: jackknife standard error of `inner_product`.
+        inner_product_se: standard error of `inner_product`; degrees: of freedom that it has.
         mean_weighted_agreement: E[w a], which equals <grad J_k, grad J_1> (the same number as `inner_product`).
         mean_weight: E[w_k], estimated without bias.
         weight_agreement_cov: cov(w, a) = E[w a] - E[w] E[a].
@@ -142,6 +142,7 @@ class ConflictEstimate:
     upper_bound: float | None = None
     inner_product: float | None = None
     inner_product_se: float | None = None
+    degrees: float | None = None
     norm1_sq: float | None = None
     normk_sq: float | None = None
     mean_weighted_agreement: float | None = None

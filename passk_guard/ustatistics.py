@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from passk_guard.degenerate import jackknife_overshoot, without_overshoot
 from passk_guard.objectives import Weighting
 from passk_guard.passk import sample_coefficients
 from passk_guard.types import ProbeGram
@@ -27,18 +28,40 @@ class Moments:
         value: [K, 3] float64.
         influence: [N, K, 3] change of `value` when each of N prompts is left out.
         naive: [K, 3] the same means over all pairs, same-prompt ones included: biased, for comparison.
+        overshoot: [K, 3, 3] what the jackknife counts twice.
     """
 
     value: Tensor
     influence: Tensor
     naive: Tensor
+    overshoot: Tensor
+
+    @cached_property
+    def jackknife(self) -> Tensor:
+        """[K, 3, 3] jackknife covariance of `value`: (N - 1)/N times the sum of squared deviations."""
+        count, centred = self.influence.shape[0], self._centred
+        return (count - 1) / count * torch.einsum("nki,nkj->kij", centred, centred)
 
     @cached_property
     def covariance(self) -> Tensor:
-        """[K, 3, 3] jackknife covariance of `value`: (N - 1)/N times the sum of squared deviations."""
-        count = self.influence.shape[0]
-        centred = self.influence - self.influence.mean(0)
-        return (count - 1) / count * torch.einsum("nki,nkj->kij", centred, centred)
+        """[K, 3, 3] of `value`: the jackknife without the degenerate part it counts twice."""
+        return without_overshoot(self.jackknife, self.overshoot)
+
+    @cached_property
+    def degrees(self) -> Tensor:
+        """[K] degrees of freedom of the variance of U_k1: 2N / (kurtosis - 1) of the N changes, in [3, N - 1].
+
+        The variance of an average of N numbers is known as well as that of so many normal ones (Satterthwaite 1946).
+        A few hard prompts carry most of grad J_k, so that 64 prompts are often worth 20.
+        """
+        count, inner = self.influence.shape[0], self._centred[..., 0]
+        square = inner.square().mean(0)
+        kurtosis = torch.where(square > 0, inner.pow(4).mean(0) / square.square(), torch.full_like(square, 3.0))
+        return (2 * count / (kurtosis - 1).clamp(min=1e-9)).clamp(min=3.0).clamp(max=max(1.0, count - 1.0))
+
+    @cached_property
+    def _centred(self) -> Tensor:
+        return self.influence - self.influence.mean(0)
 
 
 def coefficients(probe: ProbeGram, ks: Tensor, *, floor: Tensor | None = None, cap: float | None = None) -> Tensor:
@@ -105,7 +128,15 @@ def refresh_moments(probe: ProbeGram, rows: Rows) -> Moments:
         pairs(many, many_product, many, many_product),
     ]
     value, change, naive = (torch.stack([part[i] for part in parts], dim=-1) for i in range(3))
-    return Moments(value=value, influence=change.transpose(0, 1), naive=naive)
+    overshoot = torch.stack([_overshoot(probe, row, one[0]) for row in many])
+    return Moments(value=value, influence=change.transpose(0, 1), naive=naive, overshoot=overshoot)
+
+
+def _overshoot(probe: ProbeGram, many: Tensor, one: Tensor) -> Tensor:
+    """[3, 3] for the kernels of U_k1, U_11 and U_kk."""
+    mixed = prompt_kernel(probe, many, one)
+    kernels = [(mixed + mixed.T) / 2, prompt_kernel(probe, one, one), prompt_kernel(probe, many, many)]
+    return jackknife_overshoot(torch.stack(kernels))
 
 
 def pooled_moments(probes: Sequence[ProbeGram], rows: Rows) -> Moments:
@@ -119,6 +150,7 @@ def pooled_moments(probes: Sequence[ProbeGram], rows: Rows) -> Moments:
     parts = [refresh_moments(probe, rows) for probe in probes]
     value = torch.stack([w * part.value for w, part in zip(weights, parts, strict=True)]).sum(0)
     naive = torch.stack([w * part.naive for w, part in zip(weights, parts, strict=True)]).sum(0)
+    overshoot = torch.stack([w**2 * part.overshoot for w, part in zip(weights, parts, strict=True)]).sum(0)
     changes = torch.cat([w * part.influence for w, part in zip(weights, parts, strict=True)])
     identity: dict[object, int] = {}
     owner = [
@@ -128,4 +160,4 @@ def pooled_moments(probes: Sequence[ProbeGram], rows: Rows) -> Moments:
     ]
     influence = torch.zeros(len(identity), *value.shape, dtype=value.dtype)
     influence.index_add_(0, torch.tensor(owner), changes)
-    return Moments(value=value, influence=influence, naive=naive)
+    return Moments(value=value, influence=influence, naive=naive, overshoot=overshoot)

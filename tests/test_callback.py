@@ -258,18 +258,21 @@ def test_partly_missing_verdicts_lower_n(tmp_path):
     assert "no prompt has 5 samples with a verdict" in journal(tmp_path / "too few")[0]["reason"]
 
 
-def test_resuming_gives_the_verdicts_of_the_uninterrupted_run(tmp_path):
-    whole, _ = conflicted(tmp_path / "whole", pool_refreshes=2, patience=3)
+@pytest.mark.parametrize(("rule", "stopped_at"), [("each_look", 2), ("whole_run", 1)])
+def test_resuming_gives_the_verdicts_of_the_uninterrupted_run(tmp_path, rule, stopped_at):
+    config = {"pool_refreshes": 2, "patience": 3, "alert_rule": rule}
+    whole, _ = conflicted(tmp_path / "whole", **config)
     whole.train()
-    first, _ = conflicted(
-        tmp_path / "cut", {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}, pool_refreshes=2, patience=3
-    )
+    saving = {"max_steps": stopped_at, "save_strategy": "steps", "save_steps": stopped_at}
+    first, _ = conflicted(tmp_path / "cut", saving, **config)
     first.train()
-    memory = load_memory(tmp_path / "cut" / "checkpoint-2")
+    checkpoint = tmp_path / "cut" / f"checkpoint-{stopped_at}"
+    memory = load_memory(checkpoint)
     assert memory is not None
-    assert memory.decision.streak == 2
-    second, _ = conflicted(tmp_path / "cut", pool_refreshes=2, patience=3)
-    second.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    assert memory.decision.streak == (2 if rule == "each_look" else 0)
+    assert len(memory.evidence.scores) == stopped_at
+    second, _ = conflicted(tmp_path / "cut", **config)
+    second.train(resume_from_checkpoint=str(checkpoint))
 
     def numbers(folder):
         return [{k: v for k, v in e.items() if k != "probe_seconds"} for e in journal(folder)]

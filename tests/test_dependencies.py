@@ -17,9 +17,11 @@ MATHEMATICS = {
     "population",
     "intervals",
     "ustatistics",
+    "degenerate",
     "agreement",
     "estimator",
     "decision",
+    "run_evidence",
     "mitigation",
 }
 ROOMS = {

@@ -17,10 +17,24 @@ def describe_estimate(estimate: ConflictEstimate) -> str:
     )
 
 
-def state_change(step: int, verdict: Status, estimate: ConflictEstimate, action: str, *, held_out: bool = True) -> str:
-    """The log line of a change of verdict, as in `passk_guard step 240: CONFLICT cos(...) = ...; action: observe`."""
+def state_change(
+    step: int,
+    verdict: Status,
+    estimate: ConflictEstimate,
+    action: str,
+    *,
+    held_out: bool = True,
+    run_p_value: float | None = None,
+) -> str:
+    """The log line of a change of verdict, as in `passk_guard step 240: CONFLICT cos(...) = ...; action: observe`.
+
+    A CONFLICT names `run_p_value`, which established it, where the rule is one for the whole run.
+    """
     source = "" if held_out else " (training batch, not held out)"
-    why = f"; {estimate.reason}" if _needs_a_reason(verdict, estimate) else ""
+    by_the_run = verdict == "conflict" and run_p_value is not None
+    why = f"; {estimate.reason}" if not by_the_run and _needs_a_reason(verdict, estimate) else ""
+    if by_the_run:
+        why = f"; p = {run_p_value:.2g} over the whole run"
     return f"passk_guard step {step}: {verdict.upper()} {describe_estimate(estimate)}{source}{why}; action: {action}"
 
 

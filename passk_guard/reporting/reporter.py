@@ -105,9 +105,18 @@ class Reporter:
         if remark:
             self.warn(f"passk_guard step {step}: {remark}")
 
-    def change(self, step: int, estimate: ConflictEstimate, *, before: Status, after: Status, action: str) -> None:
+    def change(
+        self,
+        step: int,
+        estimate: ConflictEstimate,
+        *,
+        before: Status,
+        after: Status,
+        action: str,
+        run_p_value: float | None = None,
+    ) -> None:
         """A change of verdict: one warning line, one line in the journal, one alert."""
-        message = state_change(step, after, estimate, action, held_out=self._held_out)
+        message = state_change(step, after, estimate, action, held_out=self._held_out, run_p_value=run_p_value)
         self._journal.write("state", step, **{"from": before, "to": after}, message=message)
         self._alert(f"passk_guard: {after.upper()}", message)
 

@@ -1,0 +1,120 @@
+"""One cell of the calibration: a population, a size of probe, a statistic, and what a thousand repetitions show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.calibration_populations import Pool, Population, with_cosine
+from benchmarks.calibration_statistics import STATISTICS, pool
+from passk_guard.intervals import corrected_cosine, cosine_bounds, student_t_quantile
+from passk_guard.ustatistics import Moments
+
+LEVELS = (0.90, 0.95)
+_VALUES_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is simulated. `cosine` is the truth of a synthetic population and the result for a pool."""
+
+    cosine: float = -0.3
+    m: int = 64
+    n: int = 16
+    k: int = 8
+    refreshes: int = 3
+    noise: float = 0.1
+    sketch_dim: int | None = None
+    source: str = "synthetic"
+
+    def population(self) -> Population:
+        return with_cosine(self.cosine, self.k, noise=self.noise, sketch_dim=self.sketch_dim)
+
+
+def synthetic_cells() -> Iterator[Cell]:
+    """The default probe, and away from it in one direction at a time; then false alarms and power over the angle."""
+    base = Cell()
+    yield base
+    yield from (replace(base, m=m) for m in (16, 32, 128, 256, 512))
+    yield from (replace(base, n=n, k=k) for n, k in ((8, 4), (8, 8), (16, 4), (16, 16), (32, 8), (32, 16)))
+    yield replace(base, k=2, cosine=0.9)  # at k = 2 these kinds of prompts cannot conflict
+    yield from (replace(base, refreshes=r) for r in (1, 10))
+    yield from (replace(base, noise=noise) for noise in (0.3, 1.0))
+    yield from (replace(base, sketch_dim=dim) for dim in (256, 1024, 4096, 16384))
+    yield from (replace(base, cosine=c) for c in (-0.5, -0.4, -0.2, -0.1, 0.3, 0.6))
+    for cell in (base, replace(base, refreshes=1), replace(base, m=32), replace(base, m=256), replace(base, n=8, k=4)):
+        yield replace(cell, cosine=0.0)
+    yield from (replace(base, cosine=0.0, noise=noise) for noise in (0.3, 1.0))
+
+
+def pool_cells(source: str) -> Iterator[Cell]:
+    """The same questions to real gradients; the truth is the pool's."""
+    base = Cell(source=source)
+    yield from (replace(base, m=m) for m in (32, 64, 256))
+    yield replace(base, refreshes=1)
+    yield replace(base, k=4, n=8)
+    yield replace(base, k=2)
+
+
+def measure(
+    cell: Cell, population: Population, repetitions: int, seed: int, statistics: tuple[str, ...] = tuple(STATISTICS)
+) -> list[dict[str, Any]]:
+    """A record for each statistic: bias, coverage and the share of runs that a one-sided 95% test calls a conflict.
+
+    Every repetition counts in `conflict`; `covered_*` and `bias` are of those in which some cosine can be ruled out,
+    `determined`, since no number is shown in the others.
+    """
+    truth = population.cosine(cell.k)
+    generator = torch.Generator().manual_seed(seed)
+    dim = population.scores.shape[-1] if isinstance(population, Pool) else 48
+    at_once = max(1, min(repetitions, _VALUES_AT_ONCE // (cell.m * dim)))
+    names = [name for name in statistics if name != "sample splitting" or cell.k <= cell.n // 2]
+    found: dict[str, list[Moments]] = {name: [] for name in names}
+    for start in range(0, repetitions, at_once):
+        size = min(at_once, repetitions - start)
+        draws = [population.draw(size, cell.m, cell.n, generator) for _ in range(cell.refreshes)]
+        for name in names:
+            found[name].append(pool([STATISTICS[name](draw, cell.k) for draw in draws]))
+    return [
+        asdict(cell) | {"cosine": round(truth, 4), "statistic": name} | _summary(found[name], truth, name == "guard")
+        for name in names
+    ]
+
+
+def _summary(chunks: list[Moments], truth: float, as_shipped: bool) -> dict[str, Any]:
+    looks = [look for chunk in chunks for look in _looks(chunk, as_shipped)]
+    shown = [look for look in looks if look["determined"]]
+    cosine = torch.tensor([look["cosine"] for look in shown], dtype=torch.float64)
+    record = {
+        "repetitions": len(looks),
+        "determined": len(shown) / len(looks),
+        "conflict": sum(look["conflict"] for look in looks) / len(looks),
+    }
+    if shown:
+        record |= {"bias": float(cosine.mean()) - truth, "rmse": float((cosine - truth).square().mean().sqrt())}
+        for level in LEVELS:
+            held = sum(low <= truth <= high for low, high in (look[level] for look in shown))
+            record[f"covered_{round(100 * level)}"] = held / len(shown)
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()}
+
+
+def _looks(moments: Moments, as_shipped: bool) -> Iterator[dict[Any, Any]]:
+    count = len(moments.influence)
+    for value, covariance, degrees in zip(moments.value, moments.covariance, moments.degrees.tolist(), strict=True):
+        freedom = degrees if as_shipped else count - 1
+        look: dict[Any, Any] = {"determined": bool((value[1:] > 0).all())}
+        one_sided = student_t_quantile(0.95, freedom)
+        look["conflict"] = float(value[0]) + one_sided * float(covariance[0, 0]) ** 0.5 < 0 and look["determined"]
+        if look["determined"]:
+            for level in LEVELS:
+                look[level] = cosine_bounds(value, covariance, student_t_quantile((1 + level) / 2, freedom))
+            look["cosine"] = corrected_cosine(value, covariance)[0] if as_shipped else _ratio(value)
+            look["determined"] = look[0.95] != (-1.0, 1.0)
+        yield look
+
+
+def _ratio(value: torch.Tensor) -> float:
+    return max(-1.0, min(1.0, float(value[0] / (value[1] * value[2]).sqrt())))

@@ -1,0 +1,122 @@
+"""The statistics that the calibration compares, many repetitions at once, from gradients rather than Gram matrices.
+
+Each gives estimates [R, 3] of <grad J_k, grad J_1>, |grad J_1|^2 and |grad J_k|^2, the change [R, m, 3] of each when a
+prompt is left out, and the overshoot [R, 3, 3] of the jackknife. `guard` is the product's, computed another way (sums
+of vectors in place of Gram matrices), which a test holds against `passk_guard.ustatistics`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from passk_guard.degenerate import jackknife_overshoot
+from passk_guard.passk import sample_coefficients
+from passk_guard.ustatistics import Moments
+
+
+@dataclass(frozen=True)
+class Draw:
+    """R repetitions of a refresh with m prompts and n samples each, kept in two halves of n/2.
+
+    Attributes:
+        correct: [2, R, m] right samples of each half, int64.
+        positive, negative: [2, R, m, d] sums of the score vectors of right and of wrong samples.
+        half: n/2.
+    """
+
+    correct: Tensor
+    positive: Tensor
+    negative: Tensor
+    half: int
+
+    def gradient(self, k: int) -> Tensor:
+        """[R, m, d] the leave-one-out gradient of pass@k from all samples of each prompt."""
+        return _leave_one_out(self.correct.sum(0), 2 * self.half, k, self.positive.sum(0), self.negative.sum(0))
+
+    def half_gradient(self, which: int, k: int) -> Tensor:
+        """[R, m, d] the same from one half of the samples; k <= n/2."""
+        return _leave_one_out(self.correct[which], self.half, k, self.positive[which], self.negative[which])
+
+
+def _leave_one_out(correct: Tensor, n: int, k: int, positive: Tensor, negative: Tensor) -> Tensor:
+    right, wrong = sample_coefficients(torch.full_like(correct, n), correct, torch.tensor(k))
+    return right[..., None] * positive + wrong[..., None] * negative
+
+
+def guard(draw: Draw, k: int) -> Moments:
+    """Means over pairs of different prompts, with the jackknife's overshoot taken off: the product's."""
+    one, many = draw.gradient(1), draw.gradient(k)
+    mixed = many @ one.mT
+    kernels = torch.stack([(mixed + mixed.mT) / 2, one @ one.mT, many @ many.mT], 1)
+    overshoot = torch.stack([jackknife_overshoot(kernel) for kernel in kernels])
+    return _join(_different(many, one), _different(one, one), _different(many, many), overshoot=overshoot)
+
+
+def plain_jackknife(draw: Draw, k: int) -> Moments:
+    """The same with the jackknife as it is."""
+    one, many = draw.gradient(1), draw.gradient(k)
+    return _join(_different(many, one), _different(one, one), _different(many, many))
+
+
+def naive(draw: Draw, k: int) -> Moments:
+    """The plain cosine of two averages: all pairs, same-prompt ones included."""
+    one, many = draw.gradient(1), draw.gradient(k)
+    return _join(_all(many, one), _all(one, one), _all(many, many))
+
+
+def plug_in(draw: Draw, k: int) -> Moments:
+    """Different prompts, with w_k at the observed pass rate c/n in place of leave-one-out weights."""
+    one = draw.gradient(1)
+    rate = draw.correct.sum(0).double() / (2 * draw.half)
+    many = (k * (1 - rate) ** (k - 1))[..., None] * one
+    return _join(_different(many, one), _different(one, one), _different(many, many))
+
+
+def sample_splitting(draw: Draw, k: int) -> Moments:
+    """All pairs, the two gradients of a pair from different halves of the samples; needs k <= n/2."""
+    one = [draw.half_gradient(i, 1) for i in (0, 1)]
+    many = [draw.half_gradient(i, k) for i in (0, 1)]
+    return _join(_all(many[0], one[1]), _all(one[0], one[1]), _all(many[0], many[1]))
+
+
+def _different(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    m, (a, b) = left.shape[1], (left.sum(1, keepdim=True), right.sum(1, keepdim=True))
+    same = (left * right).sum(-1)
+    total = (a * b).sum(-1) - same.sum(1, keepdim=True)
+    without = total - (left * (b - right)).sum(-1) - (right * (a - left)).sum(-1)
+    value = total / (m * (m - 1))
+    return value[:, 0], without / ((m - 1) * (m - 2)) - value
+
+
+def _all(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    m, (a, b) = left.shape[1], (left.sum(1, keepdim=True), right.sum(1, keepdim=True))
+    value = (a * b).sum(-1) / m**2
+    return value[:, 0], ((a - left) * (b - right)).sum(-1) / (m - 1) ** 2 - value
+
+
+def _join(*parts: tuple[Tensor, Tensor], overshoot: Tensor | None = None) -> Moments:
+    """Repetitions stand where the product has its values of k."""
+    value = torch.stack([part[0] for part in parts], -1)
+    change = torch.stack([part[1] for part in parts], -1)
+    none = value.new_zeros(len(value), 3, 3)
+    return Moments(value, change.transpose(0, 1), value, none if overshoot is None else overshoot)
+
+
+def pool(parts: list[Moments]) -> Moments:
+    """Refreshes of equally many fresh prompts, averaged; every prompt is left out of its own."""
+    share = 1 / len(parts)
+    value = share * torch.stack([part.value for part in parts]).sum(0)
+    change = torch.cat([share * part.influence for part in parts])
+    return Moments(value, change, value, share**2 * torch.stack([part.overshoot for part in parts]).sum(0))
+
+
+STATISTICS = {
+    "guard": guard,
+    "plain jackknife": plain_jackknife,
+    "plug-in weights": plug_in,
+    "sample splitting": sample_splitting,
+    "naive": naive,
+}

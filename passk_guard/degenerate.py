@@ -1,0 +1,57 @@
+r"""How much the jackknife overestimates the covariance of a U-statistic, and what is left without it. torch alone.
+
+By Hoeffding (1948) the kernel of a pair splits into $h(x, y) = \theta + h_1(x) + h_1(y) + h_2(x, y)$. The jackknife is
+right about the part of the variance from $h_1$ and counts that of the degenerate $h_2$ twice (Efron & Stein 1981,
+*The jackknife estimate of variance*, Sec. 4): $4 \zeta_2/(m(m-2))$ where the variance of U holds $2 \zeta_2/(m(m-1))$.
+With few prompts or noisy gradients most of the variance is of that kind. $\zeta_2$ is estimated without bias from the
+residuals of the additive fit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LARGEST_SHARE = 0.5  # a variance that is all degenerate is counted twice, and nothing is counted more often
+
+
+def jackknife_overshoot(kernels: Tensor) -> Tensor:
+    """[S, S] expected excess of the jackknife covariance of S U-statistics over their covariance.
+
+    Args:
+        kernels: [S, m, m] symmetric, one matrix of pair values for each statistic; the diagonals count nowhere.
+
+    Returns:
+        Zero for fewer than 4 prompts, where no degree of freedom is left.
+    """
+    count, m = kernels.shape[:2]
+    if m < 4:
+        return kernels.new_zeros(count, count)
+    residuals = torch.stack([_residuals(kernel) for kernel in kernels]).flatten(1)
+    zeta = residuals @ residuals.T / (m * (m - 3))
+    return zeta * (4 / (m * (m - 2)) - 2 / (m * (m - 1)))
+
+
+def _residuals(kernel: Tensor) -> Tensor:
+    """[m, m] the pairs of different prompts after the best additive fit theta + h_1(x) + h_1(y); zero diagonal."""
+    m = len(kernel)
+    mean = (kernel.sum(1) - kernel.diagonal()) / (m - 1)
+    effect = (m - 1) / (m - 2) * (mean - mean.mean())
+    return (kernel - mean.mean() - effect[:, None] - effect[None, :]).fill_diagonal_(0)
+
+
+def without_overshoot(jackknife: Tensor, overshoot: Tensor) -> Tensor:
+    """[..., S, S] jackknife - overshoot, in no direction less than half the jackknife.
+
+    Args:
+        jackknife: [..., S, S] covariance, positive semidefinite.
+        overshoot: [..., S, S] of the same statistics.
+    """
+    size, axes = torch.linalg.eigh(jackknife)
+    largest = size[..., -1:]
+    size = torch.where(largest > 0, size.clamp(min=0).maximum(largest * 1e-12), torch.ones_like(size))
+    to_unit, from_unit = axes / size.sqrt()[..., None, :], axes * size.sqrt()[..., None, :]
+    share = to_unit.mT @ overshoot @ to_unit
+    amount, turn = torch.linalg.eigh((share + share.mT) / 2)
+    taken = from_unit @ turn
+    return jackknife - taken * amount.clamp(0, _LARGEST_SHARE)[..., None, :] @ taken.mT
