@@ -51,7 +51,7 @@ def pool(model: PreTrainedModel, tokenizer, seed: int) -> Pool:
 
     The projection is part of the population: its truth is taken in the same 512 dimensions.
     """
-    rows = make_prompts("calibration", PROMPTS, seed)
+    rows = make_prompts("test", PROMPTS, seed)
     sampler = GenerateSampler(model, tokenizer, max_new_tokens=5, batch_size=2048)
     with torch.random.fork_rng(devices=[]):
         samples = sampler.sample(rows, SAMPLES, seed)

@@ -46,7 +46,7 @@ def test_the_truth_of_a_population_is_what_large_draws_average_to():
 
 
 def test_coverage_false_alarms_and_bias():
-    cell, runs = Cell(cosine=0.0), 600
+    cell, runs = Cell(cosine=0.0), 400
     found = {r["statistic"]: r for r in measure(cell, cell.population(), runs, 0, ("guard", "naive"))}
     assert within(found["guard"]["covered_95"], 0.95, runs)
     assert found["guard"]["conflict"] <= 0.06 + 3 * math.sqrt(0.06 * 0.94 / runs)
@@ -59,10 +59,10 @@ def test_coverage_false_alarms_and_bias():
 
 
 def test_a_run_without_a_conflict_alarms_at_the_stated_rate_and_one_with_it_soon():
-    runs = 120
+    runs = 60
     quiet = {r["rule"]: r for r in measure_runs(Course("quiet", 40, lambda look: 0.0, None), runs, 0)}
     assert quiet["whole run"]["false_alarms"] <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
     assert quiet["each look, patience 2"]["false_alarms"] > 0.2, "what the rule is for"
-    conflict = {r["rule"]: r for r in measure_runs(Course("conflict", 12, lambda look: -0.4), 60, 1)}
+    conflict = {r["rule"]: r for r in measure_runs(Course("conflict", 12, lambda look: -0.4), 30, 1)}
     assert conflict["whole run"]["found"] > 0.9
     assert conflict["whole run"]["median_delay"] <= 5

@@ -90,9 +90,9 @@ def runs_of(records: Sequence[Record], setting: str, arm: str) -> list[Record]:
     return [found[seed] for seed in sorted(found)]
 
 
-def kept(records: Sequence[Record], setting: str, arm: str) -> float | None:
+def kept(records: Sequence[Record], setting: str, arm: str, unguarded_arm: str = "none") -> float | None:
     """Gain in pass@k as a share of the unguarded gain, on the seeds both have."""
-    mine, unguarded = runs_of(records, setting, arm), runs_of(records, setting, "none")
+    mine, unguarded = runs_of(records, setting, arm), runs_of(records, setting, unguarded_arm)
     shared = {r["seed"] for r in mine} & {r["seed"] for r in unguarded}
     if not shared:
         return None

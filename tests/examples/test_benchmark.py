@@ -2,12 +2,13 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
-from examples.interference import comparison
-from examples.interference.arms import ARMS, CORE, SETTINGS, ShortestStep
+from examples.interference import choose_mixture, comparison
+from examples.interference.arms import ARMS, CORE, SETTINGS, ShortestStep, mixed
 from examples.interference.benchmark import SEEDS, plan, run_missing
 from examples.interference.benchmark_run import run
 from examples.interference.model import make_model
@@ -135,6 +136,17 @@ def test_a_mixture_is_a_mixture():
     found = ARMS["mixture"].objective(Trainer(), k=8, floor=None, cap=None).advantages(rewards, 16)
     one, many = (passk_advantages(rewards.view(4, 16), k).view(-1) for k in (1, 8))
     assert torch.allclose(found, 0.3 * one + 0.7 * many)
+
+
+def test_the_share_of_the_mixture_is_the_largest_that_keeps_the_gain():
+    shares = [0.1, 0.3, 0.5]
+    ends = {"no guard": 0.9, mixed(0.1).label: 0.95, mixed(0.3).label: 0.89, mixed(0.5).label: 0.87}
+    runs = [record(arm=arm, seed=100, many=(0.7, end)) for arm, end in ends.items()]  # gains .2, .25, .19, .17
+    assert choose_mixture.chosen(runs, shares) == 0.3
+    assert choose_mixture.chosen(runs[1:], shares) is None, "without an unguarded run there is nothing to keep"
+    kept_runs = comparison.read(Path(__file__).parents[2] / "benchmarks" / "mixture.jsonl")
+    assert mixed(choose_mixture.chosen(kept_runs, [0.1, 0.3, 0.5, 0.7])).label == ARMS["mixture"].label
+    assert {r["seed"] for r in kept_runs}.isdisjoint(SEEDS)
 
 
 def test_mgda_takes_the_shortest_step():
