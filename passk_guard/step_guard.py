@@ -211,19 +211,20 @@ def _record(plan: ProjectionResult, seconds: float) -> dict[str, float]:
 
 
 class _KeepInStep:
-    """A loss that fails on one rank runs a filler there instead, or the others would wait in their backward."""
+    """A loss that fails on one rank runs fillers there from then on, or the others would wait in their backward."""
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
         self._failure: Exception | None = None
 
     def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        try:
-            return self._loss(model, batch)
-        except Exception as error:
-            self._failure = error.with_traceback(None)  # its frames would keep the tensors that had no room
-            token = int(batch.input_ids[0, 0])
-            return self._loss(model, filler_batch(pad_token_id=token, device=batch.input_ids.device))
+        if self._failure is None:
+            try:
+                return self._loss(model, batch)
+            except Exception as error:
+                self._failure = error.with_traceback(None)  # its frames would keep what there was no room for
+        token = int(batch.input_ids[0, 0])
+        return self._loss(model, filler_batch(pad_token_id=token, device=batch.input_ids.device))
 
     def raise_failure(self) -> None:
         """What went wrong, once all ranks are through."""

@@ -37,6 +37,7 @@ async def hangs_later(completions, **_):
 
 
 def texts(completions, **_):
+    torch.rand(3)
     return ["correct"] * len(completions)
 
 
@@ -86,12 +87,14 @@ def expect_void(run, words, refreshes=2):
     assert run.guard.memory.voids == refreshes
 
 
-@pytest.mark.parametrize("mitigation", ["off", "project"])
-@pytest.mark.parametrize("verifier", VERIFIERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("verifier", "mitigation"), [*((f, "project") for f in VERIFIERS), (raises, "off"), (hangs, "off")]
+)
 def test_verifiers(verifier, mitigation, references, tmp_path):
     trainer = make("lm", tmp_path)
     more = PROJECT if mitigation == "project" else {}
-    run = train(trainer, add_guard(trainer, correct=verifier, verifier_timeout=0.2, **more))
+    sampler = Texts(trainer.processing_class)
+    run = train(trainer, add_guard(trainer, correct=verifier, sampler=sampler, verifier_timeout=0.2, **more))
     expect_void(run, VERIFIERS[verifier])
     assert_same(run, references.of("lm"))
 
@@ -183,7 +186,7 @@ def test_an_error_in_any_stage(where, references, tmp_path, monkeypatch):
     else:
         monkeypatch.setattr(Pass1Loss, "__call__", broken)
     trainer = make("lm", tmp_path)
-    run = train(trainer, add_guard(trainer, **PROJECT))
+    run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
     expect_void(run, "ArithmeticError: not foreseen")
     assert_same(run, references.of("lm"))
 
@@ -212,7 +215,7 @@ def test_the_restoring_of_state_that_fails(references, tmp_path, monkeypatch):
 
     monkeypatch.setattr("passk_guard.memory.Memory.with_refresh", broken)
     trainer = make("lm", tmp_path)
-    run = train(trainer, add_guard(trainer, **PROJECT))
+    run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
     expect_void(run, "ZeroDivisionError: after the stages")
     assert_same(run, references.of("lm"))
 
