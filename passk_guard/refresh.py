@@ -152,9 +152,9 @@ class Refresher:
         self.sketcher.reseed(seed)
         total = torch.zeros(num_slots, self.sketcher.dim, device=self.ranks.device)
 
-        def plus(before: Tensor, batch: TokenBatch) -> Tensor:
+        def sketched(batch: TokenBatch) -> Tensor:
             with self.autocast():
-                return before + self.sketcher.sketch(
+                return self.sketcher.sketch(
                     batch.input_ids,
                     batch.attention_mask,
                     batch.completion_mask,
@@ -163,7 +163,15 @@ class Refresher:
                     temperature=temperature,
                 )
 
-        for batch in batches:  # agreed on after each: one that goes on alone would wait for weights of the others
+        def plus(before: Tensor, batch: TokenBatch) -> Tensor:
+            try:
+                return before + sketched(batch)
+            except Exception:
+                if self.ranks.count > 1:  # the others wait in this pass, where weights are sharded
+                    sketched(filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device))
+                raise
+
+        for batch in batches:  # agreed on after each: one that went on alone would wait for weights of the others
             total = self.ranks.together(partial(plus, total, batch))
         return self.ranks.sum(total)
 
