@@ -1,4 +1,4 @@
-"""One rank of many runs with a fault each: `python -m tests.distributed.fault_worker ENGINE FOLDER`.
+"""One rank of many runs with a fault each: `python -m tests.distributed.fault_worker ENGINE[:NAME,NAME] FOLDER`.
 
 All in one start of the processes, each beside an unguarded run of the same settings. Most faults strike rank 1 alone.
 """
@@ -431,10 +431,10 @@ def guarded(engine, name, folder, prepare, config, more, trains):
     }
 
 
-def run_all(engine, folder):
+def run_all(engine, only, folder):
     references, results = {}, {}
     for name, (prepare, engines, config) in FAULTS.items():
-        if engine not in engines:
+        if engine not in engines or (only and name not in only):
             continue
         config = dict(config)
         reference, trains = config.pop("reference", None), config.pop("trains", 1)
@@ -455,6 +455,7 @@ def run_all(engine, folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target = Path(sys.argv[2])
-    outcome = run_all(sys.argv[1], target)
+    chosen, _, names = sys.argv[1].partition(":")
+    outcome = run_all(chosen, [name for name in names.split(",") if name], target)
     (target / f"rank{RANK}.json").write_text(json.dumps(outcome))
     leave()

@@ -48,7 +48,7 @@ def test_a_fault(engine, name, outcomes):
     ranks = [rank[name] for rank in outcomes(engine)]
     for rank in ranks:
         assert rank["same"] == dict.fromkeys(("weights", "losses", "errors", "steps"), True)
-        assert rank["seconds"] < 60
+        assert rank["seconds"] < 200
         assert (rank["voids"], rank["refreshes"]) == (ranks[0]["voids"], ranks[0]["refreshes"]), "all decide the same"
         if rank["gives_up"]:
             assert rank["voids"] == 2
@@ -63,16 +63,17 @@ def test_a_fault(engine, name, outcomes):
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_less_memory_on_one_rank_is_less_on_all(engine, outcomes):
-    ranks = outcomes(engine)
-    passes = [rank["memory_for_half_a_batch"]["passes"] for rank in ranks]
-    expected = torch.tensor(ranks[0]["rank_without_data"]["gram"])
-    assert max(passes[1]) <= 100
-    assert ranks[0]["memory_for_half_a_batch"]["kinds"] == ["refresh", "refresh"]
-    assert len(passes[0]) - len(passes[1]) <= 2, "but for the passes that rank 1 could not make, as many on each"
-    grams = [torch.tensor(rank["memory_for_half_a_batch"]["gram"]) for rank in ranks]
-    assert torch.equal(*grams)
-    assert grams[0].shape == expected.shape
-    assert float(grams[0].abs().max()) > 0
+    first, second = (rank["memory_for_half_a_batch"] for rank in outcomes(engine))
+    assert len(first["passes"]) == len(second["passes"]), "ranks that share weights make equally many passes"
+    assert max(second["passes"]) <= 100
+    smaller = [i for i, tokens in enumerate(first["passes"]) if tokens > 100]
+    assert smaller == [0, 1], "tried twice, and never again in the second refresh"
+    assert first["gram"] == second["gram"]
+    if engine == "ddp":
+        whole = torch.tensor(outcomes(engine)[0]["callback_added_twice"]["gram"])
+        found = torch.tensor(first["gram"])
+        assert float(whole.abs().max()) > 0
+        assert torch.allclose(found, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
 
 def test_samples_in_smaller_batches_on_all_ranks(outcomes):
