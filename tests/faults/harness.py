@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
@@ -16,6 +17,7 @@ SMALL = {"k": 4, "num_samples": 8, "probe_prompts": 12, "refresh_steps": 2, "pat
 SMALL |= {"probe_max_new_tokens": 4}
 PROJECT = {"mitigation": "project", "gate": "always", "gamma": 0.9}
 TRAINERS = {"lm": tiny_lm_trainer, "grpo": tiny_grpo_trainer}
+KINDS = ["lm", pytest.param("grpo", marks=pytest.mark.slow)]
 
 
 @dataclass

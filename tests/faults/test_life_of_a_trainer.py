@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from passk_guard import GuardError
-from tests.faults.harness import PROJECT, TRAINERS, At, Run, Texts, add_guard, assert_same, make, train
+from tests.faults.harness import KINDS, PROJECT, At, Run, Texts, add_guard, assert_same, make, train
 from tests.tiny import tiny_rows, tiny_tokenizer
 
 
@@ -23,7 +23,7 @@ def refreshes(run):
     return [e["step"] for e in run.events if e["event"] in ("refresh", "void")]
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", [{}, {"correct": always_void} | PROJECT], ids=["observe", "void"])
 def test_train_called_twice(kind, config, tmp_path):
     runs = []
@@ -152,7 +152,7 @@ def test_another_guard_after_a_crash(tmp_path):
     assert not [name for name in vars(trainer) if name.startswith("_passk_guard")]
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_and_checkpoints_on_the_steps_of_refreshes(kind, tmp_path):
     runs = []
     for guarded in (False, True):

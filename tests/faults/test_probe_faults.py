@@ -9,7 +9,7 @@ import torch
 
 from passk_guard.protect import Pass1Loss
 from passk_guard.sketch import ScoreSketcher
-from tests.faults.harness import PROJECT, TRAINERS, Texts, add_guard, assert_same, make, train
+from tests.faults.harness import KINDS, PROJECT, Texts, add_guard, assert_same, make, train
 from tests.tiny import digit_reward
 
 
@@ -99,6 +99,7 @@ def test_verifiers(verifier, mitigation, references, tmp_path):
     assert_same(run, references.of("lm"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verifier", [raises, hangs], ids=lambda f: f.__name__)
 def test_verifiers_beside_grpo(verifier, references, tmp_path):
     trainer = make("grpo", tmp_path)
@@ -229,7 +230,7 @@ def test_a_probe_smaller_than_a_refresh(references, tmp_path):
     assert_same(run, references.of("lm"))
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_refresh_that_is_void_in_the_middle_leaves_later_ones_whole(kind, references, tmp_path):
     calls = []
 
