@@ -9,6 +9,7 @@ from passk_guard.config import GuardConfig
 from passk_guard.errors import GuardError
 from passk_guard.probe import ProbeSet
 from passk_guard.sampling import GenerateSampler, Sampler, TRLSampler
+from passk_guard.sampling.lengths import context_length
 from passk_guard.scoring import Verifier, resolve_verifier
 from passk_guard.sources import HeldOut
 
@@ -27,7 +28,14 @@ def choose_verifier(trainer: Any, correct: Any, config: GuardConfig) -> Verifier
         getattr(trainer, "reward_funcs", ()),
         getattr(trainer, "reward_func_names", ()),
         threshold=config.correct_threshold,
+        timeout=_time_limit(trainer, config),
     )
+
+
+def _time_limit(trainer: Any, config: GuardConfig) -> float:
+    """The other ranks wait in a collective, which must outlast the limit."""
+    several = getattr(trainer.args, "world_size", 1) > 1
+    return min(config.verifier_timeout, trainer.args.ddp_timeout / 2) if several else config.verifier_timeout
 
 
 def held_out_source(
@@ -79,3 +87,12 @@ def check_groups(trainer: Any, config: GuardConfig) -> None:
             f"Expected num_generations >= k to use the training batch as probe; found num_generations={found}, "
             f"k={config.k}. Raise `num_generations`, lower `k`, or pass held-out prompts as `probe`."
         )
+
+
+def limits_of(model: Any) -> dict[str, int | None]:
+    """What the model can read: token ids below `vocabulary`, `context` tokens at once; None where it does not say."""
+    try:
+        vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        vocabulary = None
+    return {"vocabulary": vocabulary, "context": context_length(model) if hasattr(model, "config") else None}

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from passk_guard.assembly import check_groups, choose_verifier, held_out_source
+from passk_guard.assembly import check_groups, choose_verifier, held_out_source, limits_of
+from passk_guard.attachment import Attachment
 from passk_guard.config import GuardConfig
 from passk_guard.decision import DecisionRule, decide
 from passk_guard.errors import GuardError, VoidRefresh
@@ -28,6 +29,7 @@ from passk_guard.progress import sampling_bar, wants_bar
 from passk_guard.ranks import Ranks
 from passk_guard.refresh import Refresher
 from passk_guard.reporting import Reporter
+from passk_guard.rollout_checks import check_rollouts
 from passk_guard.run_evidence import conflict_score
 from passk_guard.sampling import BatchTap, Sampler
 from passk_guard.sketch import ScoreSketcher
@@ -72,6 +74,8 @@ class PassKGuardCallback(TrainerCallback):
         self.memory = Memory()
         self.estimate: ConflictEstimate | None = None
         self._trainer = trainer
+        self._attachment = Attachment(trainer, self, self._undo)
+        self._max_tokens = self.config.max_probe_tokens
         self._verifier = choose_verifier(trainer, correct, self.config)
         self._sketcher = self._new_sketcher()
         held_out = self.config.source == "held_out"
@@ -96,19 +100,25 @@ class PassKGuardCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Bind to this train(): engines exist only now, and a resumed run has a past."""
         self._undo()  # a train() that raised never came to its end
+        self._attachment.claim()
+        self._max_tokens = self.config.max_probe_tokens
         self._reporter.open()
         if self._tap is not None:
             self._tap.install()
         self._ranks = Ranks(self._trainer.accelerator.device)
         self._sketcher = self._new_sketcher()
         self.memory = self._recall(args, state)
-        self._mitigator = Mitigator(self._trainer, self.config, self._ranks, self._warn)
+        self._mitigator = Mitigator(
+            self._trainer, self.config, self._ranks, self._warn, lambda: self._attachment.stands
+        )
         if state.global_step:
             self._mitigator.resume(_checkpoint(args, state), self.memory)
         self._announce()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refresh from the probe set, where this step is due."""
+        if self._mitigator is None:  # added while training goes on
+            self.on_train_begin(args, state, control)
         source = self._source
         if source is not None and state.global_step % self.config.refresh_steps == 0:
             number = state.global_step // self.config.refresh_steps
@@ -118,13 +128,10 @@ class PassKGuardCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the guard's memory into the checkpoint."""
-        try:
-            if state.is_world_process_zero:
-                save_memory(self.memory, _checkpoint(args, state))
-            if self._mitigator is not None:
-                self._mitigator.save(_checkpoint(args, state))
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            logger.warning("passk_guard: the checkpoint holds no memory of the guard: %s", error)
+        if state.is_world_process_zero:
+            self._save(lambda folder: save_memory(self.memory, folder), _checkpoint(args, state))
+        if self._mitigator is not None:
+            self._save(self._mitigator.save, _checkpoint(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the trainer its methods back."""
@@ -141,17 +148,15 @@ class PassKGuardCallback(TrainerCallback):
             with untouched(self._trainer.model, self._trainer.processing_class), seeded(seed):
                 refresh = self._refresher().run(sample, keys, seed)
                 memory = self.memory.with_refresh(refresh.probe, self.config.pool_refreshes, step_number)
-                estimate = self._estimate(memory)
+                estimate = self._ranks.together(lambda: self._estimate(memory))
+                score = conflict_score(refresh.probe, self.config.k, threshold=self.config.threshold)
                 if self._mitigator is not None:
                     memory = self._mitigator.react(refresh, estimate, memory)
-        except VoidRefresh as error:
-            if self._mitigator is not None:
-                self._mitigator.leave_unguarded()
-            self.memory = self.memory.with_void(step_number)
-            alert_after = self.config.void_alert
-            self._reporter.void(step_number, str(error), streak=self.memory.voids, alert_after=alert_after)
+        except Exception as error:  # whatever it was, training goes on
+            self._void(
+                step_number, str(error) if isinstance(error, VoidRefresh) else f"{type(error).__name__}: {error}"
+            )
             return
-        score = conflict_score(refresh.probe, self.config.k, threshold=self.config.threshold)
         decision, evidence, verdict = decide(memory.decision, memory.evidence, estimate, score, self._rule)
         self.memory, self.estimate = replace(memory, decision=decision, evidence=evidence), estimate
         extra = self._mitigator.refresh_metrics(memory) if self._mitigator is not None else {}
@@ -168,9 +173,16 @@ class PassKGuardCallback(TrainerCallback):
                 run_p_value=evidence.p_value if self._rule.false_alarms is not None else None,
             )
 
+    def _void(self, step_number: int, reason: str) -> None:
+        if self._mitigator is not None:
+            self._mitigator.leave_unguarded()
+        self.memory = self.memory.with_void(step_number)
+        self._reporter.void(step_number, reason, streak=self.memory.voids, alert_after=self.config.void_alert)
+
     def _sample(self, source: HeldOut, number: int) -> tuple[Rollouts, Outcomes]:
         with sampling_bar(source.sampler, wants_bar(self.config.progress_bar, self._trainer)):
             rollouts = source.rollouts(number, self._ranks.index, self._ranks.count)
+        check_rollouts(rollouts, **limits_of(self._trainer.accelerator.unwrap_model(self._trainer.model)))
         return rollouts, self._verifier.score(rollouts, trainer_state=self._trainer.state)
 
     def _on_training_batch(self, rollouts: Rollouts, rewards: torch.Tensor) -> None:
@@ -229,10 +241,22 @@ class PassKGuardCallback(TrainerCallback):
             sketcher=self._sketcher,
             ranks=self._ranks,
             k=self.config.k,
-            max_tokens=self.config.max_probe_tokens,
+            max_tokens=self._max_tokens,
             pad_token_id=next(token for token in candidates if token is not None),
             autocast=self._trainer.accelerator.autocast,
+            sample_fewer=getattr(getattr(self._source, "sampler", None), "sample_fewer", lambda: False),
+            on_less_memory=self._use_fewer_tokens,
         )
+
+    def _use_fewer_tokens(self, tokens: int) -> None:
+        self._max_tokens = tokens
+        self._warn(f"out of memory in the probe; from here on at most {tokens} tokens in one pass")
+
+    def _save(self, write: Callable[[Path], None], folder: Path) -> None:
+        try:
+            write(folder)
+        except Exception as error:  # a full disk above all, which torch reports as a RuntimeError
+            self._warn(f"the checkpoint holds no memory of the guard: {error}")
 
     def _new_sketcher(self) -> ScoreSketcher:
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
@@ -251,6 +275,7 @@ class PassKGuardCallback(TrainerCallback):
         return memory
 
     def _undo(self) -> None:
+        self._attachment.release()
         self._reporter.close()
         if self._mitigator is not None:
             self._mitigator.remove()

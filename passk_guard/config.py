@@ -80,6 +80,11 @@ class GuardConfig:
         0.8, "Weight of the past in the average of the floor over refreshes; without one it lets go too early."
     )
     correct_threshold: float = _setting(1.0, "Rewards at or above it count as correct.")
+    verifier_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _setting(
+        300.0,
+        "Seconds that scoring the completions of one refresh may take on a rank; a function that is not done by then "
+        "is stopped, and the refresh is void. At most half of ddp_timeout with several ranks. 0 sets no limit.",
+    )
     source: Literal["held_out", "training_batch"] = _setting(
         "held_out",
         "Where the probe's completions come from: held_out samples the probe set; training_batch reuses the batch a "

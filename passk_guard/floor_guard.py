@@ -33,10 +33,16 @@ class FloorGuard:
         self._given = objective.floor
 
     def learn(self, state: FloorState, probes: Sequence[ProbeGram]) -> FloorState:
-        """The floor after one more refresh, the same on every rank; takes effect with `apply`."""
+        """The floor after one more refresh, the same on every rank; takes effect with `apply`.
+
+        Raises:
+            VoidRefresh: it could not be solved for on some rank.
+        """
         config = self._config
         largest = self._capped(config.floor_max)
-        self.solution = solve_floor(probes, config.k, gamma=config.floor_gamma, largest=largest, cap=self.objective.cap)
+        self.solution = self._ranks.together(
+            lambda: solve_floor(probes, config.k, gamma=config.floor_gamma, largest=largest, cap=self.objective.cap)
+        )
         new = smooth_floor(state, self.solution, config.floor_average, largest=largest)
         agreed = self._ranks.from_first(torch.tensor([new.floor, new.precision], dtype=torch.float64))
         return FloorState(*agreed.tolist())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from passk_guard.decision import DecisionState
 from passk_guard.mitigation import FloorState
 from passk_guard.run_evidence import RunEvidence
 from passk_guard.types import ProbeGram
+from passk_guard.whole_file import save_whole
 
 FILE_NAME = "passk_guard.pt"
 _FORMAT = 1
@@ -56,7 +56,7 @@ def save_memory(memory: Memory, folder: Path) -> None:
     """Write `passk_guard.pt` into a checkpoint folder, whole or not at all.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError, RuntimeError: the folder cannot be written to.
     """
     content = {
         "format": _FORMAT,
@@ -75,9 +75,7 @@ def save_memory(memory: Memory, folder: Path) -> None:
             for probe in memory.history
         ],
     }
-    partial = folder / (FILE_NAME + ".partial")
-    torch.save(content, partial)
-    os.replace(partial, folder / FILE_NAME)
+    save_whole(content, folder / FILE_NAME)
 
 
 def load_memory(folder: Path) -> Memory | None:

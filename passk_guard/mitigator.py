@@ -34,13 +34,22 @@ class Mitigator:
         config: mitigation and its settings.
         ranks: the processes of the run.
         warn: told, once each, what no longer works and why.
+        wanted: asked before each step whether the guard still is on the trainer.
 
     Raises:
         GuardError: a mitigation this trainer, its engine or its objective does not allow, and what to do.
     """
 
-    def __init__(self, trainer: Any, config: GuardConfig, ranks: Ranks, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        config: GuardConfig,
+        ranks: Ranks,
+        warn: Callable[[str], None],
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._trainer, self._config, self._ranks, self._warn = trainer, config, ranks, warn
+        self._wanted = wanted
         objective = (
             installed_objective(trainer, config.k) if config.mitigation in ("reweight", "both", "auto") else None
         )
@@ -113,6 +122,7 @@ class Mitigator:
             average=self._config.protected_average,
             dtype=getattr(torch, self._config.protected_dtype),
             on_failure=self._warn,
+            wanted=self._wanted,
         )
         guard.install()
         return guard

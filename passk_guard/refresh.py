@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from passk_guard.errors import VoidRefresh
 from passk_guard.ranks import Ranks
 from passk_guard.sketch import ScoreSketcher, TokenBatch, filler_batch, token_batches
+from passk_guard.token_budget import largest, until_it_fits
 from passk_guard.types import Outcomes, ProbeGram, Rollouts
 
 
@@ -49,6 +51,8 @@ class Refresher:
         max_tokens: of one forward pass.
         pad_token_id: for the batches of the sketch.
         autocast: makes the context the forward passes run in, as training does.
+        sample_fewer: what to do when memory runs out in sampling, see `Sampler`.
+        on_less_memory: told the `max_tokens` of the next attempt when memory ran out in a pass.
     """
 
     sketcher: ScoreSketcher
@@ -57,9 +61,13 @@ class Refresher:
     max_tokens: int
     pad_token_id: int
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    sample_fewer: Callable[[], bool] = lambda: False
+    on_less_memory: Callable[[int], None] = lambda tokens: None
 
     def run(self, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable], seed: int) -> Refresh:
         """Run all stages. Every rank calls this, and every rank gets the same Gram matrix or the same VoidRefresh.
+
+        Where memory runs out on a rank, all ranks try again with half of it, as long as there is a smaller piece.
 
         Args:
             sample: gives this rank's rollouts and their outcomes.
@@ -69,7 +77,7 @@ class Refresher:
         Raises:
             VoidRefresh: a stage failed on some rank, too few prompts have k verdicts, or a score is not finite.
         """
-        rollouts, outcomes = self.ranks.together(sample)
+        rollouts, outcomes = until_it_fits(self.ranks, lambda: self.ranks.together(sample), self.sample_fewer)
         num_samples, num_correct = self._counts(rollouts, outcomes)
         failures = int(self.ranks.sum(torch.tensor([outcomes.failures]))[0])
         kept = (num_samples >= self.k).nonzero().squeeze(1)
@@ -77,10 +85,9 @@ class Refresher:
         if kept.numel() == 0:
             raise VoidRefresh(f"no prompt has {self.k} samples with a verdict; {remark}")
         mixed = (num_samples >= self.k) & (num_correct > 0) & (num_correct < num_samples)
-        batches = self._batches(rollouts, _slots(rollouts, outcomes, mixed))
-        sums = self._score_sums(batches, rollouts.temperature, 2 * num_samples.numel(), seed)
+        batches, sums = self._sketched(rollouts, _slots(rollouts, outcomes, mixed), seed)
         rows = torch.cat([kept, kept + num_samples.numel()]).to(sums.device)
-        gram = self.ranks.from_first(_gram(sums[rows]))
+        gram = self.ranks.from_first(self.ranks.together(lambda: _gram(sums[rows])))
         if not bool(torch.isfinite(gram).all()):
             raise VoidRefresh("the inner products of the score vectors are not finite")
         names = [keys[i] for i in kept.tolist()] if len(keys) else ()
@@ -104,14 +111,33 @@ class Refresher:
         counts = self.ranks.sum(counts)
         return counts[0], counts[1]
 
-    def _batches(self, rollouts: Rollouts, slots: Tensor) -> list[TokenBatch]:
+    def _sketched(self, rollouts: Rollouts, slots: Tensor, seed: int) -> tuple[list[TokenBatch], Tensor]:
+        """The batches that fitted into memory, and their sums as of `_score_sums`."""
+        tokens, batches = self.max_tokens, list[TokenBatch]()
+
+        def attempt() -> Tensor:
+            batches[:] = self._batches(rollouts, slots, tokens)
+            return self._score_sums(batches, rollouts.temperature, 2 * rollouts.num_prompts, seed)
+
+        def smaller() -> bool:
+            nonlocal tokens
+            most, samples = largest(self.ranks, batches)
+            if samples <= 1:
+                return False
+            tokens = min(tokens, most) // 2
+            self.on_less_memory(tokens)
+            return True
+
+        return batches, until_it_fits(self.ranks, attempt, smaller)
+
+    def _batches(self, rollouts: Rollouts, slots: Tensor, tokens: int) -> list[TokenBatch]:
         batches = self.ranks.together(
             lambda: list(
                 token_batches(
                     rollouts.prompt_ids,
                     rollouts.completion_ids,
                     slots.tolist(),
-                    max_tokens=self.max_tokens,
+                    max_tokens=tokens,
                     pad_token_id=self.pad_token_id,
                     device=self.ranks.device,
                 )
@@ -124,22 +150,30 @@ class Refresher:
     def _score_sums(self, batches: list[TokenBatch], temperature: float, num_slots: int, seed: int) -> Tensor:
         """[2m, dim] sketched sums S+ and S- over the samples of all ranks."""
         self.sketcher.reseed(seed)
+        total = torch.zeros(num_slots, self.sketcher.dim, device=self.ranks.device)
 
-        def sketch() -> Tensor:
-            total = torch.zeros(num_slots, self.sketcher.dim, device=self.ranks.device)
-            for batch in batches:
-                with self.autocast():
-                    total = total + self.sketcher.sketch(
-                        batch.input_ids,
-                        batch.attention_mask,
-                        batch.completion_mask,
-                        batch.slots,
-                        num_slots,
-                        temperature=temperature,
-                    )
-            return total
+        def sketched(batch: TokenBatch) -> Tensor:
+            with self.autocast():
+                return self.sketcher.sketch(
+                    batch.input_ids,
+                    batch.attention_mask,
+                    batch.completion_mask,
+                    batch.slots,
+                    num_slots,
+                    temperature=temperature,
+                )
 
-        return self.ranks.sum(self.ranks.together(sketch))
+        def plus(before: Tensor, batch: TokenBatch) -> Tensor:
+            try:
+                return before + sketched(batch)
+            except Exception:
+                if self.ranks.count > 1:  # the others wait in this pass, where weights are sharded
+                    sketched(filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device))
+                raise
+
+        for batch in batches:  # agreed on after each: one that went on alone would wait for weights of the others
+            total = self.ranks.together(partial(plus, total, batch))
+        return self.ranks.sum(total)
 
 
 def _slots(rollouts: Rollouts, outcomes: Outcomes, mixed: Tensor) -> Tensor:

@@ -8,13 +8,15 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.timeouts import Aside, Overdue, TimeLimit, raised_by_a_signal
 from passk_guard.types import Outcomes, Rollouts
 
 RewardFunction = Callable[..., Any]
@@ -29,12 +31,13 @@ class Verifier:
         function: a reward function with TRL's signature, f(prompts, completions, completion_ids, **columns) ->
             one float, bool or None a sample; sync or async. Without **kwargs it is passed only what it names.
         threshold: rewards from here on count as correct; compared in float32, as TRL keeps rewards.
+        timeout: seconds in which the samples of one refresh must be scored, see `TimeLimit`; None or 0 for no limit.
 
     Raises:
         GuardError: `function` is a reward model or not callable, or `threshold` is not a finite number.
     """
 
-    def __init__(self, function: RewardFunction, *, threshold: float = 1.0) -> None:
+    def __init__(self, function: RewardFunction, *, threshold: float = 1.0, timeout: float | None = None) -> None:
         if isinstance(function, nn.Module):
             raise GuardError(
                 f"Expected a function that checks an answer; found the reward model {type(function).__name__}, "
@@ -51,6 +54,7 @@ class Verifier:
         self.function = function
         self.threshold = threshold
         self.name = _name(function)
+        self._limit = TimeLimit(timeout)
         self._accepted, self.required_columns = _read_signature(function)
 
     def score(self, rollouts: Rollouts, *, trainer_state: Any = None) -> Outcomes:
@@ -66,14 +70,17 @@ class Verifier:
             Outcomes with correct [B].
 
         Raises:
-            VoidRefresh: the function raised on every sample, or returned something else than one number or None
-                a sample.
+            VoidRefresh: the function raised on every sample, did not come back in time, or returned something else
+                than one number or None a sample.
         """
         scored = [i for i, prompt in enumerate(rollouts.prompt_index) if prompt >= 0]
         rewards = [math.nan] * len(rollouts)
         if not scored:
             return self.outcomes(rewards)
-        given, failures, reason = self._call(rollouts, scored, trainer_state)
+        try:
+            given, failures, reason = self._limit.call(lambda: self._call(rollouts, scored, trainer_state))
+        except Overdue as late:
+            raise VoidRefresh(f"`{self.name}` {late}") from None
         for i, reward in zip(scored, given, strict=True):
             rewards[i] = reward
         return self.outcomes(rewards, failures=failures, reason=reason)
@@ -90,7 +97,8 @@ class Verifier:
         """Rewards of the samples in `scored`, how many of them raised, and the first reason."""
         try:
             result = _settle(self.function(**self._arguments(rollouts, scored, trainer_state)))
-        except Exception:
+        except (Exception, SystemExit) as error:
+            _heed_signals(error)
             # One bad completion must not void the others: find out which.
             single = [self._attempt(self._arguments(rollouts, [i], trainer_state)) for i in scored]
             return self._merge(_settle_all(single))
@@ -99,14 +107,15 @@ class Verifier:
     def _attempt(self, arguments: dict[str, Any]) -> Any:
         try:
             return self.function(**arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            _heed_signals(error)
             return error
 
     def _merge(self, results: list[Any]) -> tuple[list[float], int, str | None]:
-        errors = [f"{type(r).__name__}: {r}" for r in results if isinstance(r, Exception)]
+        errors = [f"{type(r).__name__}: {r}" for r in results if isinstance(r, BaseException)]
         if len(errors) == len(results):
             raise VoidRefresh(f"`{self.name}` raised on each of {len(results)} samples, first {errors[0]}")
-        rewards = [math.nan if isinstance(r, Exception) else self._numbers(r, 1)[0] for r in results]
+        rewards = [math.nan if isinstance(r, BaseException) else self._numbers(r, 1)[0] for r in results]
         return rewards, len(errors), errors[0] if errors else None
 
     def _numbers(self, result: Any, expected: int) -> list[float]:
@@ -114,12 +123,13 @@ class Verifier:
         wanted = f"`{self.name}` returned %s; expected a list of {expected}, one float, bool or None a completion"
         if isinstance(result, (str, bytes, Mapping)) or not hasattr(result, "__iter__"):
             raise VoidRefresh(wanted % f"{type(result).__name__} {result!r:.80}")
-        rewards = list(result)
+        rewards = list(islice(result, expected + 1))
         if len(rewards) != expected:
-            raise VoidRefresh(wanted % f"{len(rewards)} rewards")
+            more = len(result) if hasattr(result, "__len__") else "more"
+            raise VoidRefresh(wanted % f"{len(rewards) if len(rewards) < expected else more} rewards")
         try:
             return [_number(reward) for reward in rewards]
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             odd = next(r for r in rewards if not _is_number(r))
             raise VoidRefresh(wanted % f"a reward {odd!r:.80} of type {type(odd).__name__}") from None
 
@@ -146,13 +156,14 @@ def resolve_verifier(
     reward_func_names: Sequence[str] = (),
     *,
     threshold: float = 1.0,
+    timeout: float | None = None,
 ) -> Verifier:
     """The verifier that the user means.
 
     Args:
         correct: a reward function, a Verifier (returned as it is), or the name of a reward function of the trainer.
         reward_funcs, reward_func_names: the trainer's, in the same order.
-        threshold: for a new Verifier.
+        threshold, timeout: for a new Verifier.
 
     Raises:
         GuardError: no reward function, or more than one, has that name; or what it names is not a function.
@@ -160,7 +171,7 @@ def resolve_verifier(
     if isinstance(correct, Verifier):
         return correct
     if not isinstance(correct, str):
-        return Verifier(correct, threshold=threshold)
+        return Verifier(correct, threshold=threshold, timeout=timeout)
     named = [f for f, name in zip(reward_funcs, reward_func_names, strict=True) if name == correct]
     if len(named) != 1:
         known = ", ".join(map(repr, reward_func_names)) or "none"
@@ -168,7 +179,7 @@ def resolve_verifier(
             f"Expected `correct` to name one of the trainer's reward functions ({known}); found {correct!r}, which "
             f"names {len(named)}. Pass one of these names, or the function itself."
         )
-    return Verifier(named[0], threshold=threshold)
+    return Verifier(named[0], threshold=threshold, timeout=timeout)
 
 
 def _read_signature(function: RewardFunction) -> tuple[frozenset[str] | None, tuple[str, ...]]:
@@ -211,14 +222,32 @@ def _settle_all(results: list[Any]) -> list[Any]:
 async def _wait(awaitable: Any) -> Any:
     try:
         return await awaitable
-    except asyncio.CancelledError as error:  # no Exception: it would end training
-        raise RuntimeError("the reward call was cancelled") from error
+    except (asyncio.CancelledError, SystemExit) as error:  # no Exceptions: they would end training
+        raise RuntimeError(f"the reward call ended with {type(error).__name__}") from error
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run to the end in a loop and a thread of its own: a notebook already runs a loop in this one."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="passk-guard-reward") as pool:
-        return pool.submit(asyncio.run, coroutine).result()
+    task: list[tuple[asyncio.AbstractEventLoop, Any]] = []
+
+    async def main() -> Any:
+        task.append((asyncio.get_running_loop(), asyncio.current_task()))
+        return await coroutine
+
+    aside = Aside(lambda: asyncio.run(main()))
+    try:
+        return aside.result()
+    finally:
+        if aside.running:  # nobody waits any more: its time is up, or the user has stopped the run
+            for loop, running in task:
+                with suppress(RuntimeError):  # it has ended by now
+                    loop.call_soon_threadsafe(running.cancel)
+
+
+def _heed_signals(error: BaseException) -> None:
+    """Pass on a SystemExit that was not the function's: one may be how the user's SIGTERM handler ends the run."""
+    if isinstance(error, SystemExit) and raised_by_a_signal(error):
+        raise error
 
 
 def _number(reward: Any) -> float:
@@ -232,7 +261,7 @@ def _number(reward: Any) -> float:
 def _is_number(reward: Any) -> bool:
     try:
         _number(reward)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return False
     return True
 

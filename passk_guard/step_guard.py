@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,8 @@ from passk_guard.errors import VoidRefresh
 from passk_guard.mitigation import ProjectionResult, plan_projection
 from passk_guard.ranks import Ranks
 from passk_guard.sketch import TokenBatch, filler_batch
+from passk_guard.token_budget import halved, largest, until_it_fits
+from passk_guard.whole_file import save_whole
 
 Loss = Callable[[nn.Module, TokenBatch], Tensor]
 _FORMAT = 1
@@ -41,6 +42,7 @@ class StepGuard:
         average: p <- average p + (1 - average) new, in [0, 1); 0 takes each new direction as it is.
         dtype: that p is kept in.
         on_failure: told, once, why steps are no longer guarded.
+        wanted: asked before each step; False leaves it as it is.
     """
 
     def __init__(
@@ -52,12 +54,14 @@ class StepGuard:
         average: float,
         dtype: torch.dtype,
         on_failure: Callable[[str], None],
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         self.engine, self.open = engine, False
         self.protected: list[Tensor] | None = None
         self._norm_sq: float | None = None  # of the protected direction; the same for all its steps
         self._ranks, self._gamma, self._average, self._dtype = ranks, gamma, average, dtype
-        self._on_failure = on_failure
+        self._on_failure, self._wanted = on_failure, wanted
+        self._halvings = 0  # of the probe's batches, until the backward pass fits into memory
         self._told: set[str] = set()
         self._records: list[dict[str, float]] = []
 
@@ -72,17 +76,30 @@ class StepGuard:
     def harvest(self, loss: Loss, batches: Sequence[TokenBatch]) -> None:
         """Take a new protected direction from the probe, at a step boundary.
 
+        Where memory runs out on a rank, all ranks try again with batches of half the size, and keep to that size.
+
         Raises:
             VoidRefresh: on all ranks, when the loss failed on one or the gradient is not finite.
         """
-        careful = _KeepInStep(loss)
+        pieces = list(batches)
+        for _ in range(self._halvings):
+            pieces = halved(pieces)
 
         def probe() -> list[Tensor]:
-            gradient = self.engine.probe_gradient(batches, careful, self._dtype)
+            careful = _KeepInStep(loss)
+            gradient = self.engine.probe_gradient(pieces, careful, self._dtype)
             careful.raise_failure()
             return gradient
 
-        new = self._ranks.together(probe)
+        def smaller() -> bool:
+            nonlocal pieces
+            if largest(self._ranks, pieces)[1] <= 1:
+                return False
+            pieces = halved(pieces)
+            self._halvings += 1
+            return True
+
+        new = until_it_fits(self._ranks, lambda: self._ranks.together(probe), smaller)
         norm_sq = self.engine.inner_products([(new, new)])[0]
         if not math.isfinite(norm_sq):
             raise VoidRefresh("the probe's pass@1 gradient is not finite")
@@ -104,17 +121,18 @@ class StepGuard:
         return {name: math.fsum(r[name] for r in records) / len(records) for name in records[0]}
 
     def _before_step(self) -> None:
-        if not self.open or self.protected is None:
+        if not self.open or self.protected is None or not self._wanted():
             return
         try:
             self._turn(self.protected)
         except Exception as error:  # on every rank alike: a version of the engine that is not what it was taken for
             self.open = False
-            self._fail(f"steps are left unguarded until the next refresh: {type(error).__name__}: {error}")
+            reason = str(error) if isinstance(error, VoidRefresh) else f"{type(error).__name__}: {error}"
+            self._fail(f"steps are left unguarded until the next refresh: {reason}")
 
     def _turn(self, protected: list[Tensor]) -> None:
         began = time.perf_counter()
-        gradient, scale = self.engine.gradient(), self.engine.loss_scale()
+        gradient, scale = self._ranks.together(lambda: (self.engine.gradient(), self.engine.loss_scale()))
         pairs = [(gradient, protected), (gradient, gradient)]
         if self._norm_sq is None:
             pairs.append((protected, protected))
@@ -148,10 +166,7 @@ class StepGuard:
             "protected": None if self.protected is None else [part.cpu() for part in self.protected],
             "on_cpu": [part.device.type == "cpu" for part in self.protected or ()],  # offloaded, or all there is
         }
-        path = folder / self._file_name()
-        partial = path.with_suffix(".partial")
-        torch.save(content, partial)
-        os.replace(partial, path)
+        save_whole(content, folder / self._file_name())
 
     def load(self, folder: Path) -> str | None:
         """Take it up again, on all ranks or on none; returns why not, None when it was taken."""
@@ -196,19 +211,20 @@ def _record(plan: ProjectionResult, seconds: float) -> dict[str, float]:
 
 
 class _KeepInStep:
-    """A loss that fails on one rank runs a filler there instead, or the others would wait in their backward."""
+    """A loss that fails on one rank runs fillers there from then on, or the others would wait in their backward."""
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
         self._failure: Exception | None = None
 
     def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        try:
-            return self._loss(model, batch)
-        except Exception as error:
-            self._failure = error
-            token = int(batch.input_ids[0, 0])
-            return self._loss(model, filler_batch(pad_token_id=token, device=batch.input_ids.device))
+        if self._failure is None:
+            try:
+                return self._loss(model, batch)
+            except Exception as error:
+                self._failure = error.with_traceback(None)  # its frames would keep what there was no room for
+        token = int(batch.input_ids[0, 0])
+        return self._loss(model, filler_batch(pad_token_id=token, device=batch.input_ids.device))
 
     def raise_failure(self) -> None:
         """What went wrong, once all ranks are through."""

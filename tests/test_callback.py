@@ -314,7 +314,7 @@ def test_two_guards_on_one_trainer_are_refused(tmp_path):
     trainer = tiny_grpo_trainer(tmp_path)
     guard_of(trainer)
     guard_of(trainer)
-    with pytest.raises(GuardError, match="already patched"):
+    with pytest.raises(GuardError, match="found 2"):
         trainer.train()
 
 

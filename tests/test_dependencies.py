@@ -9,7 +9,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "passk_guard"
 
-LEAVES = {"errors", "types", "patch", "dropout", "pixels", "journal_file"}
+LEAVES = {
+    "errors",
+    "types",
+    "patch",
+    "dropout",
+    "pixels",
+    "journal_file",
+    "timeouts",
+    "rollout_checks",
+    "whole_file",
+}
 MATHEMATICS = {
     "passk",
     "pkpo",
@@ -48,6 +58,8 @@ WIRING = {
     "step_guard",
     "floor_guard",
     "mitigator",
+    "attachment",
+    "token_budget",
     "analysis",
     "config_file",
     "cli",

@@ -19,12 +19,17 @@ def local_inner_products(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor
         device: of the result.
 
     Returns:
-        [P] float64. Squares of float32 entries up to 1e38 are finite in it; NaN and inf come through.
+        [P] float64. Squares of float32 entries up to 1e38 are finite in it; NaN and inf come through. All NaN where
+        this process could not compute them, out of memory above all.
     """
     totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
-    for total, (left, right) in zip(totals, pairs, strict=True):
-        for a, b in zip(left, right, strict=True):
-            total += _dot(a.detach(), b.detach()).to(device)
+    try:
+        for total, (left, right) in zip(totals, pairs, strict=True):
+            for a, b in zip(left, right, strict=True):
+                total += _dot(a.detach(), b.detach()).to(device)
+    except (RuntimeError, MemoryError):
+        # The other ranks wait in the reduction that comes next: NaN tells all of them alike.
+        totals.fill_(torch.nan)
     return totals
 
 

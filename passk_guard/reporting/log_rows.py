@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from passk_guard.patch import MethodPatch
 from passk_guard.reporting.metrics import Metrics, log_row
+
+logger = logging.getLogger(__name__)
 
 
 class LogRows:
@@ -26,6 +29,7 @@ class LogRows:
     def __init__(self, trainer: Any, since_last: Callable[[], Metrics] = dict) -> None:
         self._since_last = since_last
         self._waiting: dict[str, float] = {}
+        self._told = False
         self._patch = MethodPatch(trainer, "log", self._complete, owner="passk_guard.LogRows")
 
     def put(self, metrics: Metrics) -> None:
@@ -43,8 +47,19 @@ class LogRows:
     def _complete(self, original: Callable[..., None]) -> Callable[..., None]:
         def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             if "loss" in logs:
-                logs = {**logs, **self._waiting, **log_row(self._since_last())}
+                logs = {**logs, **self._waiting, **self._newest()}
                 self._waiting = {}
             return original(logs, *args, **kwargs)
 
         return log
+
+    def _newest(self) -> dict[str, float]:
+        try:
+            return log_row(self._since_last())
+        except Exception as error:
+            if not self._told:
+                self._told = True
+                logger.warning(
+                    "passk_guard: numbers of the last steps are missing: %s: %s", type(error).__name__, error
+                )
+            return {}

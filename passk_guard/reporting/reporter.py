@@ -14,13 +14,14 @@ from passk_guard.reporting.journal import Journal
 from passk_guard.reporting.log_rows import LogRows
 from passk_guard.reporting.message import blind, state_change, void_refresh
 from passk_guard.reporting.metrics import Metrics, estimate_metrics
+from passk_guard.reporting.quiet import quietly
 from passk_guard.types import ConflictEstimate, ProbeGram, Status
 
 logger = logging.getLogger("passk_guard")
 
 
 class Reporter:
-    """Tells the user; only the first rank speaks.
+    """Tells the user; only the first rank speaks. Nothing that fails in here reaches training.
 
     Args:
         trainer: whose log rows are completed, and whose `report_to` names the trackers.
@@ -54,15 +55,21 @@ class Reporter:
             GuardError: another guard reports on this trainer.
         """
         self._rows.install()
+        self._open_journal()
+
+    @quietly
+    def _open_journal(self) -> None:
         folder = Path(self._trainer.args.output_dir)
         self._journal = Journal(folder / JOURNAL_NAME if self._speaks else None)
         if self._settings is not None:
             self._journal.write("start", self._trainer.state.global_step, settings=dict(self._settings))
 
+    @quietly
     def close(self) -> None:
         """Give the trainer its own `log` back."""
         self._rows.remove()
 
+    @quietly
     def refresh(
         self,
         step: int,
@@ -100,11 +107,12 @@ class Reporter:
             weight_agreement_cov=estimate.weight_agreement_cov,
             **metrics,
         )
-        if self._speaks:
-            self._images.refresh(step, estimate, probe)
         if remark:
             self.warn(f"passk_guard step {step}: {remark}")
+        if self._speaks:
+            self._images.refresh(step, estimate, probe)
 
+    @quietly
     def change(
         self,
         step: int,
@@ -126,6 +134,7 @@ class Reporter:
             self._journal.write("steps", self._trainer.state.global_step, **metrics)
         return metrics
 
+    @quietly
     def void(self, step: int, reason: str, *, streak: int, alert_after: int) -> None:
         """A refresh without an estimate; after `alert_after` in a row an alert says that the guard is blind."""
         self._journal.write("void", step, reason=reason, streak=streak, alert=streak == alert_after)
@@ -133,11 +142,13 @@ class Reporter:
         if streak == alert_after:
             self._alert("passk_guard: BLIND", blind(step, streak, reason))
 
+    @quietly
     def warn(self, message: str) -> None:
         """One line of warning."""
         if self._speaks:
             logger.warning("%s", message)
 
+    @quietly
     def info(self, message: str) -> None:
         """One line for those who ask for it."""
         if self._speaks:

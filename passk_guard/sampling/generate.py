@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from passk_guard.errors import GuardError
+from passk_guard.sampling.finite import FiniteLogits
 from passk_guard.sampling.lengths import context_length, refuse_misfits
 from passk_guard.sampling.modes import sampling_mode
 from passk_guard.sampling.protocol import Samples
@@ -101,6 +102,9 @@ class GenerateSampler:
 
         Returns:
             Samples of m * n entries, prompt-major.
+
+        Raises:
+            VoidRefresh: the model's logits are not finite.
         """
         encoded = [self._encode(row["prompt"]) for row in rows]
         prompt_ids = [ids for ids in encoded for _ in range(num_samples)]
@@ -111,6 +115,13 @@ class GenerateSampler:
             [{"role": "assistant", "content": text}] if chat else text for text, chat in zip(texts, chats, strict=True)
         ]
         return Samples(prompt_ids, completion_ids, completions)
+
+    def sample_fewer(self) -> bool:
+        """Generate half as many completions at once from here on; False when it is one already."""
+        if self.batch_size <= 1:
+            return False
+        self.batch_size //= 2
+        return True
 
     def _encode(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -124,16 +135,22 @@ class GenerateSampler:
         """Tokens sampled after each prompt. Prompts of like length share a batch, to spare padding."""
         completions: list[list[int]] = [[] for _ in prompt_ids]
         order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
-        config = self._config()
+        config, finite = self._config(), FiniteLogits()
         with sampling_mode(self.model, seed):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
                 input_ids, mask = _left_pad([prompt_ids[i] for i in batch], self._pad, self.model.device)
-                output = self.model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+                output = self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=mask,
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([finite]),
+                )
                 for i, ids in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
                     completions[i] = _until_eos(ids, self._eos)
                 if self.on_progress is not None:
                     self.on_progress(min(start + self.batch_size, len(order)), len(order))
+        finite.check()
         return completions
 
     def _config(self) -> GenerationConfig:

@@ -28,7 +28,11 @@ class Samples:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws completions from the policy."""
+    """Draws completions from the policy.
+
+    A sampler may also have `sample_fewer() -> bool`: called on every rank when memory ran out on one, it lowers the
+    number of completions generated at once and returns True, or False when there is no less.
+    """
 
     @property
     def temperature(self) -> float:

@@ -38,6 +38,7 @@ class TRLSampler:
         _refuse(trainer)
         self.trainer = trainer
         self.on_progress = on_progress
+        self._halvings = 0
         _warn_of_truncated_sampling(trainer)
 
     @property
@@ -84,7 +85,14 @@ class TRLSampler:
         if self.trainer.use_vllm:
             return max(total, 1)
         args = self.trainer.args
-        return int(args.per_device_train_batch_size * args.steps_per_generation)
+        return max(1, int(args.per_device_train_batch_size * args.steps_per_generation) >> self._halvings)
+
+    def sample_fewer(self) -> bool:
+        """Generate half as many completions at once from here on; False when it is one already, or vLLM decides."""
+        if self.trainer.use_vllm or self._completions_per_call(0) <= 1:
+            return False
+        self._halvings += 1
+        return True
 
     @contextmanager
     def _undisturbed(self, num_samples: int, seed: int) -> Iterator[None]:

@@ -1,0 +1,93 @@
+"""What to do when the probe runs out of memory: the same in smaller pieces, on all ranks, for as long as there are."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from passk_guard.errors import VoidRefresh
+from passk_guard.ranks import Ranks
+from passk_guard.sketch import TokenBatch, filler_batch
+
+T = TypeVar("T")
+# What PyTorch, cuBLAS and cuDNN say where they do not raise an OutOfMemoryError.
+_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
+
+def until_it_fits(ranks: Ranks, attempt: Callable[[], T], smaller: Callable[[], bool]) -> T:
+    """Make an attempt on all ranks; after one that ran out of memory on any of them, make it smaller and try again.
+
+    Args:
+        ranks: the processes of the run.
+        attempt: raises VoidRefresh on all ranks or on none, as `Ranks.together` sees to.
+        smaller: makes the next attempt smaller; False where it cannot be. The same answer on every rank.
+
+    Returns:
+        What the attempt that fitted returned.
+
+    Raises:
+        VoidRefresh: that of the attempt, when it failed for another reason or cannot be made smaller.
+    """
+    while True:
+        try:
+            return attempt()
+        except VoidRefresh as error:
+            # Without its traceback, in whose frames the tensors of the attempt live on.
+            void, short = VoidRefresh(str(error)), out_of_memory(error)
+        if not ranks.max(int(short)):
+            raise void
+        free_memory()
+        if not smaller():
+            raise void
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was raised from, says that memory ran out."""
+    while error is not None:
+        said = str(error).lower()
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(words in said for words in _WORDS):
+            return True
+        error = error.__cause__
+    return False
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, to the system and so to the other parts of this process."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        module = None if device is None else torch.get_device_module(device)
+        getattr(module, "empty_cache", lambda: None)()
+
+
+def largest(ranks: Ranks, batches: Sequence[TokenBatch]) -> tuple[int, int]:
+    """Most tokens, padding included, and most samples of one batch, over all ranks."""
+    tokens = ranks.max(max((batch.input_ids.numel() for batch in batches), default=0))
+    samples = ranks.max(max((batch.input_ids.shape[0] for batch in batches), default=0))
+    return tokens, samples
+
+
+def halved(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+    """Each batch as two, so that ranks which had equally many still have; the other half of one sample is a filler."""
+    pieces: list[TokenBatch] = []
+    for batch in batches:
+        middle = -(-batch.input_ids.shape[0] // 2)
+        pieces.append(_rows(batch, slice(0, middle)))
+        if middle < batch.input_ids.shape[0]:
+            pieces.append(_rows(batch, slice(middle, None)))
+        else:
+            pieces.append(filler_batch(pad_token_id=int(batch.input_ids[0, 0]), device=batch.input_ids.device))
+    return pieces
+
+
+def _rows(batch: TokenBatch, rows: slice) -> TokenBatch:
+    width = int(batch.attention_mask[rows].sum(1).max())
+    ids, attention, completion = (
+        x[rows, :width] for x in (batch.input_ids, batch.attention_mask, batch.completion_mask)
+    )
+    return TokenBatch(ids, attention, completion, batch.slots[rows])

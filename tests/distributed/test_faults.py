@@ -1,0 +1,81 @@
+"""Faults on one of two ranks: no rank waits, all decide the same, and training is that of no guard, bit for bit."""
+
+import pytest
+import torch
+
+from tests.distributed.fault_worker import FAULTS
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.distributed
+WORDS = {
+    "verifier_raises": "rank 1: `raises` raised on each of",
+    "verifier_hangs": "was still running after 1 s",
+    "verifier_hangs_everywhere": "rank 0: `<lambda>` was still running after 1 s",
+    "verifier_exits": "SystemExit",
+    "verifier_returns_texts": "of type str",
+    "verifier_returns_nan": "no prompt has 4 samples with a verdict",
+    "generation_returns_nothing": "rank 1: the sampler returned no token",
+    "generation_returns_overlong_text": "positions for 64",
+    "generation_raises": "rank 1: AttributeError",
+    "logits_are_nan": "rank 1: The sketched score vectors hold NaN",
+    "memory_for_nothing": "out of memory on rank 1",
+    "memory_for_no_harvest": "out of memory on rank 1",
+    "sketch_raises": "rank 1: ArithmeticError",
+    "gram_raises": "rank 1: OutOfMemoryError",
+    "estimate_raises": "rank 1: ArithmeticError",
+    "log_handler_raises": "rank 1: `raises` raised on each of",
+    "sigterm_between_probe_and_step": "rank 1: `raises` raised on each of",
+}
+CASES = [(engine, name) for name, (_, engines, _) in FAULTS.items() for engine in engines]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """By engine, what each of two ranks found in all runs."""
+    found = {}
+
+    def of(engine):
+        if engine not in found:
+            folder = tmp_path_factory.mktemp(engine)
+            found[engine] = launch(engine, folder, 2, timeout=900, worker="tests.distributed.fault_worker")
+        return found[engine]
+
+    return of
+
+
+@pytest.mark.parametrize(("engine", "name"), CASES)
+def test_a_fault(engine, name, outcomes):
+    ranks = [rank[name] for rank in outcomes(engine)]
+    for rank in ranks:
+        assert rank["same"] == dict.fromkeys(("weights", "losses", "errors", "steps"), True)
+        assert rank["seconds"] < 200
+        assert (rank["voids"], rank["refreshes"]) == (ranks[0]["voids"], ranks[0]["refreshes"]), "all decide the same"
+        if rank["gives_up"]:
+            assert rank["voids"] == 2
+            assert rank["mitigated"] == []
+        else:
+            assert rank["voids"] == 0
+            assert rank["refreshes"] >= 1
+            assert not any(rank["mitigated"])
+    if name in WORDS:
+        assert WORDS[name] in ranks[0]["reasons"][0]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_less_memory_on_one_rank_is_less_on_all(engine, outcomes):
+    first, second = (rank["memory_for_half_a_batch"] for rank in outcomes(engine))
+    assert len(first["passes"]) == len(second["passes"]), "ranks that share weights make equally many passes"
+    assert max(second["passes"]) <= 100
+    smaller = [i for i, tokens in enumerate(first["passes"]) if tokens > 100]
+    assert smaller == [0, 1], "tried twice, and never again in the second refresh"
+    assert first["gram"] == second["gram"]
+    if engine == "ddp":
+        whole = torch.tensor(outcomes(engine)[0]["callback_added_twice"]["gram"])
+        found = torch.tensor(first["gram"])
+        assert float(whole.abs().max()) > 0
+        assert torch.allclose(found, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_samples_in_smaller_batches_on_all_ranks(outcomes):
+    for rank in outcomes("ddp"):
+        assert rank["memory_for_few_samples"]["sizes"] == [64, 32, 16, 16]

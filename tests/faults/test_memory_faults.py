@@ -1,0 +1,256 @@
+"""Out of memory in the probe: the same in smaller pieces, which is remembered; void where one sample is too much."""
+
+import pytest
+import torch
+
+from passk_guard.errors import VoidRefresh
+from passk_guard.protect import Pass1Loss
+from passk_guard.ranks import Ranks
+from passk_guard.sampling import GenerateSampler
+from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
+from passk_guard.step_guard import StepGuard
+from passk_guard.token_budget import halved, out_of_memory, until_it_fits
+from tests.faults.harness import PROJECT, Texts, add_guard, assert_same, make, train
+from tests.test_step_guard import Engine
+from tests.tiny import tiny_grpo_trainer, tiny_model, tiny_tokenizer
+
+ALONE = Ranks(torch.device("cpu"))
+
+
+def no_room(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def with_room_for(monkeypatch, tokens, seen):
+    """A sketcher whose device holds batches of so many tokens, padding included."""
+    sketch = ScoreSketcher.sketch
+
+    def limited(self, input_ids, *args, **kwargs):
+        seen.append(input_ids.numel())
+        if input_ids.numel() > tokens:
+            no_room()
+        return sketch(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(ScoreSketcher, "sketch", limited)
+
+
+def test_a_smaller_budget_gives_the_same_estimate_and_is_remembered(references, tmp_path, monkeypatch, caplog):
+    runs = []
+    for room in (10**9, 100):
+        seen = []
+        with monkeypatch.context() as patch:
+            with_room_for(patch, room, seen)
+            trainer = make("lm", tmp_path / str(room))
+            runs.append(train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class))))
+    whole, pieces = runs
+    assert [e["event"] for e in pieces.events if e["event"] in ("refresh", "void")] == ["refresh", "refresh"]
+    for a, b in zip(whole.guard.memory.history, pieces.guard.memory.history, strict=True):
+        assert torch.allclose(a.gram, b.gram, rtol=1e-4, atol=1e-5 * float(a.gram.abs().max()))
+        assert float(a.gram.abs().max()) > 0
+    too_large = [i for i, tokens in enumerate(seen) if tokens > 100]
+    assert too_large, "the fixture must run out of memory"
+    fits = seen[max(too_large) + 1 :]
+    assert sum(fits) > sum(seen[: max(too_large)]) / 2, "the second refresh began with what had fitted"
+    assert caplog.text.count("out of memory in the probe") == len(too_large)
+    assert_same(pieces, references.of("lm"))
+    assert_same(whole, references.of("lm"))
+
+
+def test_a_sample_that_does_not_fit_alone_voids_the_refresh(references, tmp_path, monkeypatch):
+    seen = []
+    with_room_for(monkeypatch, 1, seen)
+    trainer = make("lm", tmp_path)
+    run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
+    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["void", "void"]
+    assert "CUDA out of memory" in run.of("void")[0]["reason"]
+    assert len(seen) < 20, "halved, and not lowered one by one"
+    assert_same(run, references.of("lm"))
+
+
+@pytest.mark.parametrize("room", [0, 10])
+def test_the_harvest(room, references, tmp_path, monkeypatch):
+    original, sizes = Pass1Loss.__call__, []
+
+    def limited(self, model, batch):
+        if bool((batch.slots >= 0).any()):
+            sizes.append(len(batch.slots))
+            if len(batch.slots) > room:
+                no_room()
+        return original(self, model, batch)
+
+    monkeypatch.setattr(Pass1Loss, "__call__", limited)
+    trainer = make("lm", tmp_path)
+    run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
+    assert max(sizes) > 10
+    if room == 0:
+        assert len(run.of("void")) == 2
+        assert_same(run, references.of("lm"))
+        return
+    assert len(run.of("refresh")) == 2
+    assert [size for size in sizes if size > room] == [96, 48, 24, 12], "the second refresh knows"
+    protected = [part.clone() for part in run.guard._harvested]
+    monkeypatch.setattr(Pass1Loss, "__call__", original)
+    trainer = make("lm", tmp_path / "whole")
+    whole = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
+    assert_close(protected, whole.guard._harvested)
+
+
+def assert_close(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-8)
+
+
+@pytest.fixture(autouse=True)
+def harvested(monkeypatch):
+    """Keep the direction that a guard protects beyond the end of its run."""
+    from passk_guard.callback import PassKGuardCallback
+
+    undo = PassKGuardCallback._undo
+
+    def keep(self):
+        if self._mitigator is not None and self._mitigator.steps is not None:
+            self._harvested = self._mitigator.steps.protected
+        undo(self)
+
+    monkeypatch.setattr(PassKGuardCallback, "_undo", keep)
+
+
+def test_generation_in_smaller_batches(references, tmp_path, monkeypatch):
+    trainer = make("lm", tmp_path)
+    sampler = GenerateSampler(trainer.model, trainer.processing_class, max_new_tokens=4, batch_size=64)
+    generate, sizes = type(trainer.model).generate, []
+
+    def limited(self, input_ids=None, **kwargs):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 20:
+            no_room()
+        return generate(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(trainer.model), "generate", limited)
+    run = train(trainer, add_guard(trainer, sampler=sampler))
+    assert len(run.of("refresh")) == 2
+    assert sizes[:3] == [64, 32, 16]
+    assert max(sizes[3:]) == 16, "remembered"
+    assert_same(run, references.of("lm"))
+
+
+def test_generation_that_never_fits(references, tmp_path, monkeypatch):
+    trainer = make("lm", tmp_path)
+    guard = add_guard(trainer, **PROJECT)
+    monkeypatch.setattr(type(trainer.model), "generate", no_room)
+    run = train(trainer, guard)
+    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["void", "void"]
+    assert_same(run, references.of("lm"))
+
+
+def test_the_trainers_own_generation_in_smaller_batches(tmp_path, monkeypatch):
+    trainer = tiny_grpo_trainer(tmp_path, max_steps=1)
+    guard = add_guard(trainer)
+    sampler, sizes = guard._source.sampler, []
+    generate = sampler._generate
+
+    def limited(prompt_ids, *args):
+        sizes.append(len(prompt_ids))
+        if len(prompt_ids) > 4:
+            no_room()
+        return generate(prompt_ids, *args)
+
+    monkeypatch.setattr(sampler, "_generate", limited)
+    run = train(trainer, guard)
+    assert len(run.of("refresh")) == 1
+    assert sizes == [8] + [4] * 24
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError("no room"), True),
+        (torch.OutOfMemoryError("x"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+        (None, False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, expected):
+    assert out_of_memory(error) is expected
+    if error is not None:
+        with pytest.raises(VoidRefresh) as raised:
+            ALONE.together(lambda: (_ for _ in ()).throw(error))
+        assert out_of_memory(raised.value) is expected
+
+
+def test_another_failure_is_not_tried_again():
+    attempts = []
+
+    def attempt():
+        attempts.append(1)
+        raise VoidRefresh("not finite")
+
+    with pytest.raises(VoidRefresh, match="not finite"):
+        until_it_fits(ALONE, attempt, lambda: True)
+    assert attempts == [1]
+
+
+def test_the_tensors_of_a_failed_attempt_are_gone_before_the_next():
+    import gc
+    import weakref
+
+    kept = []
+
+    def attempt():
+        if kept:
+            return kept[0]() is None
+        tensor = torch.zeros(10)
+        kept.append(weakref.ref(tensor))
+        try:
+            no_room()
+        except torch.OutOfMemoryError as error:
+            raise VoidRefresh("no room") from error
+
+    gc.disable()
+    try:
+        assert until_it_fits(ALONE, attempt, lambda: True)
+    finally:
+        gc.enable()
+
+
+def test_halves_hold_the_same_samples():
+    prompts = [[1, 2], [3], [4, 5, 6], [7]]
+    completions = [[8], [9, 9], [10], [11]]
+    (batch,) = token_batches(prompts, completions, [0, 1, 2, 3], max_tokens=100, pad_token_id=0, device="cpu")
+    quarters = halved(halved([batch]))
+    assert [len(q.slots) for q in quarters] == [1] * 4
+    rows = sorted((int(q.slots[0]), q.input_ids[0][q.attention_mask[0].bool()].tolist()) for q in quarters)
+    assert rows == [(i, p + c) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+    for q in quarters:
+        assert q.completion_mask.sum() == len(completions[int(q.slots[0])])
+        assert q.attention_mask.sum() == q.attention_mask.numel(), "no padding is left"
+    eighths = halved(quarters)
+    assert [int(b.slots[0]) for b in eighths].count(-1) == 4, "the other half of one sample is a filler"
+
+
+def test_a_rank_that_cannot_compute_its_inner_products_says_so_to_all():
+    from passk_guard.engines.inner import local_inner_products
+
+    class NoRoom(torch.Tensor):
+        def detach(self):
+            no_room()
+
+    part = [torch.ones(2)]
+    broken = [torch.ones(2).as_subclass(NoRoom)]
+    assert bool(local_inner_products([(part, part), (broken, part)], torch.device("cpu")).isnan().all())
+    engine, told = Engine([1.0, -2.0]), []
+    engine.inner_products = lambda pairs: [float("nan")] * len(pairs)
+    guard = StepGuard(engine, ALONE, gamma=0.2, average=0.0, dtype=torch.float32, on_failure=told.append)
+    guard.install()
+    guard.open, guard.protected = True, [torch.tensor([0.0, 3.0])]
+    engine.before_step()
+    assert engine.parts[0].tolist() == [1.0, -2.0]
+    assert len(told) == 1
+
+
+def test_fillers_are_what_ranks_without_samples_run():
+    assert int(filler_batch(pad_token_id=0, device="cpu").slots[0]) == -1
+    assert GenerateSampler(tiny_model(), tiny_tokenizer(), batch_size=1).sample_fewer() is False
