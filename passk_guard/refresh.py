@@ -11,6 +11,7 @@ from torch import Tensor
 
 from passk_guard.errors import VoidRefresh
 from passk_guard.ranks import Ranks
+from passk_guard.score_sums import add_scores_, gram_matrix, sum_over_ranks_
 from passk_guard.sketch import ScoreSketcher, TokenBatch, filler_batch, token_batches
 from passk_guard.types import Outcomes, ProbeGram, Rollouts
 
@@ -79,9 +80,8 @@ class Refresher:
         mixed = (num_samples >= self.k) & (num_correct > 0) & (num_correct < num_samples)
         batches = self._batches(rollouts, _slots(rollouts, outcomes, mixed))
         sums = self._score_sums(batches, rollouts.temperature, 2 * num_samples.numel(), seed)
-        rows = torch.cat([kept, kept + num_samples.numel()]).to(sums.device)
-        gram = self.ranks.from_first(_gram(sums[rows]))
-        if not bool(torch.isfinite(gram).all()):
+        gram = self.ranks.from_first(gram_matrix(sums, torch.cat([kept, kept + num_samples.numel()])))
+        if not bool(torch.stack(gram.aminmax()).isfinite().all()):  # NaN comes through
             raise VoidRefresh("the inner products of the score vectors are not finite")
         names = [keys[i] for i in kept.tolist()] if len(keys) else ()
         return Refresh(
@@ -129,17 +129,10 @@ class Refresher:
             total = torch.zeros(num_slots, self.sketcher.dim, device=self.ranks.device)
             for batch in batches:
                 with self.autocast():
-                    total = total + self.sketcher.sketch(
-                        batch.input_ids,
-                        batch.attention_mask,
-                        batch.completion_mask,
-                        batch.slots,
-                        num_slots,
-                        temperature=temperature,
-                    )
+                    total = add_scores_(total, self.sketcher, batch, temperature)
             return total
 
-        return self.ranks.sum(self.ranks.together(sketch))
+        return sum_over_ranks_(self.ranks.together(sketch), self.ranks)
 
 
 def _slots(rollouts: Rollouts, outcomes: Outcomes, mixed: Tensor) -> Tensor:
@@ -151,12 +144,6 @@ def _slots(rollouts: Rollouts, outcomes: Outcomes, mixed: Tensor) -> Tensor:
     row = torch.where(outcomes.correct == 1, index, index + rollouts.num_prompts)
     matters = (outcomes.correct >= 0) & (index >= 0) & mixed[index.clamp(min=0)]
     return torch.where(matters, row, -1)
-
-
-def _gram(sums: Tensor) -> Tensor:
-    """[2m, 2m] float64 on the CPU."""
-    wide = sums.double().cpu()
-    return wide @ wide.T
 
 
 def _remark(outcomes: Outcomes, failures: int, num_correct: Tensor, *, dropped: int, k: int) -> str | None:

@@ -43,6 +43,7 @@ WIRING = {
     "assembly",
     "memory",
     "protect",
+    "score_sums",
     "step_guard",
     "floor_guard",
     "mitigator",
