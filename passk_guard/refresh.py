@@ -22,7 +22,7 @@ class Refresh:
 
     Attributes:
         probe: the Gram matrix of the prompts with at least `fewest` verdicts, the same on every rank.
-        remark: what was left out and why, if anything was.
+        remark: what was left out and why, if anything was, and what did not keep to `max_tokens`.
         batches: this rank's samples of prompts that have a gradient; slot x or m + x as in the Gram matrix of all
             m prompts. Every rank has equally many.
         num_samples, num_correct: [m] verdicts of all prompts, over all ranks.
@@ -47,7 +47,7 @@ class Refresher:
         sketcher: projects score vectors.
         ranks: the processes of the run.
         k: prompts with fewer than k verdicts are left out.
-        max_tokens: of one forward pass.
+        max_tokens: of one forward and backward pass, padding included; a longer sample has one of its own.
         pad_token_id: for the batches of the sketch.
         autocast: makes the context the forward passes run in, as training does.
     """
@@ -86,7 +86,7 @@ class Refresher:
         names = [keys[i] for i in kept.tolist()] if len(keys) else ()
         return Refresh(
             probe=ProbeGram(gram, num_samples[kept], num_correct[kept], names),
-            remark=remark,
+            remark="; ".join(filter(None, [remark, self._too_long(batches)])) or None,
             batches=batches,
             num_samples=num_samples,
             num_correct=num_correct,
@@ -120,6 +120,13 @@ class Refresher:
         # Ranks that hold parts of one model must run equally many passes.
         missing = self.ranks.max(len(batches)) - len(batches)
         return batches + [filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)] * missing
+
+    def _too_long(self, batches: list[TokenBatch]) -> str | None:
+        """Names the longest sample of any rank that needed a pass above `max_tokens`, alone."""
+        longest = self.ranks.max(max((batch.input_ids.numel() for batch in batches), default=0))
+        if longest <= self.max_tokens:
+            return None
+        return f"a sample of {longest} tokens, above max_probe_tokens={self.max_tokens}, had a pass of its own"
 
     def _score_sums(self, batches: list[TokenBatch], temperature: float, num_slots: int, seed: int) -> Tensor:
         """[2m, dim] sketched sums S+ and S- over the samples of all ranks."""

@@ -1,12 +1,16 @@
-"""The blocked sums and their Gram matrix, against plain ones."""
+"""The blocked sums and their Gram matrix, against plain ones; and the budget of a pass."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from passk_guard import score_sums
 from passk_guard.ranks import Ranks
+from passk_guard.refresh import Refresher
 from passk_guard.score_sums import add_scores_, gram_matrix, sum_over_ranks_
 from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
+from passk_guard.types import Outcomes, Rollouts
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -80,3 +84,57 @@ def test_ranks_add_up_in_place_block_by_block(monkeypatch):
     assert torch.equal(total, expected)
     assert sum(ranks.sizes) == 21
     assert max(ranks.sizes) <= 8
+
+
+def rollouts(lengths, per_prompt=2):
+    """Samples of these lengths in tokens, two and more to a prompt; every second one counts as correct."""
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(3, 70, (length,), generator=generator).tolist() for length in lengths]
+    made = Rollouts(
+        rows=[{}] * len(ids),
+        prompt_index=[i // per_prompt for i in range(len(ids))],
+        prompt_ids=[row[:1] for row in ids],
+        completion_ids=[row[1:] for row in ids],
+        completions=["x"] * len(ids),
+        num_prompts=len(ids) // per_prompt,
+    )
+    return made, Outcomes(torch.tensor([i % 2 for i in range(len(ids))], dtype=torch.int8))
+
+
+def refresh(model, lengths, max_tokens):
+    refresher = Refresher(ScoreSketcher(model, dim=256), Ranks(CPU), 2, max_tokens, 0)
+    return refresher.run(lambda: rollouts(lengths), (), 0)
+
+
+@pytest.mark.parametrize("max_tokens", [24, 40, 1000])
+def test_no_pass_of_a_refresh_is_above_the_budget_but_that_of_one_longer_sample(max_tokens):
+    model, passes = tiny_model(), []
+    handle = model.register_forward_pre_hook(
+        lambda m, a, k: passes.append(tuple(k["input_ids"].shape)), with_kwargs=True
+    )
+    lengths = [5, 30, 8, 13, 21, 7, 19, 3, 24, 11, 9, 26]
+    remark = refresh(model, lengths, max_tokens).remark
+    handle.remove()
+    assert sum(rows for rows, _ in passes) == len(lengths)
+    above = [(rows, width) for rows, width in passes if rows * width > max_tokens]
+    assert above == [(1, length) for length in sorted(lengths, reverse=True) if length > max_tokens]
+    if above:
+        assert f"a sample of 30 tokens, above max_probe_tokens={max_tokens}" in remark
+    else:
+        assert remark is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_the_peak_of_a_refresh_grows_with_the_budget_and_not_with_the_prompts():
+    from benchmarks.peak import peak_added
+
+    model = tiny_model(vocab_size=8192)
+
+    def peak(prompts, max_tokens):
+        return peak_added(lambda: refresh(model, [32] * (2 * prompts), max_tokens))
+
+    peak(4, 256)  # what the first pass loads and draws
+    small, more_prompts, larger_passes = peak(16, 256), peak(96, 256), peak(96, 1024)
+    assert more_prompts < 1.5 * small
+    assert larger_passes > 2 * more_prompts
