@@ -7,7 +7,9 @@ INSTALLED := $(VENV)/.installed
 # One thread a process: tests run in parallel and several start processes of their own.
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-.PHONY: venv demo benchmark test test-distributed test-slow test-browser browser lint format toy clean
+PEERS := .venv-peers
+
+.PHONY: venv demo benchmark bench-peers test test-distributed test-slow test-browser browser lint format toy clean
 
 venv: $(INSTALLED)
 
@@ -23,6 +25,17 @@ demo: $(INSTALLED)
 
 benchmark: $(INSTALLED)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m examples.interference.benchmark
+
+# The peers have an environment of their own; bergson without its dependencies, which pull a torch with CUDA.
+$(PEERS)/.installed: benchmarks/peers/requirements.txt benchmarks/peers/no_dependencies.txt constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/no_dependencies.txt
+	touch $@
+
+bench-peers: $(PEERS)/.installed
+	PYTHONPATH=. $(PEERS)/bin/python -m benchmarks.peers
 
 toy: $(INSTALLED)
 	$(BIN)/python -m examples.paper_toy
@@ -53,4 +66,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

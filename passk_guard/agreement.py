@@ -10,7 +10,7 @@ from torch import Tensor
 
 from passk_guard.passk import unbiased_passk_weight
 from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import Rows, coefficients, passk_rows, prompt_kernel
+from passk_guard.ustatistics import Rows, coefficients, other_prompt_sums, passk_rows, prompt_kernel
 
 _PASS_AT_1 = passk_rows(torch.tensor([1]))
 
@@ -37,7 +37,7 @@ def prompt_view(probe: ProbeGram, rows: Rows) -> dict[str, Any]:
         "kernel": kernel,
         "agreement": off_diagonal_sums(probe, _PASS_AT_1) / (m - 1),
         "weighted_agreement": off_diagonal_sums(probe, rows) / (m - 1),
-        "frac_negative_pairs": float((kernel[pairs] < 0).double().mean()) if bool(pairs.any()) else None,
+        "frac_negative_pairs": int(((kernel < 0) & pairs).sum()) / int(pairs.sum()) if bool(pairs.any()) else None,
     }
 
 
@@ -61,8 +61,7 @@ def weight_and_agreement(probes: Sequence[ProbeGram], k: int) -> dict[str, Any]:
 
 def off_diagonal_sums(probe: ProbeGram, rows: Rows) -> Tensor:
     """[m] sum over x' != x of <g(x), g_1(x')>, with the g of the one row."""
-    kernel = prompt_kernel(probe, rows(probe)[0], _PASS_AT_1(probe)[0])
-    return kernel.sum(1) - kernel.diagonal()
+    return other_prompt_sums(probe, rows(probe)[0], _PASS_AT_1(probe)[0])
 
 
 def mean_positive_and_negative(probe: ProbeGram) -> tuple[float, float]:

@@ -95,9 +95,16 @@ class GuardConfig:
         "kronecker", "Projection of the gradients; countsketch keeps inner products better and is slower."
     )
     sketch_dim: Annotated[int, Field(ge=256)] = _setting(16384, "Dimension of the sketched gradients.")
-    max_probe_tokens: AtLeast1 = _setting(16384, "Tokens, padding included, in one forward pass of the sketch.")
+    max_probe_tokens: AtLeast1 = _setting(
+        16384,
+        "Tokens, padding included, in one forward and backward pass of the sketch and of the protected direction: the "
+        "memory of a refresh grows with it. A longer sample has a pass of its own, which the log names. Generation has "
+        "no backward and is bounded by probe_batch_size, or by the training batch of a TRL trainer.",
+    )
     probe_batch_size: AtLeast1 = _setting(
-        64, "Completions generated at once with model.generate; TRL trainers use their own."
+        64,
+        "Completions generated at once with model.generate, each of at most its prompt and probe_max_new_tokens; TRL "
+        "trainers use their own.",
     )
     probe_temperature: Annotated[float, Field(gt=0)] = _setting(
         1.0, "Sampling temperature with model.generate; TRL trainers use their own."

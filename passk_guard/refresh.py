@@ -12,6 +12,7 @@ from torch import Tensor
 
 from passk_guard.errors import VoidRefresh
 from passk_guard.ranks import Ranks
+from passk_guard.score_sums import add_scores_, gram_matrix, sum_over_ranks_
 from passk_guard.sketch import ScoreSketcher, TokenBatch, filler_batch, token_batches
 from passk_guard.token_budget import largest, until_it_fits
 from passk_guard.types import Outcomes, ProbeGram, Rollouts
@@ -23,7 +24,7 @@ class Refresh:
 
     Attributes:
         probe: the Gram matrix of the prompts with at least `fewest` verdicts, the same on every rank.
-        remark: what was left out and why, if anything was.
+        remark: what was left out and why, if anything was, and what did not keep to `max_tokens`.
         batches: this rank's samples of prompts that have a gradient; slot x or m + x as in the Gram matrix of all
             m prompts. Every rank has equally many.
         num_samples, num_correct: [m] verdicts of all prompts, over all ranks.
@@ -48,7 +49,7 @@ class Refresher:
         sketcher: projects score vectors.
         ranks: the processes of the run.
         k: prompts with fewer than k verdicts are left out.
-        max_tokens: of one forward pass.
+        max_tokens: of one forward and backward pass, padding included; a longer sample has one of its own.
         pad_token_id: for the batches of the sketch.
         autocast: makes the context the forward passes run in, as training does.
         sample_fewer: what to do when memory runs out in sampling, see `Sampler`.
@@ -86,14 +87,14 @@ class Refresher:
             raise VoidRefresh(f"no prompt has {self.k} samples with a verdict; {remark}")
         mixed = (num_samples >= self.k) & (num_correct > 0) & (num_correct < num_samples)
         batches, sums = self._sketched(rollouts, _slots(rollouts, outcomes, mixed), seed)
-        rows = torch.cat([kept, kept + num_samples.numel()]).to(sums.device)
-        gram = self.ranks.from_first(self.ranks.together(lambda: _gram(sums[rows])))
-        if not bool(torch.isfinite(gram).all()):
+        rows = torch.cat([kept, kept + num_samples.numel()])
+        gram = self.ranks.from_first(self.ranks.together(lambda: gram_matrix(sums, rows)))
+        if not bool(torch.stack(gram.aminmax()).isfinite().all()):  # NaN comes through
             raise VoidRefresh("the inner products of the score vectors are not finite")
         names = [keys[i] for i in kept.tolist()] if len(keys) else ()
         return Refresh(
             probe=ProbeGram(gram, num_samples[kept], num_correct[kept], names),
-            remark=remark,
+            remark="; ".join(filter(None, [remark, self._too_long(batches)])) or None,
             batches=batches,
             num_samples=num_samples,
             num_correct=num_correct,
@@ -147,33 +148,32 @@ class Refresher:
         missing = self.ranks.max(len(batches)) - len(batches)
         return batches + [filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)] * missing
 
+    def _too_long(self, batches: list[TokenBatch]) -> str | None:
+        """Names the longest sample of any rank that needed a pass above `max_tokens`, alone."""
+        longest = self.ranks.max(max((batch.input_ids.numel() for batch in batches), default=0))
+        if longest <= self.max_tokens:
+            return None
+        return f"a sample of {longest} tokens, above max_probe_tokens={self.max_tokens}, had a pass of its own"
+
     def _score_sums(self, batches: list[TokenBatch], temperature: float, num_slots: int, seed: int) -> Tensor:
         """[2m, dim] sketched sums S+ and S- over the samples of all ranks."""
         self.sketcher.reseed(seed)
         total = torch.zeros(num_slots, self.sketcher.dim, device=self.ranks.device)
 
-        def sketched(batch: TokenBatch) -> Tensor:
-            with self.autocast():
-                return self.sketcher.sketch(
-                    batch.input_ids,
-                    batch.attention_mask,
-                    batch.completion_mask,
-                    batch.slots,
-                    num_slots,
-                    temperature=temperature,
-                )
-
         def plus(before: Tensor, batch: TokenBatch) -> Tensor:
             try:
-                return before + sketched(batch)
+                with self.autocast():
+                    return add_scores_(before, self.sketcher, batch, temperature)
             except Exception:
                 if self.ranks.count > 1:  # the others wait in this pass, where weights are sharded
-                    sketched(filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device))
+                    filler = filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)
+                    with self.autocast():
+                        add_scores_(before.new_zeros(1, before.shape[1]), self.sketcher, filler, temperature)
                 raise
 
         for batch in batches:  # agreed on after each: one that went on alone would wait for weights of the others
             total = self.ranks.together(partial(plus, total, batch))
-        return self.ranks.sum(total)
+        return sum_over_ranks_(total, self.ranks)
 
 
 def _slots(rollouts: Rollouts, outcomes: Outcomes, mixed: Tensor) -> Tensor:
@@ -185,12 +185,6 @@ def _slots(rollouts: Rollouts, outcomes: Outcomes, mixed: Tensor) -> Tensor:
     row = torch.where(outcomes.correct == 1, index, index + rollouts.num_prompts)
     matters = (outcomes.correct >= 0) & (index >= 0) & mixed[index.clamp(min=0)]
     return torch.where(matters, row, -1)
-
-
-def _gram(sums: Tensor) -> Tensor:
-    """[2m, 2m] float64 on the CPU."""
-    wide = sums.double().cpu()
-    return wide @ wide.T
 
 
 def _remark(outcomes: Outcomes, failures: int, num_correct: Tensor, *, dropped: int, k: int) -> str | None:

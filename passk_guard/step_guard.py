@@ -28,8 +28,8 @@ class StepGuard:
     """Projects the gradient of a step while its gate is open, and does nothing else to the run.
 
     Before clipping and before the optimizer, with g the accumulated training gradient and p the protected one:
-    g <- g + c p with the c of `mitigation.plan_projection`. Three scalars are reduced over ranks, and each rank changes
-    its own shards.
+    g <- g + c p with the c of `mitigation.plan_projection`. A step costs one pass over g and p and one reduction of two
+    scalars over ranks, and where the margin binds one more pass, in which each rank changes its own shards.
 
     Attributes:
         open: whether steps are guarded; where False, or without a protected direction, a step stays bit-for-bit.
@@ -106,7 +106,9 @@ class StepGuard:
         if self.protected is not None and self._average:
             for old, fresh in zip(self.protected, new, strict=True):
                 fresh.mul_(1 - self._average).add_(old, alpha=self._average)
-        self.protected, self._norm_sq = new, None
+            self.protected, self._norm_sq = new, None  # the next step takes the norm of the average
+        else:
+            self.protected, self._norm_sq = new, norm_sq
 
     def step_metrics(self) -> dict[str, float | None]:
         """Means over the steps since the last call: what was done to the gradient and what it took.
@@ -136,8 +138,7 @@ class StepGuard:
         pairs = [(gradient, protected), (gradient, gradient)]
         if self._norm_sq is None:
             pairs.append((protected, protected))
-        # Replicated gradients are equal on all ranks, their sums need not be to the last bit.
-        products = self._ranks.from_first(torch.tensor(self.engine.inner_products(pairs), dtype=torch.float64)).tolist()
+        products = self.engine.inner_products(pairs)
         if self._norm_sq is None:
             self._norm_sq = products[2]
         inner, own = products[:2]

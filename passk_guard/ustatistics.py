@@ -14,6 +14,8 @@ from passk_guard.objectives import Weighting
 from passk_guard.passk import sample_coefficients
 from passk_guard.types import ProbeGram
 
+_ROWS = 64
+
 Rows = Callable[[ProbeGram], Tensor]
 """Of a probe with m prompts, the [K, 2m] rows that turn its score sums into K gradients of each prompt."""
 
@@ -88,8 +90,23 @@ def weighting_rows(weighting: Weighting) -> Rows:
 def prompt_kernel(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
     """[m, m] inner products <g(x), h(x')> where `left` and `right` are [2m] coefficient rows of g and h."""
     m = probe.num_samples.numel()
-    weighted = left[:, None] * probe.gram * right[None, :]
-    return weighted.view(2, m, 2, m).sum((0, 2))
+    kernel = torch.zeros(m, m, dtype=torch.float64)
+    for first in range(0, m, _ROWS):  # a few rows stay in the cache, where the whole Gram matrix is half a GiB at 4096
+        part = kernel[first : first + _ROWS]
+        for sign in (0, m):
+            rows = slice(sign + first, sign + first + len(part))
+            weighted = probe.gram[rows] * right
+            part += left[rows, None] * (weighted[:, :m] + weighted[:, m:])
+    return kernel
+
+
+def other_prompt_sums(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
+    """[m] sum over x' != x of <g(x), h(x')>: the kernel's row sums without its diagonal, and without the kernel."""
+    m = probe.num_samples.numel()
+    everything = (left * (probe.gram @ right)).view(2, m).sum(0)
+    own = (left * right * probe.gram.diagonal()).view(2, m).sum(0)
+    crossed = left[:m] * right[m:] * probe.gram.diagonal(m) + left[m:] * right[:m] * probe.gram.diagonal(-m)
+    return everything - own - crossed
 
 
 def refresh_moments(probe: ProbeGram, rows: Rows) -> Moments:

@@ -55,6 +55,7 @@ WIRING = {
     "assembly",
     "memory",
     "protect",
+    "score_sums",
     "step_guard",
     "floor_guard",
     "mitigator",

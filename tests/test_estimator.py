@@ -19,7 +19,7 @@ from passk_guard import (
 from passk_guard.agreement import weight_and_agreement
 from passk_guard.passk import unbiased_passk_weight
 from passk_guard.population import population_conflict
-from passk_guard.ustatistics import passk_rows, pooled_moments, refresh_moments
+from passk_guard.ustatistics import other_prompt_sums, passk_rows, pooled_moments, prompt_kernel, refresh_moments
 from tests.populations import DIM, draw, population, true_moments
 
 PAPER = json.loads((Path(__file__).parent / "reference" / "paper_toy.json").read_text())["float64"]
@@ -332,3 +332,35 @@ def test_a_weighting_without_enough_samples_is_an_error():
     probe = gram_of(*score_vectors(m=6, n=5))
     with pytest.raises(GuardError, match="num_samples"):
         estimate_conflict(probe.gram, probe.num_samples, probe.num_correct, 4, weighting=named_weighting("passk:8"))
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 150), (131, 3), (199, 198)])
+def test_one_asymmetric_entry_of_many_is_found(row, column):
+    gram = torch.eye(200, dtype=torch.float64)
+    counts = torch.full((100,), 8), torch.full((100,), 4)
+    estimate_conflict(gram, *counts, k=4)
+    gram[row, column] = 1e-3
+    with pytest.raises(GuardError, match="symmetric"):
+        estimate_conflict(gram, *counts, k=4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_entry_that_is_not_finite_is_found(bad):
+    gram = torch.eye(200, dtype=torch.float64)
+    gram[7, 190] = gram[190, 7] = bad
+    with pytest.raises(GuardError, match="finite Gram"):
+        estimate_conflict(gram, torch.full((100,), 8), torch.full((100,), 4), k=4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_kernel_and_its_sums_are_those_of_whole_matrices(rows, monkeypatch):
+    monkeypatch.setattr("passk_guard.ustatistics._ROWS", rows)
+    generator = torch.Generator().manual_seed(5)
+    m = 11
+    sums = torch.randn(2 * m, 6, generator=generator, dtype=torch.float64)
+    left, right = torch.randn(2, 2 * m, generator=generator, dtype=torch.float64)
+    probe = ProbeGram(sums @ sums.T, torch.full((m,), 8), torch.full((m,), 4))
+    g, h = ((c[:, None] * sums).view(2, m, 6).sum(0) for c in (left, right))
+    torch.testing.assert_close(prompt_kernel(probe, left, right), g @ h.T, rtol=1e-12, atol=1e-12)
+    expected = (g @ h.T).fill_diagonal_(0).sum(1)
+    torch.testing.assert_close(other_prompt_sums(probe, left, right), expected, rtol=1e-12, atol=1e-12)

@@ -10,23 +10,24 @@ from passk_guard.types import Outcomes, Rollouts
 
 
 class Recorder:
-    """A sketcher whose score vectors are the slots themselves, so that every sample can be followed."""
+    """A sketcher that scores sample i, of prompt token 10 + i, with 2^i: a sum of them names its samples."""
 
     dim = 8
 
     def __init__(self):
-        self.sketched, self.seeds = [], []
+        self.sketched, self.seeds, self.most_slots = [], [], 0
 
     def reseed(self, seed):
         self.seeds.append(seed)
 
     def sketch(self, input_ids, attention_mask, completion_mask, slots, num_slots, temperature=1.0):
-        self.temperature = temperature
-        self.sketched += [
-            (tuple(i[a.bool()].tolist()), int(s)) for i, a, s in zip(input_ids, attention_mask, slots, strict=True)
-        ]
+        self.temperature, self.most_slots = temperature, max(self.most_slots, num_slots)
         rows = torch.zeros(num_slots, self.dim)
-        return rows.index_add_(0, slots, torch.ones(len(slots), self.dim))
+        for ids, attended, slot in zip(input_ids, attention_mask, slots, strict=True):
+            self.sketched.append(tuple(ids[attended.bool()].tolist()))
+            if slot >= 0:
+                rows[slot] += 2.0 ** (int(ids[0]) - 10)
+        return rows
 
 
 def rollouts(index, temperature=0.7):
@@ -52,15 +53,8 @@ def refresh(index, correct, k=2, keys=(), max_tokens=4, **outcomes):
 
 def test_each_sample_goes_to_the_row_of_its_prompt_and_outcome():
     (probe, remark), sketcher = refresh([0, 0, 0, 1, 1, 1], [1, 0, 0, 1, 1, 0])
-    assert sorted(sketcher.sketched) == [
-        ((10, 2), 0),
-        ((11, 2), 2),
-        ((12, 2), 2),
-        ((13, 2), 1),
-        ((14, 2), 1),
-        ((15, 2), 3),
-    ]
-    sums = torch.tensor([1.0, 2.0, 2.0, 1.0], dtype=torch.float64)
+    assert sorted(sketcher.sketched) == [(10 + i, 2) for i in range(6)]
+    sums = torch.tensor([1.0, 8.0 + 16.0, 2.0 + 4.0, 32.0], dtype=torch.float64)
     assert torch.equal(probe.gram, 8 * sums[:, None] * sums)
     assert probe.num_samples.tolist() == [3, 3]
     assert probe.num_correct.tolist() == [1, 2]
@@ -71,7 +65,8 @@ def test_each_sample_goes_to_the_row_of_its_prompt_and_outcome():
 
 def test_prompts_without_a_gradient_are_not_sketched_but_counted():
     (probe, _), sketcher = refresh([0, 0, 1, 1, 2, 2], [1, 1, 0, 0, 1, 0])
-    assert sorted(sketcher.sketched) == [((14, 2), 2), ((15, 2), 5)]
+    assert sorted(sketcher.sketched) == [(14, 2), (15, 2)]
+    assert probe.gram.diagonal().tolist() == [0, 0, 8 * 16.0**2, 0, 0, 8 * 32.0**2]
     assert probe.num_samples.tolist() == [2, 2, 2]
     assert probe.num_correct.tolist() == [2, 0, 1]
 
@@ -82,7 +77,8 @@ def test_prompts_with_too_few_verdicts_are_left_out():
     )
     assert probe.num_samples.tolist() == [2]
     assert probe.prompt_keys == ["b"]
-    assert sorted(sketcher.sketched) == [((13, 2), 1), ((14, 2), 3)]
+    assert sorted(sketcher.sketched) == [(13, 2), (14, 2)]
+    assert probe.gram.diagonal().tolist() == [8 * 8.0**2, 8 * 16.0**2]
     assert "raised on 3 samples (E: x)" in remark
     assert "1 prompts had fewer than 2" in remark
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from passk_guard.engines.inner import local_inner_products
 from passk_guard.memory import load_memory
 from passk_guard.mitigation import projection_coefficient
 from passk_guard.ranks import Ranks
@@ -63,6 +64,39 @@ def test_a_loss_scale_changes_nothing_but_the_scale(scale):
     assert metrics["grad_norm_after"] == pytest.approx(float(engine.parts[0].norm()) / scale)
     assert metrics["train_cosine"] == pytest.approx(-6 / (3 * 5**0.5))
     assert made.step_metrics() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_are_bit_for_bit_those_of_whole_vectors_in_float64(dtype):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(300, 1000), (), (7,), (0,), (513, 3)]
+    direction = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    engine = Engine(0.0)
+    engine.inner_products = lambda pairs: local_inner_products(pairs, torch.device("cpu")).tolist()
+    engine.probe_gradient = lambda *_: direction
+    made = guard(engine)
+    made.harvest(None, [])
+    changed = 0
+    for number in range(6):
+        noise = [torch.randn(shape, generator=generator) for shape in shapes]
+        gradient = [x + (number - 2) * 0.2 * y.float() for x, y in zip(noise, direction, strict=True)]
+        engine.parts = [x.clone() for x in gradient]
+        engine.before_step()
+        g, p = (torch.cat([x.flatten() for x in parts]).double() for parts in (gradient, direction))
+        coefficient = projection_coefficient(float(g @ p), float(g @ g), float(p @ p), 0.2)
+        changed += coefficient > 0
+        for found, before, part in zip(engine.parts, gradient, direction, strict=True):
+            assert torch.equal(found, before.add(part, alpha=coefficient) if coefficient else before)
+    assert 0 < changed < 6
+
+
+def test_the_norm_of_an_average_is_that_of_the_average():
+    engine = Engine([1.0, -2.0])
+    made = guard(engine, average=0.5)
+    for direction in ([4.0, 0.0], [0.0, 8.0]):
+        made.harvest(None, [direction])
+    engine.before_step()
+    assert made.step_metrics()["train_cosine"] == pytest.approx(-6 / (20 * 5) ** 0.5)
 
 
 def test_closed_or_empty_it_does_nothing():

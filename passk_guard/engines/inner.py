@@ -7,11 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_SLICE = 1 << 22  # entries turned into float64 at a time: 32 MiB
+Vector = Sequence[Tensor]
+Pair = tuple[Vector, Vector]
+
+_CPU_SLICE = 1 << 18  # entries turned into float64 at a time: 2 MiB a vector, which stay in the cache
+_SLICE = 1 << 22  # elsewhere the number of kernels counts, and 32 MiB a vector are little
 
 
-def local_inner_products(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]], device: torch.device) -> Tensor:
+def local_inner_products(pairs: Sequence[Pair], device: torch.device) -> Tensor:
     """Sum over the tensors a_i, b_i of each pair of <a_i, b_i>: what this process holds of the inner product.
+
+    A list that stands in several pairs is read, and turned into float64, once for all of them.
 
     Args:
         pairs: P pairs of lists of tensors; within a pair the lists are equally long and their tensors have the same
@@ -21,21 +27,66 @@ def local_inner_products(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor
     Returns:
         [P] float64. Squares of float32 entries up to 1e38 are finite in it; NaN and inf come through. All NaN where
         this process could not compute them, out of memory above all.
+
+    Raises:
+        ValueError: the two lists of a pair differ in length or in a shape.
     """
     totals = torch.zeros(len(pairs), dtype=torch.float64, device=device)
     try:
-        for total, (left, right) in zip(totals, pairs, strict=True):
-            for a, b in zip(left, right, strict=True):
-                total += _dot(a.detach(), b.detach()).to(device)
+        for places in _alike(pairs):
+            vectors = {id(vector): vector for place in places for vector in pairs[place]}
+            order = list(vectors)
+            columns = [(order.index(id(left)), order.index(id(right))) for left, right in (pairs[i] for i in places)]
+            totals[places] = _dots(list(vectors.values()), columns, device)
     except (RuntimeError, MemoryError):
         # The other ranks wait in the reduction that comes next: NaN tells all of them alike.
         totals.fill_(torch.nan)
     return totals
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if a.shape != b.shape:
-        raise ValueError(f"Expected parts of equal shapes; found {tuple(a.shape)} and {tuple(b.shape)}.")
-    slices = zip(a.reshape(-1).split(_SLICE), b.reshape(-1).split(_SLICE), strict=True)
-    zero = torch.zeros((), dtype=torch.float64, device=a.device)
-    return sum((torch.dot(x.double(), y.double()) for x, y in slices), zero)
+def _alike(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Places of the pairs whose tensors have the same shapes: those can be walked through together."""
+    groups: dict[tuple[torch.Size, ...], list[int]] = {}
+    for place, (left, right) in enumerate(pairs):
+        shapes = tuple(tensor.shape for tensor in left)
+        if shapes != (others := tuple(tensor.shape for tensor in right)):
+            raise ValueError(f"Expected parts of equal shapes; found {_first_difference(shapes, others)}.")
+        groups.setdefault(shapes, []).append(place)
+    return list(groups.values())
+
+
+def _first_difference(shapes: Sequence[torch.Size], others: Sequence[torch.Size]) -> str:
+    if len(shapes) != len(others):
+        return f"{len(shapes)} and {len(others)} of them"
+    return next(f"{tuple(a)} and {tuple(b)}" for a, b in zip(shapes, others, strict=True) if a != b)
+
+
+def _dots(vectors: Sequence[Vector], columns: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """[len(columns)] inner products of the vectors that each column names, all of the same shapes."""
+    sums, room = [torch.zeros(len(columns), dtype=torch.float64, device=device)], _Room()
+    for parts in zip(*vectors, strict=True):
+        products = []
+        for slices in _slices(parts):
+            wide = room.widen(slices)
+            products += [torch.dot(wide[left], wide[right]) for left, right in columns]
+        sums.append(torch.stack(products).view(-1, len(columns)).sum(0).to(device))
+    return torch.stack(sums).sum(0)
+
+
+def _slices(parts: Sequence[Tensor]) -> zip[tuple[Tensor, ...]]:
+    size = _CPU_SLICE if parts[0].device.type == "cpu" else _SLICE
+    return zip(*(part.detach().reshape(-1).split(size) for part in parts), strict=True)
+
+
+class _Room:
+    """Memory for one float64 slice of each vector, taken once for all parts of a device."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+
+    def widen(self, slices: Sequence[Tensor]) -> list[Tensor]:
+        """The slices in float64; they hold until the next call."""
+        length, device = slices[0].numel(), slices[0].device
+        if not self._rows or self._rows[0].numel() < length or self._rows[0].device != device:
+            self._rows = [torch.empty(length, dtype=torch.float64, device=device) for _ in slices]
+        return [row[:length].copy_(piece) for row, piece in zip(self._rows, slices, strict=True)]

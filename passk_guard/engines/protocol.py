@@ -43,7 +43,10 @@ class GradientEngine(Protocol):
         ...
 
     def inner_products(self, pairs: Sequence[tuple[Parts, Parts]]) -> list[float]:
-        """Global inner products of pairs of vectors, accumulated in float64, all in one all_reduce of scalars."""
+        """Global inner products of pairs of vectors, accumulated in float64, all in one all_reduce of scalars.
+
+        The same numbers on every rank, to the last bit: ranks decide by them.
+        """
         ...
 
     def add_(self, direction: Parts, coefficient: float) -> None:

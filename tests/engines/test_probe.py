@@ -159,15 +159,19 @@ def test_before_step_comes_with_the_last_micro_batch_only():
 
 @pytest.mark.parametrize("scale", [1e-10, 1.0, 1e15])
 def test_inner_products_are_float64(scale, monkeypatch):
-    monkeypatch.setattr("passk_guard.engines.inner._SLICE", 100)
+    monkeypatch.setattr("passk_guard.engines.inner._CPU_SLICE", 100)
     generator = torch.Generator().manual_seed(0)
     shapes = [(30, 40), (), (7,), (0,), (3, 5)]
     a = [scale * torch.randn(shape, generator=generator) for shape in shapes]
     b = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     a[0] = a[0].T.contiguous().T
-    found = local_inner_products([(a, b), (a, a), ([], [])], torch.device("cpu"))
-    x, y = oracle.flat(a), oracle.flat(b)
+    pairs = [(a, b), (a[1:3], a[1:3]), (a, a), ([], []), (b, a)]
+    found = local_inner_products(pairs, torch.device("cpu"))
+    x, y, some = oracle.flat(a), oracle.flat(b), oracle.flat(a[1:3])
     assert found.dtype == torch.float64
-    assert found.tolist() == pytest.approx([float(x @ y), float(x @ x), 0.0], rel=1e-12)
+    expected = [float(x @ y), float(some @ some), float(x @ x), 0.0, float(x @ y)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
     with pytest.raises(ValueError, match="equal shapes"):
         local_inner_products([(a[:1], b[1:2])], torch.device("cpu"))
+    with pytest.raises(ValueError, match="2 and 1 of them"):
+        local_inner_products([(a[:2], b[:1])], torch.device("cpu"))

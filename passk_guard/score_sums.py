@@ -1,0 +1,77 @@
+"""The score sums of all prompts: grown batch by batch, added up over ranks, and multiplied, in pieces of bounded size.
+
+The sums S+ and S- of m prompts are 2m x dim numbers, and their Gram matrix 2m x 2m. Nothing else here grows with m: a
+batch is sketched into rows of its own, and what has to be copied is copied a block at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from passk_guard.ranks import Ranks
+from passk_guard.sketch import ScoreSketcher, TokenBatch
+
+_BLOCK = 1 << 22  # numbers copied at a time: 16 MiB in float32, 32 MiB in float64
+
+
+def add_scores_(total: Tensor, sketcher: ScoreSketcher, batch: TokenBatch, temperature: float) -> Tensor:
+    """total[s] += the sketched scores of the batch's samples with slot s, in place.
+
+    The sketch has as many rows as the batch has slots, few, where `total` has two for every prompt.
+
+    Args:
+        total: [2m, dim].
+        sketcher: whose dimension that is.
+        batch: samples with slots in -1..2m-1; -1 counts nowhere.
+        temperature: of the sampling.
+
+    Returns:
+        `total`, or a copy in float64 where the sketch is (of a float64 model) and `total` was not.
+
+    Raises:
+        GuardError, VoidRefresh: as `ScoreSketcher.sketch`.
+    """
+    found, local = batch.slots.unique(return_inverse=True)
+    unused = int(bool((found == -1).any()))  # sorted: -1 is the first, and becomes -1 again
+    rows = found[unused:].to(total.device)
+    scores = sketcher.sketch(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.completion_mask,
+        local - unused,
+        max(1, rows.numel()),
+        temperature=temperature,
+    )
+    total = total.to(torch.promote_types(total.dtype, scores.dtype))
+    return total.index_add_(0, rows, scores[: rows.numel()].to(total))
+
+
+def sum_over_ranks_(total: Tensor, ranks: Ranks) -> Tensor:
+    """The sum over ranks, in place, some rows at a time; every rank calls it with the same shape.
+
+    Returns:
+        `total` itself, with the same bits on every rank.
+    """
+    if ranks.count > 1:
+        for block in total.split(max(1, _BLOCK // max(1, total[0].numel()))):
+            block.copy_(ranks.sum(block))
+    return total
+
+
+def gram_matrix(sums: Tensor, rows: Tensor) -> Tensor:
+    """Inner products of all pairs of the rows that count, block of columns by block of columns.
+
+    Args:
+        sums: [2m, dim] floating, on any device.
+        rows: [N] int64, those that count, in the order they are to have.
+
+    Returns:
+        [N, N] float64 on the CPU.
+    """
+    rows = rows.to(sums.device)
+    total = torch.zeros(rows.numel(), rows.numel(), dtype=torch.float64)
+    for block in sums.split(max(1, _BLOCK // max(1, rows.numel())), dim=1):
+        taken = block[rows].double().cpu()
+        total.addmm_(taken, taken.T)
+    return total
