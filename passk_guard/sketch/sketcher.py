@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.sketch.accumulator import Accumulator, Draws, Layout, lay_out
-from passk_guard.sketch.checks import check_batch, check_dim, check_prompts
+from passk_guard.sketch.checks import check_batch, check_dim, check_log_probs, check_prompts
 from passk_guard.sketch.coverage import Coverage, warn_if_low, warn_missed
 from passk_guard.sketch.exact import CountSketchAccumulator, IdentityAccumulator
 from passk_guard.sketch.forward import forward_logits
@@ -92,6 +92,7 @@ class ScoreSketcher:
         slots: Tensor,
         num_slots: int,
         temperature: float = 1.0,
+        log_probs: Tensor | None = None,
     ) -> Tensor:
         """Row s: the sketched sum, over samples i with slots[i] = s, of grad log pi(y_i | x_i).
 
@@ -105,6 +106,8 @@ class ScoreSketcher:
             slots: [B] int64 in -1..num_slots-1; -1: the sample takes part in the forward and counts nowhere.
             num_slots: rows of the result.
             temperature: of the sampling.
+            log_probs: [B] floating point or None; log pi(y_i | x_i) at `temperature` is written into it, in the order
+                of the samples, for ignored samples too. It costs nothing: the pass computes them anyway.
 
         Returns:
             [num_slots, dim] fp32 (float64 for a float64 model), on the device of `input_ids`.
@@ -115,6 +118,7 @@ class ScoreSketcher:
             VoidRefresh: NaN or infinity in the result; names the samples.
         """
         check_batch(input_ids, attention_mask, completion_mask, slots, num_slots, temperature)
+        check_log_probs(log_probs, len(slots))
         if self._plan.trainable != trainable_ids(self.model):
             self._plan, self._draws = make_plan(self.model), Draws(self.seed)
         device = input_ids.device
@@ -129,11 +133,14 @@ class ScoreSketcher:
         tap = Tap(self._plan.uses, accumulator, batch, width, self._checked_norms)
         with untouched(self.model), tapped(self.model, tap), torch.enable_grad():
             logits = forward_logits(self.model, input_ids, attention_mask)
-            log_probs, gradient = score_logits(logits.detach(), input_ids, completion, temperature)
+            found, gradient = score_logits(logits.detach(), input_ids, completion, temperature)
             logits.backward(gradient)
         sketch = accumulator.rows.new_zeros(num_slots, self.dim)
         accumulator.fold_into(sketch)
-        _check_finite(sketch, log_probs[order.argsort()])
+        found = found[order.argsort()]
+        _check_finite(sketch, found)
+        if log_probs is not None:
+            log_probs.copy_(found)
         self._note(tap.unseen())
         return sketch
 
