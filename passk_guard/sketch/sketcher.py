@@ -12,12 +12,9 @@ from passk_guard.sketch.accumulator import Accumulator, Draws, Layout, lay_out
 from passk_guard.sketch.checks import check_batch, check_dim, check_log_probs, check_prompts
 from passk_guard.sketch.coverage import Coverage, warn_if_low, warn_missed
 from passk_guard.sketch.exact import CountSketchAccumulator, IdentityAccumulator
-from passk_guard.sketch.forward import forward_logits
-from passk_guard.sketch.frozen import untouched
 from passk_guard.sketch.kronecker import KroneckerAccumulator
-from passk_guard.sketch.loss import score_logits
-from passk_guard.sketch.plan import make_plan, trainable_ids
-from passk_guard.sketch.taps import Tap, tapped
+from passk_guard.sketch.plan import Plan, make_plan, trainable_ids
+from passk_guard.sketch.score_pass import Batch, score_pass
 
 Method = Literal["kronecker", "countsketch", "identity"]
 
@@ -59,7 +56,7 @@ class ScoreSketcher:
         if method != "identity":
             check_dim(dim, method)
         self.model, self.method = model, method
-        self._plan = make_plan(model)
+        self._plan, self._closed = _take_stock(model)
         self._asked_dim = dim
         self._missed: set[str] = set()
         self._checked_norms: set[nn.Module] = set()
@@ -120,28 +117,32 @@ class ScoreSketcher:
         check_batch(input_ids, attention_mask, completion_mask, slots, num_slots, temperature)
         check_log_probs(log_probs, len(slots))
         if self._plan.trainable != trainable_ids(self.model):
-            self._plan, self._draws = make_plan(self.model), Draws(self.seed)
+            self._plan, self._closed = _take_stock(self.model)
+            self._draws = Draws(self.seed)
         device = input_ids.device
         order = slots.argsort(stable=True)  # makes the samples of a slot neighbours
         layout = lay_out(slots[order].to(device))
         order = order.to(device)
-        input_ids, attention_mask = input_ids[order], attention_mask.to(device)[order]
-        completion = completion_mask.to(device).bool()[order]
-
-        accumulator = self._accumulator(layout)
-        batch, width = input_ids.shape
-        tap = Tap(self._plan.uses, accumulator, batch, width, self._checked_norms)
-        with untouched(self.model), tapped(self.model, tap), torch.enable_grad():
-            logits = forward_logits(self.model, input_ids, attention_mask)
-            found, gradient = score_logits(logits.detach(), input_ids, completion, temperature)
-            logits.backward(gradient)
-        sketch = accumulator.rows.new_zeros(num_slots, self.dim)
-        accumulator.fold_into(sketch)
-        found = found[order.argsort()]
+        batch = Batch(
+            input_ids[order],
+            attention_mask.to(device)[order],
+            completion_mask.to(device).bool()[order],
+            temperature,
+        )
+        scored = None
+        if self._closed:
+            scored = score_pass(self.model, self._plan, self._accumulator(layout), self._checked_norms, batch, True)
+            self._closed = scored is not None
+        if scored is None:
+            scored = score_pass(self.model, self._plan, self._accumulator(layout), self._checked_norms, batch, False)
+        assert scored is not None  # only the closed form can turn out not to apply
+        sketch = scored.accumulator.rows.new_zeros(num_slots, self.dim)
+        scored.accumulator.fold_into(sketch)
+        found = scored.log_probs[order.argsort()]
         _check_finite(sketch, found)
         if log_probs is not None:
             log_probs.copy_(found)
-        self._note(tap.unseen())
+        self._note(scored.unseen)
         return sketch
 
     def prompt_scores(
@@ -187,6 +188,12 @@ class ScoreSketcher:
         if missed and not self._missed:
             warn_missed(missed, self._plan.sizes)
         self._missed |= missed
+
+
+def _take_stock(model: nn.Module) -> tuple[Plan, bool]:
+    """The plan of a model, and whether the closed form of its head is worth a try."""
+    plan = make_plan(model)
+    return plan, plan.head is not None
 
 
 def _check_finite(sketch: Tensor, log_probs: Tensor) -> None:
