@@ -128,7 +128,7 @@ def k_eff(model: torch.nn.Module, batch: dict[str, torch.Tensor], method: str, d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--train-steps", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dim", type=int, default=16384)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+Span = tuple[int, int, int]  # group, its first token, one past its last
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,15 @@ class Accumulator(ABC):
 
     @abstractmethod
     def project(self, name: str, side: str, x: Tensor) -> Tensor:
-        """What to keep of x [B, T, n], the "left" or "right" factor of weight `name`."""
+        """What to keep of x [..., n], the "left" or "right" factor of weight `name`."""
 
     @abstractmethod
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add sum_t left_t right_t^T per sample, for projected left [B, T, .] and right [B, T, .]."""
+
+    @abstractmethod
+    def add_tokens(self, name: str, left: Tensor, right: Tensor, spans: Sequence[Span]) -> None:
+        """The same for tokens of several samples in a row, left [N, .] and right [N, .], the groups' in spans."""
 
     @abstractmethod
     def add_rows(self, name: str, indices: Tensor, right: Tensor) -> None:
@@ -79,6 +85,10 @@ class Accumulator(ABC):
     @abstractmethod
     def add_vector(self, name: str, values: Tensor) -> None:
         """Add the gradient of a 1-D parameter, values [B, n] per sample."""
+
+    def spans(self, width: int) -> list[Span]:
+        """Where the groups lie among the B T tokens of a batch of that width."""
+        return [(group, start * width, end * width) for group, (_, start, end) in enumerate(self.layout.groups)]
 
     @abstractmethod
     def fold_into(self, sketch: Tensor) -> None:

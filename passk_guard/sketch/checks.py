@@ -69,6 +69,15 @@ def _check_masks(attended: Tensor, completion: Tensor) -> None:
         )
 
 
+def check_log_probs(log_probs: Tensor | None, batch: int) -> None:
+    """Raise GuardError unless `log_probs` is None or a [batch] tensor that can hold log-probabilities."""
+    if log_probs is not None and (log_probs.shape != (batch,) or not log_probs.is_floating_point()):
+        raise GuardError(
+            f"Expected `log_probs` [{batch}] in floating point, to be filled; found {list(log_probs.shape)} of "
+            f"{log_probs.dtype}. Pass `torch.empty({batch})`, or None."
+        )
+
+
 def check_prompts(prompt_index: Tensor, correct: Tensor, num_prompts: int) -> None:
     """Raise GuardError unless each sample has a prompt in -1..num_prompts-1 and a verdict of 1, 0 or -1."""
     if prompt_index.shape != correct.shape:

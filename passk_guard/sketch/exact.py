@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from passk_guard.sketch.accumulator import Accumulator
+from passk_guard.sketch.accumulator import Accumulator, Span
 from passk_guard.sketch.pair_hash import draw_pair_hash
 
 _CHUNK = 1 << 22  # scalars of a weight gradient formed at a time: bounds memory for a vocabulary matrix
@@ -25,15 +26,18 @@ class ExactAccumulator(Accumulator):
         return x
 
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
+        self.add_tokens(name, left.flatten(0, 1), right.flatten(0, 1), self.spans(left.shape[1]))
+
+    def add_tokens(self, name: str, left: Tensor, right: Tensor, spans: Sequence[Span]) -> None:
         height, width = self.shapes[name]
         step = max(1, _CHUNK // width)
         dtype = torch.promote_types(left.dtype, right.dtype)  # they differ under autocast
         for first in range(0, height, step):
             part = torch.arange(first, min(first + step, height), device=left.device)
             places, signs = self.deposit(name, part, width)
-            for row, (_, start, end) in enumerate(self.layout.groups):
-                columns = left[start:end, :, first : first + step].flatten(0, 1).to(dtype)
-                self._add(row, columns.t() @ right[start:end].flatten(0, 1).to(dtype), places, signs)
+            for group, start, end in spans:
+                columns = left[start:end, first : first + step].to(dtype)
+                self._add(group, columns.t() @ right[start:end].to(dtype), places, signs)
 
     def add_rows(self, name: str, indices: Tensor, right: Tensor) -> None:
         step = max(1, _CHUNK // right.shape[-1])

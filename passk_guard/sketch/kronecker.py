@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from passk_guard.sketch.accumulator import Accumulator
+from passk_guard.sketch.accumulator import Accumulator, Span
 from passk_guard.sketch.pair_hash import PairHash, draw_pair_hash
 from passk_guard.sketch.random_signs import generator_for, random_buckets, random_signs
-from passk_guard.sketch.sides import HashedSide, Side, draw_side
+from passk_guard.sketch.sides import FoldedSide, draw_side
 
 _VOCABULARY_RATIO = 6  # rows per column: more than any MLP in use has, less than embeddings and heads have
-_VOCABULARY_ROOM = (32, 2)  # times the balanced size of its sides; folded into `dim` afterwards
+_VOCABULARY_ROOM = 32  # times as many rows as a balanced split has; folded into `dim` afterwards
 
 
 def split_dim(rows: int, cols: int, dim: int) -> tuple[int, int]:
@@ -29,7 +30,7 @@ def split_dim(rows: int, cols: int, dim: int) -> tuple[int, int]:
         short = min(d for d in range(thin, balanced + 1) if dim % d == 0)
         return (short, dim // short) if rows <= cols else (dim // short, short)
     if is_vocabulary(rows, cols):
-        return dim // balanced * _VOCABULARY_ROOM[0], balanced * _VOCABULARY_ROOM[1]
+        return dim // balanced * _VOCABULARY_ROOM, balanced
     return dim // balanced, balanced
 
 
@@ -51,34 +52,44 @@ class KroneckerAccumulator(Accumulator):
         return self._side(name, side, x)(x)
 
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
-        scale = self._side(name, "left", left).scale * self._side(name, "right", right).scale
         a, b, dim = left.shape[-1], right.shape[-1], self.rows.shape[1]
         if a * b > dim:
-            self._fold(name, left, right, scale)
+            self.add_tokens(name, left.flatten(0, 1), right.flatten(0, 1), self.spans(left.shape[1]))
             return
         blocks = self.rows.view(-1, a, b)
-        blocks.baddbmm_(left.transpose(1, 2).to(blocks.dtype), right.to(blocks.dtype), alpha=scale)
+        blocks.baddbmm_(left.transpose(1, 2).to(blocks.dtype), right.to(blocks.dtype))
 
-    def _fold(self, name: str, left: Tensor, right: Tensor, scale: float) -> None:
-        """Form the projected gradient [a, b] of each group, and CountSketch it into the group's first row."""
-        pair = self._pair_hash(name, left.shape[-1], right)
-        every = torch.arange(left.shape[-1], device=left.device)
-        places, signs = pair.places(every).flatten(), pair.signs(every).mul_(scale)
-        for _, start, end in self.layout.groups:
-            wide_left, wide_right = (x[start:end].flatten(0, 1).to(signs.dtype) for x in (left, right))
-            self.rows[start].scatter_add_(0, places, (wide_left.t() @ wide_right).mul_(signs).flatten())
+    def add_tokens(self, name: str, left: Tensor, right: Tensor, spans: Sequence[Span]) -> None:
+        a, b, dim = left.shape[-1], right.shape[-1], self.rows.shape[1]
+        places, signs = self._folded(name, a, right) if a * b > dim else (None, None)
+        for group, start, end in spans:
+            row = self.rows[self.layout.groups[group][1]]  # of the group's first sample
+            wide_left, wide_right = (x[start:end].to(row.dtype) for x in (left, right))
+            if places is None or signs is None:
+                row.view(a, b).addmm_(wide_left.t(), wide_right)
+            else:
+                row.scatter_add_(0, places, (wide_left.t() @ wide_right).mul_(signs).flatten())
+
+    def _folded(self, name: str, width: int, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the projected gradient [a, b] of a vocabulary goes: places [a b] in a row, and signs [a, b]."""
+
+        def draw() -> tuple[Tensor, Tensor]:
+            pair, every = self._pair_hash(name, width, right), torch.arange(width, device=right.device)
+            return pair.places(every).flatten(), pair.signs(every)
+
+        return self.draws.keep((name, "folded", right.device), draw)
 
     def add_rows(self, name: str, indices: Tensor, right: Tensor) -> None:
         side = self._side(name, "left", right)
-        if not (isinstance(side, HashedSide) and side.width * right.shape[-1] > self.rows.shape[1]):
+        if side.width * right.shape[-1] <= self.rows.shape[1]:
             self.add_matrix(name, side.rows(indices), right)
             return
         # Each token fills one row of [a, b] only: straight to its place, without the product.
         pair = self._pair_hash(name, side.width, right)
-        columns, scale = side.column(indices), self._side(name, "right", right).scale
+        columns = side.column(indices)
         for _, start, end in self.layout.groups:
             column = columns[start:end].flatten()
-            signs = pair.signs(column) * (side.signs[indices[start:end]].flatten()[:, None] * scale)
+            signs = pair.signs(column) * (side.signs[indices[start:end]].flatten()[:, None])
             values = right[start:end].flatten(0, 1).to(signs.dtype) * signs
             self.rows[start].scatter_add_(0, pair.places(column).flatten(), values.flatten())
 
@@ -91,16 +102,14 @@ class KroneckerAccumulator(Accumulator):
         for slot, start, end in self.layout.groups:
             sketch[slot] += self.rows[start:end].sum(0)
 
-    def _side(self, name: str, side: str, like: Tensor) -> Side:
+    def _side(self, name: str, side: str, like: Tensor) -> FoldedSide:
         return self.draws.keep((name, side, like.dtype, like.device), lambda: self._draw_side(name, side, like))
 
-    def _draw_side(self, name: str, side: str, like: Tensor) -> Side:
-        rows, cols = self.shapes[name]
-        a, b = split_dim(rows, cols, self.rows.shape[1])
-        generator = generator_for(self.draws.seed, name, side)
-        if side == "left":
-            return draw_side(rows, a, is_vocabulary(rows, cols), generator, like)
-        return draw_side(cols, b, False, generator, like)
+    def _draw_side(self, name: str, side: str, like: Tensor) -> FoldedSide:
+        which = ("left", "right").index(side)
+        rows, cols = sizes = self.shapes[name]
+        widths = split_dim(rows, cols, self.rows.shape[1])
+        return draw_side(sizes[which], widths[which], generator_for(self.draws.seed, name, side), like)
 
     def _pair_hash(self, name: str, width: int, right: Tensor) -> PairHash:
         shape, dim, seed = (width, right.shape[-1]), self.rows.shape[1], self.draws.seed

@@ -9,6 +9,7 @@ from torch import nn
 
 from passk_guard.errors import GuardError
 from passk_guard.sketch.coverage import Coverage, measure_coverage
+from passk_guard.sketch.head import head_of
 from passk_guard.sketch.layers import Use, find_uses
 
 
@@ -21,12 +22,14 @@ class Plan:
         shapes: their names -> shapes, in the order of `named_parameters`; a tied weight occurs once.
         uses: the covered modules that hold them.
         unknown: names that no covered module holds.
+        head: the module that makes the logits, trainable or not, where its closed form may stand in for it.
     """
 
     trainable: frozenset[int]
     shapes: dict[str, tuple[int, ...]]
     uses: tuple[Use, ...]
     unknown: frozenset[str]
+    head: Use | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -54,7 +57,13 @@ def make_plan(model: nn.Module) -> Plan:
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}
     uses = tuple(find_uses(model, trainable))
     held = {name for use in uses for name in (use.weight, use.bias)}
-    return Plan(frozenset(trainable), shapes, uses, frozenset(shapes.keys() - held))
+    return Plan(frozenset(trainable), shapes, uses, frozenset(shapes.keys() - held), _head(model, uses))
+
+
+def _head(model: nn.Module, uses: tuple[Use, ...]) -> Use | None:
+    if (module := head_of(model)) is None:
+        return None
+    return next((use for use in uses if use.module is module), Use(module, "linear", None, None))
 
 
 def trainable_ids(model: nn.Module) -> frozenset[int]:

@@ -2,82 +2,67 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from passk_guard.sketch.random_signs import random_signs
 
-_CHUNK = 1 << 20  # scalars hashed at a time: stays in cache, and never a second copy of all logits
-
-
-class Side(ABC):
-    """One factor P [n, width] up to `scale`, which is applied to the product at full precision."""
-
-    scale: float
-
-    @abstractmethod
-    def __call__(self, x: Tensor) -> Tensor:
-        """x P / scale."""
-
-    @abstractmethod
-    def rows(self, indices: Tensor) -> Tensor:
-        """Rows of P / scale, [..., width]: what one-hot vectors project onto."""
+_LARGEST_MATRIX = 1 << 23  # entries of P that may be written out: 16 MiB in bf16
 
 
 @dataclass(frozen=True)
-class DenseSide(Side):
-    """Independent signs over sqrt(width): one matrix product. The signs themselves are exact in bf16."""
+class FoldedSide:
+    """One signed entry per row of P: x is laid in rows of `width`, signed at random, and the rows are added.
 
-    signs: Tensor
-    scale: float
+    Coordinate i goes to column (i + shift) mod width, with a sign of its own. The signs alone make E[P P^T] = 1, and
+    coordinates collide about n / width to a column as in a random hash, so that the variance is that of dense signs
+    wherever large coordinates do not lie a multiple of `width` apart. With n <= width nothing collides, and P is
+    an isometry. The cost is that of reading x once: a CPU's matrix product takes ten times as long.
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return x @ self.signs
-
-    def rows(self, indices: Tensor) -> Tensor:
-        return self.signs[indices]
-
-
-@dataclass(frozen=True)
-class HashedSide(Side):
-    """One signed entry per row of P, at most ceil(n / width) in each column: the variance of dense signs.
-
-    With n <= width nothing collides, and P is an isometry. With a vocabulary on this side the cost does not
-    grow with the width, where a matrix product's would.
+    Attributes:
+        signs: [n] of -1 and 1.
+        width: number of columns.
+        shift: in 0..width-1; a coordinate that is large in every layer then falls into another column in each.
     """
 
-    source: Tensor  # [m] int64, m = width * ceil(n / width): which coordinate goes to place p, column p % width
-    place: Tensor  # [n] int64, the inverse
-    signs: Tensor  # [n]
+    signs: Tensor
     width: int
-    scale: float = 1.0
+    shift: int
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x P, in the dtype of x."""
+        low = x.dtype in (torch.bfloat16, torch.float16)
+        if (x.is_cuda or low) and len(self.signs) * self.width <= _LARGEST_MATRIX:
+            return x @ self._matrix
         flat = x.reshape(-1, x.shape[-1])
-        out = flat.new_empty(len(flat), self.width)
-        step = max(1, _CHUNK // len(self.source))
-        for part, into in zip(flat.split(step), out.split(step), strict=True):
-            placed = pad(part * self.signs, (0, len(self.source) - len(self.signs))).index_select(1, self.source)
-            torch.sum(placed.view(len(part), -1, self.width), 1, out=into)
-        return out.view(*x.shape[:-1], self.width)
+        out = torch.zeros(len(flat), self.width, dtype=torch.float32 if low else x.dtype, device=x.device)
+        start, column = 0, self.shift
+        while start < flat.shape[1]:
+            size = min(self.width - column, flat.shape[1] - start)
+            into, part = out[:, column : column + size], slice(start, start + size)
+            into.addcmul_(flat[:, part], self.signs[part])
+            start, column = start + size, 0
+        return out.to(x.dtype).view(*x.shape[:-1], self.width)
 
     def rows(self, indices: Tensor) -> Tensor:
+        """Rows of P, [..., width]: what one-hot vectors project onto."""
         empty = self.signs.new_zeros(*indices.shape, self.width)
         return empty.scatter_(-1, self.column(indices)[..., None], self.signs[indices][..., None])
 
     def column(self, indices: Tensor) -> Tensor:
         """The column in which a row of P has its entry."""
-        return self.place[indices] % self.width
+        return (indices + self.shift) % self.width
+
+    @cached_property
+    def _matrix(self) -> Tensor:
+        """P itself, [n, width]: where a matrix product costs no more than reading x."""
+        return self.rows(torch.arange(len(self.signs), device=self.signs.device))
 
 
-def draw_side(size: int, width: int, hashed: bool, generator: torch.Generator, like: Tensor) -> Side:
+def draw_side(size: int, width: int, generator: torch.Generator, like: Tensor) -> FoldedSide:
     """Draw P [size, width] on the CPU and put it where `like` is, in its dtype."""
-    if not hashed and size > width:
-        return DenseSide(random_signs((size, width), generator).to(like), width**-0.5)
-    source = torch.randperm(width * -(-size // width), generator=generator)
-    signs = random_signs((size,), generator).to(like)
-    return HashedSide(source.to(like.device), source.argsort()[:size].to(like.device), signs, width)
+    shift = int(torch.randint(width, (1,), generator=generator))
+    return FoldedSide(random_signs((size,), generator).to(like), width, shift)

@@ -9,15 +9,12 @@ from torch import Tensor, nn
 
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.sketch.accumulator import Accumulator, Draws, Layout, lay_out
-from passk_guard.sketch.checks import check_batch, check_dim, check_prompts
+from passk_guard.sketch.checks import check_batch, check_dim, check_log_probs, check_prompts
 from passk_guard.sketch.coverage import Coverage, warn_if_low, warn_missed
 from passk_guard.sketch.exact import CountSketchAccumulator, IdentityAccumulator
-from passk_guard.sketch.forward import forward_logits
-from passk_guard.sketch.frozen import untouched
 from passk_guard.sketch.kronecker import KroneckerAccumulator
-from passk_guard.sketch.loss import score_logits
-from passk_guard.sketch.plan import make_plan, trainable_ids
-from passk_guard.sketch.taps import Tap, tapped
+from passk_guard.sketch.plan import Plan, make_plan, trainable_ids
+from passk_guard.sketch.score_pass import Batch, score_pass
 
 Method = Literal["kronecker", "countsketch", "identity"]
 
@@ -59,7 +56,7 @@ class ScoreSketcher:
         if method != "identity":
             check_dim(dim, method)
         self.model, self.method = model, method
-        self._plan = make_plan(model)
+        self._plan, self._closed = _take_stock(model)
         self._asked_dim = dim
         self._missed: set[str] = set()
         self._checked_norms: set[nn.Module] = set()
@@ -92,6 +89,7 @@ class ScoreSketcher:
         slots: Tensor,
         num_slots: int,
         temperature: float = 1.0,
+        log_probs: Tensor | None = None,
     ) -> Tensor:
         """Row s: the sketched sum, over samples i with slots[i] = s, of grad log pi(y_i | x_i).
 
@@ -105,6 +103,8 @@ class ScoreSketcher:
             slots: [B] int64 in -1..num_slots-1; -1: the sample takes part in the forward and counts nowhere.
             num_slots: rows of the result.
             temperature: of the sampling.
+            log_probs: [B] floating point or None; log pi(y_i | x_i) at `temperature` is written into it, in the order
+                of the samples, for ignored samples too. It costs nothing: the pass computes them anyway.
 
         Returns:
             [num_slots, dim] fp32 (float64 for a float64 model), on the device of `input_ids`.
@@ -115,26 +115,34 @@ class ScoreSketcher:
             VoidRefresh: NaN or infinity in the result; names the samples.
         """
         check_batch(input_ids, attention_mask, completion_mask, slots, num_slots, temperature)
+        check_log_probs(log_probs, len(slots))
         if self._plan.trainable != trainable_ids(self.model):
-            self._plan, self._draws = make_plan(self.model), Draws(self.seed)
+            self._plan, self._closed = _take_stock(self.model)
+            self._draws = Draws(self.seed)
         device = input_ids.device
         order = slots.argsort(stable=True)  # makes the samples of a slot neighbours
         layout = lay_out(slots[order].to(device))
         order = order.to(device)
-        input_ids, attention_mask = input_ids[order], attention_mask.to(device)[order]
-        completion = completion_mask.to(device).bool()[order]
-
-        accumulator = self._accumulator(layout)
-        batch, width = input_ids.shape
-        tap = Tap(self._plan.uses, accumulator, batch, width, self._checked_norms)
-        with untouched(self.model), tapped(self.model, tap), torch.enable_grad():
-            logits = forward_logits(self.model, input_ids, attention_mask)
-            log_probs, gradient = score_logits(logits.detach(), input_ids, completion, temperature)
-            logits.backward(gradient)
-        sketch = accumulator.rows.new_zeros(num_slots, self.dim)
-        accumulator.fold_into(sketch)
-        _check_finite(sketch, log_probs[order.argsort()])
-        self._note(tap.unseen())
+        batch = Batch(
+            input_ids[order],
+            attention_mask.to(device)[order],
+            completion_mask.to(device).bool()[order],
+            temperature,
+        )
+        scored = None
+        if self._closed:
+            scored = score_pass(self.model, self._plan, self._accumulator(layout), self._checked_norms, batch, True)
+            self._closed = scored is not None
+        if scored is None:
+            scored = score_pass(self.model, self._plan, self._accumulator(layout), self._checked_norms, batch, False)
+        assert scored is not None  # only the closed form can turn out not to apply
+        sketch = scored.accumulator.rows.new_zeros(num_slots, self.dim)
+        scored.accumulator.fold_into(sketch)
+        found = scored.log_probs[order.argsort()]
+        _check_finite(sketch, found)
+        if log_probs is not None:
+            log_probs.copy_(found)
+        self._note(scored.unseen)
         return sketch
 
     def prompt_scores(
@@ -180,6 +188,12 @@ class ScoreSketcher:
         if missed and not self._missed:
             warn_missed(missed, self._plan.sizes)
         self._missed |= missed
+
+
+def _take_stock(model: nn.Module) -> tuple[Plan, bool]:
+    """The plan of a model, and whether the closed form of its head is worth a try."""
+    plan = make_plan(model)
+    return plan, plan.head is not None
 
 
 def _check_finite(sketch: Tensor, log_probs: Tensor) -> None:

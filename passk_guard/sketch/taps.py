@@ -98,8 +98,8 @@ def _names(use: Use) -> set[str]:
 
 
 @contextmanager
-def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
-    """Install the hooks of `tap` on `model`, and remove them on the way out."""
+def tapped(model: nn.Module, tap: Tap, besides: nn.Module | None = None) -> Iterator[None]:
+    """Install the hooks of `tap` on `model` but not on `besides`, and remove them on the way out."""
 
     def enter(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return _into_graph(_per_row(_input(args, kwargs), output, tap.batch, tap.width))
@@ -122,6 +122,9 @@ def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
             if isinstance(module, nn.Embedding):
                 handles.append(module.register_forward_hook(enter, with_kwargs=True))
         for index, use in enumerate(tap.uses):
+            if use.module is besides:
+                tap.seen.add(index)
+                continue
             handles.append(use.module.register_forward_hook(listen(index), with_kwargs=True))
         yield
     finally:

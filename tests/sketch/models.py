@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -54,6 +55,28 @@ class FusedHeadLM(PlainLM):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x = self.norm(self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1])))
         return nn.functional.linear(self.down(self.up(x)), self.head.weight, self.head.bias)
+
+
+class NamedHeadLM(PlainLM):
+    """The same, and says which layer makes the logits; `finish` is what it does with them afterwards."""
+
+    def __init__(self, finish: Callable[[Tensor], Tensor] = lambda logits: logits) -> None:
+        super().__init__()
+        self.finish = finish
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.finish(super().forward(input_ids, attention_mask))
+
+
+class TwiceHeadLM(NamedHeadLM):
+    """Calls its head a second time, on something else, and uses both."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        first = self.head(self.norm(self.embed(input_ids)))
+        return super().forward(input_ids, attention_mask) + 0.1 * first
 
 
 class BrokenLM(PlainLM):

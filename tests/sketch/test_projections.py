@@ -6,7 +6,7 @@ import torch
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.sketch.kronecker import is_vocabulary, split_dim
 from passk_guard.sketch.random_signs import generator_for, random_signs
-from passk_guard.sketch.sides import HashedSide, draw_side
+from passk_guard.sketch.sides import draw_side
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
 from tests.tiny import tiny_model
 
@@ -39,7 +39,8 @@ def test_inner_products_are_unbiased(kind, method):
 
 def test_inner_products_are_unbiased_with_a_hashed_vocabulary():
     model, batch = tiny_model("llama", vocab_size=200), ragged_batch(vocab=200)
-    assert isinstance(draw_side(200, 32, is_vocabulary(200, 16), torch.Generator(), torch.ones(1)), HashedSide)
+    a, b = split_dim(200, 16, 64)
+    assert a * b > 64
     exact = oracle_sketch(model, batch, 6).double()
     grams = grams_over_seeds(model, batch, "kronecker", dim=64)
     assert float(standard_errors_off(grams, exact @ exact.T).max()) < 5
@@ -107,7 +108,8 @@ def test_sketching_is_linear_in_the_exact_gradient(method, monkeypatch):
     sketcher = ScoreSketcher(model, dim=256, method=method)
     whole = sketcher.sketch(**batch, num_slots=6)
     monkeypatch.setattr("passk_guard.sketch.exact._CHUNK", 100)
-    monkeypatch.setattr("passk_guard.sketch.loss._CHUNK_SCALARS", 200)
+    monkeypatch.setattr("passk_guard.sketch.head._CHUNK_SCALARS", {"cpu": 200})
+    monkeypatch.setattr("passk_guard.sketch.head._FEWEST_TOKENS", 1)
     assert relative_error(sketcher.sketch(**batch, num_slots=6), whole) < 1e-5
 
 
@@ -121,18 +123,45 @@ def test_a_side_that_fits_keeps_all_its_room():
             assert a * b == dim or (a * b > dim and is_vocabulary(rows, cols))
 
 
-@pytest.mark.parametrize(("size", "width", "hashed"), [(40, 16, False), (40, 16, True), (7, 16, False)])
-def test_a_side_is_linear_and_its_rows_are_its_action_on_unit_vectors(size, width, hashed, monkeypatch):
-    side = draw_side(size, width, hashed, torch.Generator().manual_seed(0), torch.ones(1))
-    eye = torch.eye(size)
-    assert torch.equal(side(eye), side.rows(torch.arange(size)))
-    x = torch.randn(3, 5, size)
-    expected = x @ side(eye)
-    torch.testing.assert_close(side(x), expected)
-    monkeypatch.setattr("passk_guard.sketch.sides._CHUNK", 50)
-    torch.testing.assert_close(side(x), expected)
-    if size <= width:
-        torch.testing.assert_close(side(eye) @ side(eye).T, eye)
+@pytest.mark.parametrize(("size", "width"), [(40, 16), (48, 16), (7, 16), (16, 16), (200, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_side_is_linear_and_its_rows_are_its_action_on_unit_vectors(size, width, dtype):
+    for seed in range(4):  # the shift differs
+        side = draw_side(size, width, torch.Generator().manual_seed(seed), torch.ones(1, dtype=dtype))
+        eye = torch.eye(size, dtype=dtype)
+        assert torch.equal(side(eye), side.rows(torch.arange(size)))
+        assert side(eye).abs().sum(1).unique().tolist() == [1]
+        per_column = side(eye).abs().sum(0)
+        assert float(per_column.max()) <= -(-size // width)
+        x = torch.randn(3, 5, size).to(dtype)
+        assert side(x).dtype == dtype
+        loose = {"rtol": 0.02, "atol": 0.1} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(side(x), x @ side(eye), **loose)
+        if size <= width:
+            assert torch.equal(side(eye) @ side(eye).T, eye)
+
+
+def test_a_large_side_in_bf16_is_added_up_in_fp32(monkeypatch):
+    """Hundreds of terms to a column: adding them up in bf16 would lose most of them."""
+    side = draw_side(4096, 4, torch.Generator().manual_seed(0), torch.ones(1, dtype=torch.bfloat16))
+    x = side.signs * torch.ones(2, 4096, dtype=torch.bfloat16)
+    for largest in (1 << 23, 0):  # as a product with the matrix, and folded
+        monkeypatch.setattr("passk_guard.sketch.sides._LARGEST_MATRIX", largest)
+        assert torch.equal(side(x), torch.full((2, 4), 1024.0, dtype=torch.bfloat16))
+
+
+def test_both_ways_to_apply_a_side_are_the_same_projection(monkeypatch):
+    side = draw_side(300, 16, torch.Generator().manual_seed(0), torch.ones(1, dtype=torch.bfloat16))
+    x = torch.randint(-3, 4, (5, 300)).bfloat16()  # sums of small integers are exact
+    product = side(x)
+    monkeypatch.setattr("passk_guard.sketch.sides._LARGEST_MATRIX", 0)
+    assert torch.equal(side(x), product)
+
+
+def test_shifts_differ_between_parameters():
+    """Or a coordinate that is large in every layer would meet itself in one column of the sketch."""
+    shifts = {draw_side(64, 16, generator_for(0, f"layer{i}", "left"), torch.ones(1)).shift for i in range(40)}
+    assert len(shifts) > 8
 
 
 def test_signs_are_balanced_and_belong_to_the_name():

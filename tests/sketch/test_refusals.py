@@ -89,6 +89,11 @@ def test_prompts_and_verdicts_out_of_range_are_refused(sketcher):
         sketcher.prompt_scores(*tokens, torch.zeros(6, dtype=torch.int64), verdicts[:5], 2)
 
 
+@pytest.mark.parametrize("place", [torch.empty(5), torch.empty(6, 1), torch.empty(6, dtype=torch.int64)])
+def test_a_place_for_log_probs_that_does_not_fit_is_refused(sketcher, place):
+    refused(sketcher, "`log_probs`", log_probs=place)
+
+
 def test_a_model_without_logits_is_refused():
     batch = ragged_batch()
     with pytest.raises(GuardError, match="logits"):

@@ -1,0 +1,159 @@
+"""The head of a language model in closed form, some tokens at a time: no [tokens, vocabulary] tensor is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passk_guard.patch import MethodPatch
+from passk_guard.sketch.accumulator import Accumulator, Span
+from passk_guard.sketch.layers import Use, kind_of
+
+_CHUNK_SCALARS = {"cpu": 1 << 22}  # logits formed at a time on the CPU: what the allocator hands out again and again
+_CHUNK_ELSEWHERE = 1 << 26  # enough tokens to keep a GPU busy; 256 MiB in fp32
+_FEWEST_TOKENS = 256  # in a chunk, however large the vocabulary: with fewer, reading the weight takes the time
+
+
+def head_of(model: nn.Module) -> nn.Linear | None:
+    """The linear layer that makes the logits, if `model` names one and it computes nothing else.
+
+    None where the layer is wrapped (an adapter on it) or where something else replaced its forward
+    (offloading): such heads are sketched like every other layer.
+    """
+    for module in model.modules():
+        if callable(named := getattr(module, "get_output_embeddings", None)):
+            head = named()
+            plain = kind_of(head) == "linear" if isinstance(head, nn.Module) else False
+            return head if plain and "forward" not in vars(head) else None
+    return None
+
+
+class ClosedHead:
+    """Stands in for the forward of the head in one pass, and does there all that the head ever has to do.
+
+    With g_t = (onehot(y_t) - softmax(z_t / temperature)) / temperature the gradient of log pi(y_t | .) with respect
+    to the logits z_t, it computes per chunk of completion tokens the log-probabilities, the gradient g_t W of the
+    layer's input, and the sketch of the weight gradient sum_t g_t h_t^T, and then drops the chunk. The model gets
+    zeros in place of logits, [B, T, V] in shape and one number in memory; the backward from them hands over the
+    gradients that were found. Prompt and padding tokens have g_t = 0, and are left out altogether.
+
+    The weight is read inside the module's own call only, where sharded engines have gathered it.
+
+    Attributes:
+        log_probs: [B] log pi(y | x) in nats, fp32 (float64 for a float64 model).
+    """
+
+    def __init__(
+        self,
+        use: Use,
+        accumulator: Accumulator,
+        input_ids: Tensor,
+        completion: Tensor,
+        temperature: float,
+    ) -> None:
+        self.use, self.accumulator, self.temperature = use, accumulator, temperature
+        self.shape = tuple(input_ids.shape)
+        self._sample, position = completion[:, 1:].nonzero(as_tuple=True)
+        self._token = self._sample * self.shape[1] + position
+        self._targets = input_ids[self._sample, position + 1]
+        self._spans = _spans(accumulator, completion)
+        self.log_probs = accumulator.rows.new_zeros(self.shape[0])
+        self._calls, self._stand_in = 0, 0
+
+    def installed(self) -> MethodPatch:
+        """A context in which the head's forward is this one."""
+        return MethodPatch(self.use.module, "forward", lambda original: partial(self._forward, original))
+
+    @property
+    def handed_out(self) -> bool:
+        """Whether the model has been given a stand-in for its logits."""
+        return self._stand_in != 0
+
+    def made(self, logits: Tensor) -> bool:
+        """Whether `logits` is what the head returned, untouched: no scaling, no cap, no second head."""
+        return self._calls == 1 and self.handed_out and logits.data_ptr() == self._stand_in
+
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._calls += 1
+        hidden = args[0] if len(args) == 1 and not kwargs else None
+        if self._calls > 1 or not isinstance(hidden, Tensor) or hidden.shape[:-1] != self.shape:
+            return original(*args, **kwargs)
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            return original(*args, **kwargs)
+        with torch.no_grad():
+            gradient = self._closed_form(hidden.detach().flatten(0, 1)[self._token])
+        logits: Tensor = _StandIn.apply(hidden, gradient, self._token, self.log_probs, self._module.out_features)
+        self._stand_in = logits.data_ptr()
+        return logits
+
+    @property
+    def _module(self) -> nn.Linear:
+        assert isinstance(self.use.module, nn.Linear)
+        return self.use.module
+
+    def _closed_form(self, hidden: Tensor) -> Tensor:
+        """The gradients [N, d] of the rows of `hidden` [N, d], one per completion token."""
+        kind, found = hidden.device.type, torch.empty_like(hidden)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        weight = self._module.weight.to(dtype)
+        bias = None if self._module.bias is None else self._module.bias.to(dtype)
+        step = max(_FEWEST_TOKENS, _CHUNK_SCALARS.get(kind, _CHUNK_ELSEWHERE) // len(weight))
+        with torch.autocast(kind, enabled=False):
+            for first in range(0, len(hidden), step):
+                part = slice(first, first + step)
+                rows = self._excess(hidden[part].to(dtype), weight, bias, part)
+                found[part] = (rows.to(dtype) @ weight).div_(-self.temperature)
+                self._add(rows, hidden[part], first)
+        return found
+
+    def _excess(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
+        """softmax - onehot [n, V] in the dtype of `log_probs`, which gains the log-probabilities of the tokens."""
+        logits = nn.functional.linear(hidden, weight, bias).to(self.log_probs.dtype)
+        if self.temperature != 1:
+            logits = logits.div_(self.temperature)
+        targets, p = self._targets[part, None], logits.softmax(-1)
+        # The largest probability is at least 1/V, so that its logarithm always gives the normaliser.
+        normaliser = logits.amax(-1) - p.amax(-1).log()
+        self.log_probs.index_add_(0, self._sample[part], logits.gather(1, targets).squeeze(1) - normaliser)
+        return p.scatter_add_(1, targets, p.new_full((1, 1), -1.0).expand(len(targets), 1))
+
+    def _add(self, rows: Tensor, hidden: Tensor, first: int) -> None:
+        """Sketch sum_t g_t h_t^T and sum_t g_t over one chunk; `rows` are -temperature g_t."""
+        spans = [
+            (group, max(start - first, 0), min(end - first, len(rows)))
+            for group, start, end in self._spans
+            if start < first + len(rows) and end > first
+        ]
+        if (name := self.use.weight) is not None:
+            left = self.accumulator.project(name, "left", rows)
+            right = self.accumulator.project(name, "right", hidden / -self.temperature)
+            self.accumulator.add_tokens(name, left, right, spans)
+        if (name := self.use.bias) is not None:
+            summed = rows.new_zeros(self.shape[0], rows.shape[1])
+            summed.index_add_(0, self._sample[first : first + len(rows)], rows / -self.temperature)
+            self.accumulator.add_vector(name, summed)
+
+
+def _spans(accumulator: Accumulator, completion: Tensor) -> list[Span]:
+    """Where the completion tokens of each group lie among those of the batch."""
+    ends = [0, *completion[:, 1:].sum(1).cumsum(0).tolist()]
+    groups = accumulator.layout.groups
+    return [(group, ends[start], ends[end]) for group, (_, start, end) in enumerate(groups) if ends[end] > ends[start]]
+
+
+class _StandIn(torch.autograd.Function):
+    """Zeros in the shape of logits; whatever gradient comes back, what it passes on was found before."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, gradient: Tensor, token: Tensor, like: Tensor, vocabulary: int) -> Tensor:
+        ctx.gradient, ctx.token, ctx.shape = gradient, token, hidden.shape
+        return like.new_zeros(()).expand(*hidden.shape[:-1], vocabulary)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gradient = ctx.gradient.new_zeros(ctx.shape).flatten(0, 1).index_copy_(0, ctx.token, ctx.gradient)
+        return gradient.view(ctx.shape), None, None, None, None
