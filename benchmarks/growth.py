@@ -91,7 +91,9 @@ def model_of(hidden: int, vocab: int, layers: int) -> torch.nn.Module:
 
 def batch_of(samples: int, width: int, vocab: int) -> TokenBatch:
     ids = torch.randint(vocab, (samples, width), generator=torch.Generator().manual_seed(0))
-    return TokenBatch(ids, torch.ones_like(ids), torch.ones_like(ids), torch.arange(samples))
+    completion = torch.ones_like(ids)
+    completion[:, 0] = 0
+    return TokenBatch(ids, torch.ones_like(ids), completion, torch.arange(samples))
 
 
 def sketch_with(sketcher: ScoreSketcher, batch: TokenBatch, slots: int = 16) -> Callable[[], object]:
