@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Appends events to a JSONL file; a disk that refuses is reported once and training goes on.
+    """Appends events to a JSONL file; a disk that refuses is reported once, tried again, and training goes on.
 
-    Each line is written and closed whole, so that a crashed run leaves a file that reads up to its last line.
+    Each line is written and closed whole, so that a crashed run leaves a file that reads up to its last line. What is
+    left of a line that was cut short, by a full disk or a crash, is taken away before the next one is written.
 
     Args:
         path: of the file; its folder is made when the first event comes. None writes nothing (other ranks).
@@ -23,19 +26,49 @@ class Journal:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._refused = False
+        self._whole = False  # whether the file is known to end in a whole line
 
     def write(self, event: str, step: int, **fields: Any) -> None:
         """Append one event; numbers that are not finite are written as null."""
-        if self.path is None or self._refused:
+        if self.path is None:
             return
         line = json.dumps({"event": event, "step": step} | {k: _plain(v) for k, v in fields.items()})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._whole:
+                cut_unfinished(self.path)
+            self._whole = False
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+            self._whole = True
         except OSError as error:
-            self._refused = True
-            logger.warning("passk_guard: %s takes no more events, metrics go to the log only: %s", self.path, error)
+            if not self._refused:
+                logger.warning("passk_guard: %s takes no more events, metrics go to the log only: %s", self.path, error)
+            with suppress(OSError):
+                cut_unfinished(self.path)
+        self._refused = not self._whole
+
+
+def cut_unfinished(path: Path) -> None:
+    """Shorten the file to its last whole line, where it does not end in one.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        whole = end
+        while whole and _byte_before(file, whole) != b"\n":
+            whole -= 1
+        if whole < end:
+            file.truncate(whole)
+
+
+def _byte_before(file: BinaryIO, place: int) -> bytes:
+    file.seek(place - 1)
+    return file.read(1)
 
 
 def _plain(value: Any) -> Any:
