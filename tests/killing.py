@@ -67,7 +67,7 @@ class Executioner(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self, trainer):
-        """Stand at the places that are no event of a callback; in a child that does not live on, so nothing is undone."""
+        """Stand at the places that are no event of a callback; in a child that ends, so nothing is undone."""
         self.trainer = trainer
         training_step = trainer.training_step
 
@@ -129,7 +129,7 @@ def newest_whole(folder, ranks):
     return (found[max(whole)], max(whole)) if whole else (None, 0)
 
 
-def attempt(train, folder, ranks, *, resume=None, kill=None, seconds=None, timeout=180):
+def attempt(train, folder, ranks, *, resume=None, kill=None, seconds=None, timeout=400):
     """Run `train(folder, resume, executioner)` in a forked process for each rank.
 
     Args:
@@ -195,7 +195,8 @@ def draws(seed, count, last, places=PLACES, ranks=1):
         place = generator.choice(places)
         first_rank_only = place in ("in a line of the journal", "while the memory is written")
         rank = 0 if first_rank_only else generator.randrange(ranks)
-        # Every place is met once more between here and the end, which is at `last`.
+        # The first checkpoint is behind step 3, and every place is met once more between here and the end, at `last`.
+        begin = max(begin, 3)
         return Kill(generator.randrange(begin, max(begin + 1, last - 2)), place, rank)
 
     return [choose] * count

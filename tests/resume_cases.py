@@ -107,7 +107,9 @@ def weights(trainer):
 def memory_of(guard):
     """All that the next verdict depends on, comparable."""
     memory = guard.memory
-    probes = [(p.gram.tolist(), p.num_samples.tolist(), p.num_correct.tolist(), list(p.prompt_keys)) for p in memory.history]
+    probes = [
+        (p.gram.tolist(), p.num_samples.tolist(), p.num_correct.tolist(), list(p.prompt_keys)) for p in memory.history
+    ]
     return {"decision": memory.decision, "floor": memory.floor, "voids": memory.voids, "step": memory.step} | {
         "history": probes
     }

@@ -20,6 +20,7 @@ def same_floors(whole, cut):
 
 
 @FORKS
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_journal_line(tmp_path):
     train = partial(run, "lm", "plain", "project", max_steps=5)
     (whole,) = attempt(train, tmp_path / "whole", 1)
@@ -104,7 +105,9 @@ def test_killed_while_the_guard_writes_into_the_checkpoint(tmp_path):
     assert attempt(train, tmp_path, 1, kill=Kill(4, "while the memory is written")) is None
     assert (tmp_path / "checkpoint-4" / "trainer_state.json").is_file()
     assert load_memory(tmp_path / "checkpoint-4") is None
-    (found,) = attempt(partial(run, "lm", "plain", "project", max_steps=7), tmp_path, 1, resume=tmp_path / "checkpoint-4")
+    (found,) = attempt(
+        partial(run, "lm", "plain", "project", max_steps=7), tmp_path, 1, resume=tmp_path / "checkpoint-4"
+    )
     said = (tmp_path / "said.rank0").read_text()
     assert "step 4: resumed without the guard's memory, starting afresh" in said
     assert "step 4: no protected direction from before" in said

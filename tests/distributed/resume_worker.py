@@ -15,7 +15,7 @@ from tests.killing import PLACES, UNGUARDED, attempt, draws, killed_and_resumed
 from tests.resume_cases import MODES, STEPS, events, raw_lines, run
 
 RANKS = 2
-CASES = {"unguarded": ("grpo", 2), "observe": ("grpo", 2), "both": ("grpo", 4), "batch_reweight": ("grpo", 2)}
+CASES = {"unguarded": ("grpo", 2), "observe": ("grpo", 1), "both": ("grpo", 3), "batch_reweight": ("grpo", 2)}
 """Which trainer, and how often it is killed."""
 
 

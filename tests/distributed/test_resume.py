@@ -20,7 +20,7 @@ def found(request, tmp_path_factory):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"DS_ACCELERATOR": "cpu", "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}  # ninja
     command = [sys.executable, "-m", "tests.distributed.resume_worker", request.param, str(folder)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return torch.load(folder / "found.pt", weights_only=False)
 
