@@ -12,21 +12,24 @@ from passk_guard.errors import GuardError
 
 JOURNAL_NAME = "passk_guard.jsonl"
 Event = Mapping[str, Any]
-# What a step writes, in this order: numbers of the steps before, the refresh, the change of verdict after it.
-_ORDER = {"steps": 0, "refresh": 1, "void": 1, "state": 2}
+# What a step writes, in this order: numbers of the steps before it, which are older than its checkpoint; then, where a
+# run starts there, its start; the refresh; the change of verdict after it.
+_ORDER = {"steps": 0, "start": 1, "refresh": 2, "void": 2, "state": 3}
 
 
 @dataclass(frozen=True)
 class RunJournal:
-    """The events of one run, by rising step.
+    """The events of one run, by rising step: those of what became the run.
+
+    A run that was killed leaves events after the checkpoint from which it goes on; a start at step s takes the place
+    of every event that came before it in the file and belongs to a later moment than that checkpoint.
 
     Attributes:
         path: of the file.
         events: objects with `event` and `step`; kinds that are not known here are left out.
         settings: of the newest start of the run, empty where the journal holds none.
         unfinished: the last line was half written and is left out: the run goes on, or it crashed.
-        restarts: steps at which the run began again, from a checkpoint or from the start. What it then took again
-            stands instead of what was taken before.
+        restarts: steps at which the run began again, from a checkpoint or from the start.
     """
 
     path: Path
@@ -101,10 +104,11 @@ def _ordered(path: Path, events: Sequence[Event], unfinished: bool) -> RunJourna
             settings = event["settings"]
         if event["event"] not in _ORDER:
             continue
-        if kept and _key(event) <= _key(kept[-1]):
+        if kept and (event["event"] == "start" or _key(event) <= _key(kept[-1])):
             restarts.append(event["step"])
             kept = [before for before in kept if _key(before) < _key(event)]
-        kept.append(event)
+        if event["event"] != "start":
+            kept.append(event)
     return RunJournal(path, kept, settings, unfinished, restarts)
 
 

@@ -63,7 +63,8 @@ class StepGuard:
         self._on_failure, self._wanted = on_failure, wanted
         self._halvings = 0  # of the probe's batches, until the backward pass fits into memory
         self._told: set[str] = set()
-        self._records: list[dict[str, float]] = []
+        self._sums: dict[str, float] = {}  # of the numbers of the steps since the last log row
+        self._measured = 0
 
     def install(self) -> None:
         """Stand before the optimizer steps of this trainer."""
@@ -117,10 +118,9 @@ class StepGuard:
             Nothing where no step was measured; else train_cosine (of the gradient before), mitigated (share of steps
             that were changed), coefficient, gradient norms before and after, seconds.
         """
-        records, self._records = self._records, []
-        if not records:
-            return {}
-        return {name: math.fsum(r[name] for r in records) / len(records) for name in records[0]}
+        means: dict[str, float | None] = {name: total / self._measured for name, total in self._sums.items()}
+        self._sums, self._measured = {}, 0
+        return means
 
     def _before_step(self) -> None:
         if not self.open or self.protected is None or not self._wanted():
@@ -148,7 +148,9 @@ class StepGuard:
             return
         if plan.coefficient:
             self.engine.add_(protected, plan.coefficient * scale)
-        self._records.append(_record(plan, time.perf_counter() - began))
+        for name, value in _record(plan, time.perf_counter() - began).items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._measured += 1
 
     def _fail(self, reason: str) -> None:
         if reason not in self._told:
@@ -166,6 +168,9 @@ class StepGuard:
             "open": self.open,
             "protected": None if self.protected is None else [part.cpu() for part in self.protected],
             "on_cpu": [part.device.type == "cpu" for part in self.protected or ()],  # offloaded, or all there is
+            "norm_sq": self._norm_sq,
+            "sums": self._sums,
+            "measured": self._measured,
         }
         save_whole(content, folder / self._file_name())
 
@@ -175,9 +180,10 @@ class StepGuard:
         if self._ranks.max(int(reason is not None)):
             return reason or "another rank could not read its share"
         self.open = bool(content["open"])
+        self._sums, self._measured = content.get("sums", {}), content.get("measured", 0)  # not in the first versions
         if content["protected"] is not None:
             parts = zip(content["protected"], content["on_cpu"], strict=True)
-            self._norm_sq = None
+            self._norm_sq = content.get("norm_sq")
             self.protected = [part if on_cpu else part.to(self._ranks.device) for part, on_cpu in parts]
         return None
 

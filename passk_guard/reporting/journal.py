@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """Appends events to a JSONL file; a disk that refuses is reported once and training goes on.
+    """Appends events to a JSONL file; a disk that refuses is reported once, tried again, and training goes on.
 
     Each line is written and closed whole, so that a crashed run leaves a file that reads up to its last line. What is
     left of a line that was cut short, by a full disk or a crash, is taken away before the next one is written.
@@ -26,25 +26,27 @@ class Journal:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._refused = False
-        self._checked = False
+        self._whole = False  # whether the file is known to end in a whole line
 
     def write(self, event: str, step: int, **fields: Any) -> None:
         """Append one event; numbers that are not finite are written as null."""
-        if self.path is None or self._refused:
+        if self.path is None:
             return
         line = json.dumps({"event": event, "step": step} | {k: _plain(v) for k, v in fields.items()})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._checked:
+            if not self._whole:
                 cut_unfinished(self.path)
-                self._checked = True
+            self._whole = False
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+            self._whole = True
         except OSError as error:
-            self._refused = True
+            if not self._refused:
+                logger.warning("passk_guard: %s takes no more events, metrics go to the log only: %s", self.path, error)
             with suppress(OSError):
                 cut_unfinished(self.path)
-            logger.warning("passk_guard: %s takes no more events, metrics go to the log only: %s", self.path, error)
+        self._refused = not self._whole
 
 
 def cut_unfinished(path: Path) -> None:

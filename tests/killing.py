@@ -1,0 +1,230 @@
+"""Processes that are killed (SIGKILL) at a drawn moment of a run, and go on from the checkpoint before it.
+
+Every attempt is a forked child, or one child for each rank: nothing is imported twice, nothing of an attempt outlives
+it, and what is left of a killed one is what lies on the disk.
+"""
+
+import os
+import random
+import signal
+import socket
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from passk_guard.journal_file import JOURNAL_NAME
+from passk_guard.memory import FILE_NAME
+
+SIGKILL = -signal.SIGKILL  # as an exit code
+PLACES = (
+    "step begins",
+    "in the verifier",
+    "after the refresh",
+    "in a line of the journal",
+    "within an accumulation window",
+    "before the optimizer",
+    "after the optimizer",
+    "step ends",
+    "while the memory is written",
+    "after the checkpoint",
+)
+"""Moments at which a process can be killed; the guard's own work lies between the first and the fourth."""
+UNGUARDED = tuple(p for p in PLACES if p.startswith(("step", "within", "before", "after the o", "after the c")))
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One rank ends at the first such place from optimizer step `step` on, and the others with it."""
+
+    step: int
+    place: str
+    rank: int = 0
+
+
+class Executioner(TrainerCallback):
+    """Kills this process at the moment given; two of them stand around the guard in the list of callbacks.
+
+    Args:
+        kill: when and where, or None.
+        rank: of this process.
+    """
+
+    def __init__(self, kill, rank):
+        self.kill, self.rank, self.trainer = kill, rank, None
+
+    def due(self, place):
+        """Whether this is the moment."""
+        chosen = self.kill is not None and (self.kill.rank, self.kill.place) == (self.rank, place)
+        return chosen and self.trainer.state.global_step >= self.kill.step
+
+    def here(self, place):
+        """The end, if this is the moment."""
+        if self.due(place):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(self, trainer):
+        """Stand at the places that are no event of a callback; in a child that ends, so nothing is undone."""
+        self.trainer = trainer
+        training_step = trainer.training_step
+
+        def stepping(*args, **kwargs):
+            result = training_step(*args, **kwargs)
+            if not trainer.accelerator.sync_gradients:
+                self.here("within an accumulation window")
+            return result
+
+        trainer.training_step = stepping
+        write, replace = Path.open, os.replace
+
+        def tearing(path, mode="r", *args, **kwargs):
+            if path.name == JOURNAL_NAME and "a" in mode and self.due("in a line of the journal"):
+                with write(path, "a") as file:
+                    file.write('{"event": "refresh", "step": 7, "cos')
+                self.here("in a line of the journal")
+            return write(path, mode, *args, **kwargs)
+
+        def renaming(source, target):
+            if Path(target).name == FILE_NAME:
+                self.here("while the memory is written")
+            return replace(source, target)
+
+        Path.open, os.replace = tearing, renaming
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.here("step begins")
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.here("before the optimizer")
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.here("after the optimizer")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.here("step ends")
+
+
+class Last(TrainerCallback):
+    """Behind the guard in the list of callbacks: says that a checkpoint is whole on this rank."""
+
+    def __init__(self, executioner):
+        self.executioner = executioner
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.executioner.here("after the refresh")
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = self.executioner.folder / f"checkpoint-{state.global_step}"
+        (folder / f"whole.rank{self.executioner.rank}").touch()
+        self.executioner.here("after the checkpoint")
+
+
+def newest_whole(folder, ranks):
+    """The newest checkpoint that every rank has finished, and its step; None and 0 where there is none."""
+    found = {int(path.name.split("-")[1]): path for path in Path(folder).glob("checkpoint-*")}
+    whole = [step for step, path in found.items() if all((path / f"whole.rank{r}").exists() for r in range(ranks))]
+    return (found[max(whole)], max(whole)) if whole else (None, 0)
+
+
+def attempt(train, folder, ranks, *, resume=None, kill=None, seconds=None, timeout=400):
+    """Run `train(folder, resume, executioner)` in a forked process for each rank.
+
+    Args:
+        kill: the moment at which one rank dies; the others are killed as soon as it is dead.
+        seconds: after which all ranks are killed, wherever they are, unless they are through.
+
+    Returns:
+        What each rank returned, or None where they were killed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    children = [_start(train, folder, rank, ranks, port, resume, kill) for rank in range(ranks)]
+    ends, limit = {}, time.monotonic() + (timeout if seconds is None else seconds)
+    try:
+        while len(ends) < ranks and SIGKILL not in ends.values() and time.monotonic() < limit:
+            for child in set(children) - set(ends):
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid:
+                    ends[child] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+    finally:
+        for child in set(children) - set(ends):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    errors = [path.read_text() for path in folder.glob("error.rank*")]
+    for path in folder.glob("error.rank*"):
+        path.unlink()
+    if SIGKILL in ends.values() or (len(ends) < ranks and seconds is not None):
+        return None  # what the others said of a rank that was gone is no news
+    assert set(ends.values()) == {0}, "\n".join(errors)
+    assert len(ends) == ranks, f"not through after {timeout} s\n" + "\n".join(errors)
+    return [torch.load(folder / f"result.rank{rank}", weights_only=False) for rank in range(ranks)]
+
+
+def killed_and_resumed(train, folder, ranks, kills):
+    """Attempts that are killed one after the other and resumed, and at last one that comes to its end.
+
+    Args:
+        kills: for each killed attempt, from the step it begins at, a `Kill` or seconds.
+
+    Returns:
+        What each rank returned in the end, and the steps from which the attempts went on.
+    """
+    folder, begins = Path(folder), []
+    for choose in kills:
+        resume, step = newest_whole(folder, ranks)
+        begins.append(step)
+        moment = choose(step)
+        how = {"kill": moment} if isinstance(moment, Kill) else {"seconds": moment}
+        if attempt(train, folder, ranks, resume=resume, **how) is not None:
+            assert not isinstance(moment, Kill), f"nobody came past {moment}"
+            break  # it was through before its time was up
+    resume, step = newest_whole(folder, ranks)
+    return attempt(train, folder, ranks, resume=resume), [*begins, step]
+
+
+def draws(seed, count, last, places=PLACES, ranks=1):
+    """`count` kills at steps and places drawn with `seed`: functions from the step an attempt begins at."""
+    generator = random.Random(seed)
+
+    def choose(begin):
+        place = generator.choice(places)
+        first_rank_only = place in ("in a line of the journal", "while the memory is written")
+        rank = 0 if first_rank_only else generator.randrange(ranks)
+        # The first checkpoint is behind step 3, and every place is met once more between here and the end, at `last`.
+        begin = max(begin, 3)
+        return Kill(generator.randrange(begin, max(begin + 1, last - 2)), place, rank)
+
+    return [choose] * count
+
+
+def _start(train, folder, rank, ranks, port, resume, kill):
+    child = os.fork()
+    if child:
+        return child
+    try:
+        said = os.open(folder / f"said.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        torch.set_num_threads(1)
+        if ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        executioner = Executioner(kill, rank)
+        executioner.folder = folder
+        result = train(folder, resume, executioner)
+        torch.save(result, folder / f"result.rank{rank}")
+        os._exit(0)
+    except BaseException:
+        (folder / f"error.rank{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        os._exit(1)
+
+
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
