@@ -12,7 +12,7 @@ from benchmarks.calibration_populations import with_cosine
 from benchmarks.calibration_statistics import guard, pool
 from passk_guard.decision import DecisionRule, DecisionState, decide
 from passk_guard.intervals import student_t_quantile
-from passk_guard.run_evidence import RunEvidence, normal_score
+from passk_guard.run_evidence import RunEvidence, score_of
 from passk_guard.types import ConflictEstimate
 from passk_guard.ustatistics import Moments
 
@@ -95,7 +95,7 @@ def _looks_of_each_run(course: Course, runs: int, seed: int) -> Iterator[list[tu
 
 def _scores(moments: Moments) -> list[float]:
     t = moments.value[:, 0] / moments.covariance[:, 0, 0].sqrt()
-    return [-normal_score(x, d) for x, d in zip(t.tolist(), moments.degrees.tolist(), strict=True)]
+    return [score_of(x, d) for x, d in zip(t.tolist(), moments.degrees.tolist(), strict=True)]
 
 
 def _estimates(moments: Moments, refreshes: int) -> Iterator[ConflictEstimate]:

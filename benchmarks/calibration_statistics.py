@@ -102,7 +102,7 @@ def _join(*parts: tuple[Tensor, Tensor], overshoot: Tensor | None = None) -> Mom
     value = torch.stack([part[0] for part in parts], -1)
     change = torch.stack([part[1] for part in parts], -1)
     none = value.new_zeros(len(value), 3, 3)
-    return Moments(value, change.transpose(0, 1), value, none if overshoot is None else overshoot)
+    return Moments(value, change.transpose(0, 1), value, lambda: none if overshoot is None else overshoot)
 
 
 def pool(parts: list[Moments]) -> Moments:
@@ -110,7 +110,7 @@ def pool(parts: list[Moments]) -> Moments:
     share = 1 / len(parts)
     value = share * torch.stack([part.value for part in parts]).sum(0)
     change = torch.cat([share * part.influence for part in parts])
-    return Moments(value, change, value, share**2 * torch.stack([part.overshoot for part in parts]).sum(0))
+    return Moments(value, change, value, lambda: share**2 * torch.stack([part.overshoot for part in parts]).sum(0))
 
 
 STATISTICS = {

@@ -22,6 +22,10 @@ from passk_guard.ustatistics import passk_rows, refresh_moments
 LARGEST_SCORE = 3.0
 """Scores are cut here: the calibration vouches for p-values down to 0.001, not for what lies beyond."""
 
+HANDICAP = 0.1
+"""Taken off every score: in the calibration their mean is up to 0.07 above 0 where there is no conflict, since the
+variance of a skewed average goes with its value, and over hundreds of looks that would add up."""
+
 _FEWEST_PROMPTS = 3
 
 
@@ -74,7 +78,7 @@ def conflict_score(probe: ProbeGram, k: int, *, threshold: float = 0.0) -> float
     """How far this refresh alone speaks for cos(grad J_k, grad J_1) < threshold, as a standard normal score.
 
     The studentised statistic of `intervals.cosine_bounds`, U_k1 - threshold sqrt(U_11 U_kk) over its standard error,
-    turned into a normal score of the same p-value (Wallace 1959) and of the other sign.
+    turned into a normal score of the same p-value (Wallace 1959) and of the other sign, less `HANDICAP`.
 
     Args:
         probe: one refresh, checked, with at least k samples of each prompt.
@@ -97,7 +101,12 @@ def conflict_score(probe: ProbeGram, k: int, *, threshold: float = 0.0) -> float
     error = math.sqrt(max(0.0, float(slope @ covariance @ slope)))
     if error == 0:
         return None
-    return -normal_score((inner - threshold * length) / error, float(moments.degrees[0]))
+    return score_of((inner - threshold * length) / error, float(moments.degrees[0]))
+
+
+def score_of(t: float, degrees: float) -> float:
+    """The score of a studentised statistic that is small where there is a conflict."""
+    return -normal_score(t, degrees) - HANDICAP
 
 
 def normal_score(t: float, degrees: float) -> float:

@@ -30,13 +30,18 @@ class Moments:
         value: [K, 3] float64.
         influence: [N, K, 3] change of `value` when each of N prompts is left out.
         naive: [K, 3] the same means over all pairs, same-prompt ones included: biased, for comparison.
-        overshoot: [K, 3, 3] what the jackknife counts twice.
+        find_overshoot: gives `overshoot`, which takes m^2 numbers for each of the K and is found when asked for.
     """
 
     value: Tensor
     influence: Tensor
     naive: Tensor
-    overshoot: Tensor
+    find_overshoot: Callable[[], Tensor]
+
+    @cached_property
+    def overshoot(self) -> Tensor:
+        """[K, 3, 3] what the jackknife counts twice."""
+        return self.find_overshoot()
 
     @cached_property
     def jackknife(self) -> Tensor:
@@ -145,8 +150,11 @@ def refresh_moments(probe: ProbeGram, rows: Rows) -> Moments:
         pairs(many, many_product, many, many_product),
     ]
     value, change, naive = (torch.stack([part[i] for part in parts], dim=-1) for i in range(3))
-    overshoot = torch.stack([_overshoot(probe, row, one[0]) for row in many])
-    return Moments(value=value, influence=change.transpose(0, 1), naive=naive, overshoot=overshoot)
+
+    def overshoot() -> Tensor:
+        return torch.stack([_overshoot(probe, row, one[0]) for row in many])
+
+    return Moments(value=value, influence=change.transpose(0, 1), naive=naive, find_overshoot=overshoot)
 
 
 def _overshoot(probe: ProbeGram, many: Tensor, one: Tensor) -> Tensor:
@@ -167,7 +175,6 @@ def pooled_moments(probes: Sequence[ProbeGram], rows: Rows) -> Moments:
     parts = [refresh_moments(probe, rows) for probe in probes]
     value = torch.stack([w * part.value for w, part in zip(weights, parts, strict=True)]).sum(0)
     naive = torch.stack([w * part.naive for w, part in zip(weights, parts, strict=True)]).sum(0)
-    overshoot = torch.stack([w**2 * part.overshoot for w, part in zip(weights, parts, strict=True)]).sum(0)
     changes = torch.cat([w * part.influence for w, part in zip(weights, parts, strict=True)])
     identity: dict[object, int] = {}
     owner = [
@@ -177,4 +184,8 @@ def pooled_moments(probes: Sequence[ProbeGram], rows: Rows) -> Moments:
     ]
     influence = torch.zeros(len(identity), *value.shape, dtype=value.dtype)
     influence.index_add_(0, torch.tensor(owner), changes)
-    return Moments(value=value, influence=influence, naive=naive, overshoot=overshoot)
+
+    def overshoot() -> Tensor:
+        return torch.stack([w**2 * part.overshoot for w, part in zip(weights, parts, strict=True)]).sum(0)
+
+    return Moments(value=value, influence=influence, naive=naive, find_overshoot=overshoot)

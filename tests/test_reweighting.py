@@ -22,7 +22,7 @@ def grpo(tmp_path, **args):
 
 TRAINERS = {"grpo": grpo, "rloo": tiny_rloo_trainer}
 # A cosine that random models do not reach without a floor.
-REWEIGHT = {"mitigation": "reweight", "refresh_steps": 2, "floor_gamma": 0.99, "floor_max": 4.0}
+REWEIGHT = {"mitigation": "reweight", "refresh_steps": 2, "floor_gamma": 0.99, "floor_max": 4.0, "probe_seed": 3}
 
 
 def parameters(trainer):

@@ -8,7 +8,7 @@ import torch
 
 from passk_guard.decision import DecisionRule, DecisionState, decide
 from passk_guard.errors import GuardError
-from passk_guard.run_evidence import LARGEST_SCORE, RunEvidence, conflict_score, normal_score
+from passk_guard.run_evidence import HANDICAP, LARGEST_SCORE, RunEvidence, conflict_score, normal_score
 from passk_guard.types import ConflictEstimate
 from passk_guard.ustatistics import passk_rows, refresh_moments
 from tests.populations import draw, population
@@ -100,7 +100,7 @@ def test_the_score_of_a_refresh():
     moments = refresh_moments(probe, passk_rows(torch.tensor([8])))
     t = float(moments.value[0, 0]) / float(moments.covariance[0, 0, 0]) ** 0.5
     score = conflict_score(probe, 8)
-    assert score == pytest.approx(-normal_score(t, float(moments.degrees[0])))
+    assert score == pytest.approx(-normal_score(t, float(moments.degrees[0])) - HANDICAP)
     assert score > 0
     larger = dataclasses.replace(probe, gram=probe.gram * 1e8)
     assert conflict_score(larger, 8) == pytest.approx(score)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from passk_guard.analysis.kernels import Coefficients, kernel_of, mixed
 from passk_guard.analysis.record import Number
-from passk_guard.intervals import cosine_bounds, student_t_quantile
+from passk_guard.degenerate import jackknife_overshoot
+from passk_guard.intervals import corrected_cosine, cosine_bounds, student_t_quantile
 from passk_guard.types import ProbeGram
+from passk_guard.ustatistics import Moments
 
 
 def angle(probe: ProbeGram, left: Coefficients, right: Coefficients, confidence: float) -> Number:
@@ -27,25 +27,21 @@ def angle(probe: ProbeGram, left: Coefficients, right: Coefficients, confidence:
         Nothing where a squared norm is not positive, where no cosine can be ruled out, or below three prompts with a
         gradient.
     """
-    degrees = int(mixed(probe).sum()) - 1
-    if degrees < 2:
+    if int(mixed(probe).sum()) < 3:
         return Number()
     pairs = [(left, right), (right, right), (left, left)]
-    values, changes = zip(*(_statistic(kernel_of(probe, *pair)) for pair in pairs), strict=True)
+    kernels = [kernel_of(probe, *pair) for pair in pairs]
+    values, changes = zip(*(_statistic(kernel) for kernel in kernels), strict=True)
     value, influence = torch.stack(values), torch.stack(changes)
     if not bool((value[1:] > 0).all()):
         return Number()
-    m = influence.shape[1]
-    centred = influence - influence.mean(1, keepdim=True)
-    covariance = (m - 1) / m * centred @ centred.T
+    symmetric = torch.stack([(kernel + kernel.T) / 2 for kernel in kernels])
+    moments = Moments(value[None], influence.T[:, None], value[None], lambda: jackknife_overshoot(symmetric)[None])
+    covariance, degrees = moments.covariance[0], float(moments.degrees[0])
     low, high = cosine_bounds(value, covariance, student_t_quantile((1 + confidence) / 2, degrees))
     if (low, high) == (-1.0, 1.0):
         return Number()
-    inner, *norms = value.tolist()
-    cosine = inner / math.sqrt(norms[0] * norms[1])
-    scaled = [1 / math.sqrt(norms[0] * norms[1]), -cosine / (2 * norms[0]), -cosine / (2 * norms[1])]
-    slope = torch.tensor(scaled, dtype=torch.float64)
-    return Number(max(-1.0, min(1.0, cosine)), float(slope @ covariance @ slope) ** 0.5, low, high)
+    return Number(*corrected_cosine(value, covariance), low, high)
 
 
 def _statistic(kernel: Tensor) -> tuple[Tensor, Tensor]:

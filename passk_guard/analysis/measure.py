@@ -49,7 +49,9 @@ def inner_product_of(estimate: ConflictEstimate) -> Number:
     """<grad J_k, grad J_1> with its interval."""
     if estimate.inner_product is None or estimate.inner_product_se is None:
         return Number()
-    quantile = student_t_quantile((1 + estimate.confidence) / 2, max(1, estimate.num_informative - 1))
+    quantile = student_t_quantile(
+        (1 + estimate.confidence) / 2, estimate.degrees or max(1, estimate.num_informative - 1)
+    )
     return with_error(estimate.inner_product, estimate.inner_product_se, quantile)
 
 
