@@ -119,8 +119,11 @@ def print_table(console: Console, setting: str, records: Sequence[Record]) -> No
 def draw(path: Path, records: Sequence[Record]) -> None:
     """Change of pass@1 against change of pass@k, an arm a point with its intervals, a panel for each setting."""
     settings = [name for name in SETTINGS if any(r["setting"] == name for r in records)]
-    figure = Figure(figsize=(4.2 * len(settings) + 2.6, 4.4), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+    across = min(3, len(settings))
+    rows = -(-len(settings) // across)
+    figure = Figure(figsize=(4.2 * across + (2.6 if rows == 1 else 0), 4.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, across, squeeze=False).flatten().tolist()
+    for axes, setting in zip(panels, settings, strict=False):
         for i, arm in enumerate(ARMS):
             if runs := runs_of(records, setting, arm):
                 one, many = change(runs, "pass_at_1"), change(runs, f"pass_at_{SETTINGS[setting].k}")
@@ -140,7 +143,14 @@ def draw(path: Path, records: Sequence[Record]) -> None:
             title=SETTINGS[setting].title, xlabel="change of pass@1", ylabel=f"change of pass@{SETTINGS[setting].k}"
         )
         axes.title.set_fontsize(9)
+        axes.locator_params(nbins=5)
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
+    free = panels[len(settings) :]
+    for axes in free:
+        axes.axis("off")
+    if free:
+        free[0].legend(handles.values(), handles.keys(), loc="center", fontsize=9)
+    else:
+        figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
