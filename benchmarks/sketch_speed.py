@@ -76,10 +76,11 @@ def build_batch(samples: int, width: int, prompt: int, vocab: int, slots: int, d
     }
 
 
-def plain(model: torch.nn.Module, batch: dict[str, torch.Tensor], mode: str) -> None:
+def plain(model: torch.nn.Module, batch: dict[str, torch.Tensor], mode: str, keep: bool = False) -> None:
     """One forward ("forward"), with backward to the embeddings ("frozen") or to the weights ("train").
 
-    With "completion" like "train", the head on the positions alone that predict completion tokens.
+    With "completion" like "train", the head on the positions alone that predict completion tokens. The gradients
+    are dropped unless `keep`.
     """
     trained = mode in ("train", "completion")
     model.requires_grad_(trained)
@@ -99,7 +100,8 @@ def plain(model: torch.nn.Module, batch: dict[str, torch.Tensor], mode: str) -> 
         if mode != "forward":
             loss.backward()
     handle.remove()
-    model.zero_grad(set_to_none=True)
+    if not keep:
+        model.zero_grad(set_to_none=True)
     model.requires_grad_(True)
 
 
