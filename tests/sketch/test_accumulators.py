@@ -57,6 +57,18 @@ def test_a_lookup_is_a_product_with_one_hot_vectors(shape, method):
     torch.testing.assert_close(folded(accumulator), sketch_of(method, one_hot, right))
 
 
+@pytest.mark.parametrize("method", [IdentityAccumulator, KroneckerAccumulator, CountSketchAccumulator])
+@pytest.mark.parametrize("shape", [SQUARE, VOCABULARY, LORA_DOWN, LORA_UP])
+def test_tokens_in_a_row_and_in_parts_add_up_to_the_samples(shape, method):
+    """Sample 0 counts nowhere, 1 and 2 are of the first group; the second part begins in the middle of it."""
+    left, right = factors(shape)
+    accumulator = empty(method, shape)
+    left, right = (accumulator.project("w", s, x).flatten(0, 1) for s, x in (("left", left), ("right", right)))
+    accumulator.add_tokens("w", left[:8], right[:8], [(0, 5, 8)])
+    accumulator.add_tokens("w", left[8:], right[8:], [(0, 0, 7), (1, 7, 12)])
+    torch.testing.assert_close(folded(accumulator), sketch_of(method, *factors(shape)))
+
+
 @pytest.mark.parametrize("method", [KroneckerAccumulator, CountSketchAccumulator])
 @pytest.mark.parametrize("shape", [SQUARE, VOCABULARY, LORA_DOWN, LORA_UP])
 def test_inner_products_are_unbiased(shape, method):
