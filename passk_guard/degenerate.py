@@ -47,11 +47,15 @@ def without_overshoot(jackknife: Tensor, overshoot: Tensor) -> Tensor:
         jackknife: [..., S, S] covariance, positive semidefinite.
         overshoot: [..., S, S] of the same statistics.
     """
-    size, axes = torch.linalg.eigh(jackknife)
-    largest = size[..., -1:]
-    size = torch.where(largest > 0, size.clamp(min=0).maximum(largest * 1e-12), torch.ones_like(size))
-    to_unit, from_unit = axes / size.sqrt()[..., None, :], axes * size.sqrt()[..., None, :]
-    share = to_unit.mT @ overshoot @ to_unit
+    spread = jackknife.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    unit = torch.where(spread > 0, spread, torch.ones_like(spread))  # the statistics may differ by many powers of ten
+    scale = unit[..., :, None] * unit[..., None, :]
+    size, axes = torch.linalg.eigh(jackknife / scale)
+    size = size.clamp(min=1e-12)
+    to_white, from_white = axes / size.sqrt()[..., None, :], axes * size.sqrt()[..., None, :]
+    share = to_white.mT @ (overshoot / scale) @ to_white
     amount, turn = torch.linalg.eigh((share + share.mT) / 2)
-    taken = from_unit @ turn
-    return jackknife - taken * amount.clamp(0, _LARGEST_SHARE)[..., None, :] @ taken.mT
+    taken = from_white @ turn
+    kept = jackknife - scale * (taken * amount.clamp(0, _LARGEST_SHARE)[..., None, :] @ taken.mT)
+    missing = (1 - _LARGEST_SHARE) * spread.square() - kept.diagonal(dim1=-2, dim2=-1)  # rounding of what is singular
+    return kept + torch.diag_embed(missing.clamp(min=0))

@@ -44,7 +44,7 @@ def corrected_cosine(moments: Tensor, covariance: Tensor) -> tuple[float, float]
     bias = cosine * (3 * (noise1 + noisek) / 8 + float(relative[1, 2]) / 4)
     bias -= float(relative[0, 1] + relative[0, 2]) / 2
     corrected = cosine - bias / (1 + 2 * max(noise1, noisek))
-    return max(-1.0, min(1.0, corrected)), float(slope @ covariance @ slope) ** 0.5
+    return max(-1.0, min(1.0, corrected)), max(0.0, float(slope @ covariance @ slope)) ** 0.5
 
 
 def cosine_bounds(moments: Tensor, covariance: Tensor, quantile: float) -> tuple[float, float]:

@@ -75,3 +75,14 @@ def test_a_covariance_of_lower_rank_and_one_of_zero():
     assert torch.allclose(without_overshoot(rank_one, 0.2 * rank_one), 0.8 * rank_one, atol=1e-9)
     nothing = torch.zeros(3, 3, dtype=torch.float64)
     assert torch.equal(without_overshoot(nothing, nothing), nothing)
+
+
+def test_statistics_of_very_different_size_keep_a_variance():
+    """U_11 and U_kk may differ by many powers of ten: none of their variances may come out negative."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(50):
+        root = torch.randn(3, 2, dtype=torch.float64, generator=generator)  # of rank 2, as with few prompts
+        size = 10 ** torch.empty(3, dtype=torch.float64).uniform_(-12, 0, generator=generator)
+        jackknife = root @ root.T * size[:, None] * size[None, :]
+        kept = without_overshoot(jackknife, 0.9 * jackknife)
+        assert bool((kept.diagonal() >= 0.5 * jackknife.diagonal() * (1 - 1e-9)).all())
