@@ -9,7 +9,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 PEERS := .venv-peers
 
-.PHONY: venv demo benchmark bench-peers test test-distributed test-slow test-browser browser lint format toy clean
+.PHONY: venv demo benchmark bench-peers test test-distributed test-slow test-resume test-browser browser lint format toy clean
 
 venv: $(INSTALLED)
 
@@ -48,6 +48,10 @@ test-distributed: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not distributed and not gpu"
+
+# Runs that are killed and resumed, on one process and under ZeRO: long, and not part of CI yet.
+test-resume: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -m resume
 
 # The pages are looked at by Debian's Chromium; elsewhere install one by hand.
 browser:

@@ -20,7 +20,7 @@ def same_floors(whole, cut):
 
 
 @FORKS
-@pytest.mark.slow
+@pytest.mark.resume
 def test_killed_in_the_middle_of_a_journal_line(tmp_path):
     train = partial(run, "lm", "plain", "project", max_steps=5)
     (whole,) = attempt(train, tmp_path / "whole", 1)
@@ -33,7 +33,7 @@ def test_killed_in_the_middle_of_a_journal_line(tmp_path):
 
 
 @FORKS
-@pytest.mark.slow
+@pytest.mark.resume
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
@@ -72,7 +72,7 @@ LIMITS = {
 
 
 @FORKS
-@pytest.mark.slow
+@pytest.mark.resume
 @pytest.mark.parametrize("where", LIMITS)
 def test_where_the_trainer_itself_does_not_resume_exactly(where, tmp_path):
     """The guard then goes on as it was: its state, its prompts, its first refresh; and it still changes nothing."""
@@ -98,7 +98,7 @@ def test_where_the_trainer_itself_does_not_resume_exactly(where, tmp_path):
 
 
 @FORKS
-@pytest.mark.slow
+@pytest.mark.resume
 def test_killed_while_the_guard_writes_into_the_checkpoint(tmp_path):
     """What the trainer has written is whole, the guard's memory is not there: it says so, and training goes on."""
     train = partial(run, "lm", "plain", "project", max_steps=4)

@@ -10,7 +10,7 @@ import torch
 from tests.distributed.launch import ROOT
 from tests.resume_cases import same_weights
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.resume
 
 
 @pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
