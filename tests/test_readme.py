@@ -64,7 +64,8 @@ def test_names_in_the_readme_exist():
 def test_commands_in_the_readme_exist():
     root = Path(__file__).parents[1]
     for module in re.findall(r"python -m ([\w.]+)", README):
-        assert (root / (module.replace(".", "/") + ".py")).is_file(), module
+        path = root / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     makefile = (root / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make ([\w-]+)", README, flags=re.M):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
