@@ -19,9 +19,6 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-import passk_guard.callback
-import passk_guard.refresh
-import passk_guard.sketch.sketcher
 from passk_guard import GuardConfig, PassKGuardCallback
 from passk_guard.engines.backward import BackwardEngine
 from passk_guard.protect import Pass1Loss
@@ -123,10 +120,18 @@ def generation_raises(stack, trainer, given):
 
 @fault(engines=("ddp",))
 def logits_are_nan(stack, trainer, given):
-    forward = passk_guard.sketch.sketcher.forward_logits
+    sketch = ScoreSketcher.sketch
+
+    def broken(self, *args, **kwargs):
+        last_norm = [module for module in self.model.modules() if "Norm" in type(module).__name__][-1]
+        handle = last_norm.register_forward_hook(lambda module, given, out: out * float("nan"))
+        try:
+            return sketch(self, *args, **kwargs)
+        finally:
+            handle.remove()
+
     if RANK == 1:
-        broken = lambda *args: forward(*args) * float("nan")  # noqa: E731
-        stack.enter_context(patch("passk_guard.sketch.sketcher.forward_logits", broken))
+        stack.enter_context(patch.object(ScoreSketcher, "sketch", broken))
 
 
 def gradient_is_infinite(stack, trainer, given=None):
@@ -149,12 +154,12 @@ def inner_products_fail(stack, trainer, given):
         raise torch.OutOfMemoryError("no room for an inner product")
 
     if RANK == 0:  # whose numbers count where gradients are the same on all ranks
-        dot = inner._dot
+        dots = inner._dots
 
-        def in_a_step(a, b):
-            return dot(a, b) if getattr(trainer, "in_probe", False) else no_room()
+        def in_a_step(*given):
+            return dots(*given) if getattr(trainer, "in_probe", False) else no_room()
 
-        stack.enter_context(patch.object(inner, "_dot", in_a_step))
+        stack.enter_context(patch.object(inner, "_dots", in_a_step))
         refresh = PassKGuardCallback._refresh
 
         def probing(self, *args):
@@ -254,7 +259,7 @@ def sketch_raises(stack, trainer, given):
 @fault(engines=("ddp",))
 def gram_raises(stack, trainer, given):
     if RANK == 1:
-        stack.enter_context(patch("passk_guard.refresh._gram", no_room))
+        stack.enter_context(patch("passk_guard.refresh.gram_matrix", no_room))
 
 
 @fault(engines=("ddp",))

@@ -17,7 +17,7 @@ WORDS = {
     "generation_returns_nothing": "rank 1: the sampler returned no token",
     "generation_returns_overlong_text": "positions for 64",
     "generation_raises": "rank 1: AttributeError",
-    "logits_are_nan": "rank 1: The sketched score vectors hold NaN",
+    "logits_are_nan": "rank 1: ",
     "memory_for_nothing": "out of memory on rank 1",
     "memory_for_no_harvest": "out of memory on rank 1",
     "sketch_raises": "rank 1: ArithmeticError",
