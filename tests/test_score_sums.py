@@ -1,7 +1,5 @@
 """The blocked sums and their Gram matrix, against plain ones; and the budget of a pass."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from passk_guard.refresh import Refresher
 from passk_guard.score_sums import add_scores_, gram_matrix, sum_over_ranks_
 from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
 from passk_guard.types import Outcomes, Rollouts
+from tests.live_bytes import most_alive
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -124,17 +123,12 @@ def test_no_pass_of_a_refresh_is_above_the_budget_but_that_of_one_longer_sample(
         assert remark is None
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_the_peak_of_a_refresh_grows_with_the_budget_and_not_with_the_prompts():
-    from benchmarks.peak import peak_added
-
-    model = tiny_model(vocab_size=8192)
+    model = tiny_model(vocab_size=2048)
 
     def peak(prompts, max_tokens):
-        return peak_added(lambda: refresh(model, [32] * (2 * prompts), max_tokens))
+        return most_alive(lambda: refresh(model, [32] * (2 * prompts), max_tokens))
 
-    peak(4, 256)  # what the first pass loads and draws
     small, more_prompts, larger_passes = peak(16, 256), peak(96, 256), peak(96, 1024)
-    assert more_prompts < 1.5 * small
+    assert more_prompts < 1.2 * small
     assert larger_passes > 2 * more_prompts
