@@ -83,10 +83,11 @@ def padded(values: Iterable[float | None], share: float = 0.06) -> tuple[float, 
 
 
 def round_ticks(low: float, high: float, count: int = 6, *, whole: bool = False) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten within [low, high], about `count` of them."""
+    """Multiples of 1, 2 or 5 times a power of ten within [low, high], about `count`; unless `whole`, at least one."""
     rough = (high - low) / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    steps = [m * power for m in (1, 2, 5, 10) if m * power <= high - low]  # a longer one could miss the range
+    step = next((step for step in steps if step >= rough * 0.999), steps[-1])
     step = max(step, 1.0) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
