@@ -84,7 +84,7 @@ def padded(values: Iterable[float | None], share: float = 0.06) -> tuple[float, 
 
 def round_ticks(low: float, high: float, count: int = 6, *, whole: bool = False) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten within [low, high], about `count`; unless `whole`, at least one."""
-    rough = (high - low) / max(count - 1, 1)
+    rough = (high - low) / max(count - 1, 2)
     power = 10.0 ** math.floor(math.log10(rough))
     steps = [m * power for m in (1, 2, 5, 10) if m * power <= high - low]  # a longer one could miss the range
     step = next((step for step in steps if step >= rough * 0.999), steps[-1])

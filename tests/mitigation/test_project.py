@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from passk_guard.errors import GuardError
@@ -108,7 +108,6 @@ def test_it_scales_with_the_gradients(cosine, gamma, norm_g, norm_p):
     assert scaled == pytest.approx(unit * norm_g / norm_p, rel=1e-6, abs=1e-12 * norm_g / norm_p)
 
 
-@settings(deadline=None)
 @given(cosines, st.sampled_from(GAMMAS))
 def test_twice_is_once(cosine, gamma):
     g, p = pair(cosine)

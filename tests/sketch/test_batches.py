@@ -22,7 +22,7 @@ def batches_of(samples, max_tokens):
     return list(token_batches(prompts, completions, slots, max_tokens=max_tokens, pad_token_id=PAD, device="cpu"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SAMPLES, st.integers(1, 60))
 def test_batches_hold_every_kept_sample_once(samples, max_tokens):
     found = []
@@ -39,7 +39,7 @@ def test_batches_hold_every_kept_sample_once(samples, max_tokens):
     assert sorted(found) == sorted(s for s in samples if s[2] != -1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SAMPLES, st.integers(1, 60))
 def test_batches_keep_to_the_budget_and_hold_no_column_of_padding(samples, max_tokens):
     widths = []
