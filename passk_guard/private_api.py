@@ -40,7 +40,6 @@ class Seam:
 MODULE = Seam("torch", "Module", "any trainer and engine", _OBSERVE)
 TENSOR = Seam("torch", "Tensor", "any trainer and engine", _OBSERVE)
 GRADIENTS = Seam("torch", "Tensor", "turning gradients on a plain model or DDP", _REWEIGHT)
-PARAMETERS = Seam("torch", "Module", "turning gradients on a plain model or DDP", _REWEIGHT)
 COMPILED = Seam("torch", "OptimizedModule", "turning gradients of a model under torch.compile", _REWEIGHT)
 FSDP = Seam("torch", "FSDPModule", "turning gradients under FSDP2", _REWEIGHT)
 FSDP_STATE = Seam("torch", "FSDPState", "turning gradients under FSDP2", _REWEIGHT)
@@ -124,7 +123,11 @@ TABLE = (
     *_rows(
         GRADIENTS, "engines/refusals.py", {"_post_accumulate_grad_hooks": "finds optimizers inside the backward pass"}
     ),
-    *_rows(PARAMETERS, "engines/stand_ins.py", {"_parameters": "stand-ins take the places of parameters"}),
+    *_rows(
+        MODULE,
+        "engines/stand_ins.py engines/deepspeed_zero3.py",
+        {"_parameters": "stand-ins take the places of parameters; ZeRO-3 has its own dict there"},
+    ),
     *_rows(COMPILED, "engines/choose.py", {"_orig_mod": "the module inside the wrapper"}),
     *_rows(FSDP, "engines/fsdp.py", {"_get_fsdp_state": "ends a probe that broke off"}),
     *_rows(FSDP_STATE, "engines/fsdp.py", {"_root_post_backward_final_callback": "ends a probe that broke off"}),
@@ -198,7 +201,6 @@ TABLE = (
         "engines/deepspeed_zero12.py engines/deepspeed_base.py engines/deepspeed.py",
         {
             "averaged_gradients": "the gradient",
-            "all_grad_tensors": _RESTORED,
             "micro_step_id": "whether anything was accumulated",
             "bit16_groups": "the parameters",
             "partition_gradients": "stage 1 or 2",
@@ -247,7 +249,9 @@ TABLE = (
         optional={"_in_forward": "put back where a probe broke off; some modules and versions have no such mark"},
     ),
     *_rows(
-        ZERO3_OFFLOAD, "engines/deepspeed_offload.py", {**_CLIPPING, "fp32_partitioned_groups_flat": "hold the gradient"}
+        ZERO3_OFFLOAD,
+        "engines/deepspeed_offload.py",
+        {**_CLIPPING, "fp32_partitioned_groups_flat": "hold the gradient"},
     ),
 )
 """One row for each name at each seam."""
