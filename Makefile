@@ -8,8 +8,9 @@ INSTALLED := $(VENV)/.installed
 TEST_ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
 PEERS := .venv-peers
+OLDEST := .venv-oldest
 
-.PHONY: venv demo benchmark bench-peers test test-distributed test-slow test-resume test-browser browser lint format toy clean
+.PHONY: venv demo benchmark bench-peers test test-oldest test-distributed test-slow test-resume test-browser browser lint format toy clean
 
 venv: $(INSTALLED)
 
@@ -43,6 +44,16 @@ toy: $(INSTALLED)
 test: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
 
+# The quick tests on the oldest versions that pyproject.toml allows, in an environment of their own.
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test]"
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -n 2
+
 test-distributed: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m distributed
 
@@ -70,4 +81,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) $(PEERS) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(OLDEST) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

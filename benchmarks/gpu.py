@@ -75,6 +75,7 @@ def build_model(shape: Shape, device: str, dtype: torch.dtype, attention: str) -
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()  # transformers 5.0 leaves this out on the meta device
     return model.train()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from passk_guard.config import GuardConfig
 from passk_guard.errors import GuardError
+from passk_guard.private_api import is_trl
 from passk_guard.probe import ProbeSet
 from passk_guard.sampling import GenerateSampler, Sampler, TRLSampler
 from passk_guard.sampling.lengths import context_length
@@ -55,7 +56,7 @@ def held_out_source(
 
 
 def choose_sampler(trainer: Any, config: GuardConfig) -> Sampler:
-    if hasattr(trainer, "_generate_single_turn"):
+    if is_trl(trainer) or hasattr(trainer, "_generate_single_turn"):
         return TRLSampler(trainer)
     if trainer.processing_class is None:
         raise GuardError("Expected a trainer with a tokenizer to sample with; pass `processing_class` to the trainer.")

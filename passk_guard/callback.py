@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from passk_guard.assembly import check_groups, choose_verifier, held_out_source, limits_of
 from passk_guard.attachment import Attachment
+from passk_guard.compatibility import check_compatibility
 from passk_guard.config import GuardConfig
 from passk_guard.decision import DecisionRule, decide
 from passk_guard.errors import GuardError, VoidRefresh
@@ -100,6 +101,12 @@ class PassKGuardCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Bind to this train(): engines exist only now, and a resumed run has a past."""
         self._undo()  # a train() that raised never came to its end
+        check_compatibility(
+            self._trainer,
+            self._source.sampler if self._source is not None else None,
+            taps_batch=self._tap is not None,
+            turns_gradients=self.config.mitigation in ("project", "both", "auto"),
+        )
         self._attachment.claim()
         self._max_tokens = self.config.max_probe_tokens
         self._reporter.open()

@@ -19,6 +19,7 @@ LEAVES = {
     "timeouts",
     "rollout_checks",
     "whole_file",
+    "private_api",
 }
 MATHEMATICS = {
     "passk",
@@ -60,6 +61,7 @@ WIRING = {
     "floor_guard",
     "mitigator",
     "attachment",
+    "compatibility",
     "token_budget",
     "analysis",
     "config_file",

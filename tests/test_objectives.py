@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -178,7 +179,10 @@ def test_objectives_that_are_limits_of_each_other(n):
 def test_trl_trainers_compute_these_advantages(make, args, weighting, tmp_path):
     trainer = make(tmp_path, **args)
     nan = float("nan")
-    for rewards in ([1.0, 0, 0, 0, 1, 1, 0, 1], [0.0, 0, 0, 0, 1, 1, 1, 1], [1.0, 0, 0, nan, 1, nan, 0, nan]):
+    batches = [[1.0, 0, 0, 0, 1, 1, 0, 1], [0.0, 0, 0, 0, 1, 1, 1, 1]]
+    if not version("trl").startswith("1.0."):  # which takes a missing reward for 0
+        batches.append([1.0, 0, 0, nan, 1, nan, 0, nan])
+    for rewards in batches:
         trainer._calculate_rewards = lambda *_, rewards=rewards, **__: torch.tensor(rewards)[:, None]
         found = trainer._generate_and_score_completions([{"prompt": f"{i // 4}+1=", "answer": "2"} for i in range(8)])
         r = torch.tensor(rewards, dtype=torch.float64).view(2, 4)

@@ -1,6 +1,7 @@
 """Samplers: the right distribution, the right bookkeeping, and no trace left in the trainer."""
 
 import copy
+import inspect
 import logging
 import math
 from collections import Counter
@@ -15,6 +16,7 @@ from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.sampling import BatchTap, GenerateSampler, Sampler, TRLSampler
 from tests.tiny import (
     digit_reward,
+    enable_checkpointing,
     tiny_chat_rows,
     tiny_grpo_trainer,
     tiny_model,
@@ -124,7 +126,7 @@ def test_conversational_prompts():
 
 def test_generate_leaves_model_tokenizer_and_generators_alone():
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     model.train()
     model.model.layers[0].eval()
     model.config.use_cache = False
@@ -387,16 +389,23 @@ def test_truncated_sampling_is_warned_of(tmp_path, caplog):
 def test_a_tokenizers_response_template_is_followed(tmp_path):
     """As GRPO does, where the message a reward function sees is more than the decoded text."""
     trainer = tiny_grpo_trainer(tmp_path, model=favouring(EOS, 3.0))
-    trainer.processing_class.response_template = {
-        "defaults": {"role": "assistant"},
-        "start_anchor": "<|assistant|>",
-        "fields": {"content": {"close_pattern": "<eos>", "content": "text"}},
-    }
+    tokenizer = trainer.processing_class
+    by_template = "prefix" in inspect.signature(tokenizer.parse_response).parameters
+    if by_template:
+        tokenizer.response_template = {
+            "defaults": {"role": "assistant"},
+            "start_anchor": "<|assistant|>",
+            "fields": {"content": {"close_pattern": "<eos>", "content": "text"}},
+        }
+    else:  # transformers 5.0
+        fields = {"content": {"type": "string", "x-regex": r"^(.*?)(?:<eos>|$)"}, "heard": {"const": "yes"}}
+        tokenizer.response_schema = {"type": "object", "properties": {"role": {"const": "assistant"}} | fields}
     rows = tiny_chat_rows(2)
     samples = TRLSampler(trainer).sample(rows, 8, seed=0)
-    parsed = trainer.processing_class.parse_response(samples.completion_ids[3], prefix=samples.prompt_ids[3])
+    told = {"prefix": samples.prompt_ids[3]} if by_template else {}
+    parsed = tokenizer.parse_response(samples.completion_ids[3], **told)
     assert samples.completions[3] == [parsed]
-    assert parsed.keys() == {"role", "content"}
+    assert parsed.keys() == {"role", "content"} | (set() if by_template else {"heard"})
     rloo = tiny_rloo_trainer(tmp_path, tokenizer=trainer.processing_class)
     [[message]] = TRLSampler(rloo).sample(rows[:1], 1, seed=0).completions
     assert isinstance(message["content"], str)

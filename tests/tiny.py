@@ -74,6 +74,16 @@ def tiny_model(kind: str = "qwen2", *, seed: int = 0, **overrides: Any) -> torch
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Checkpoint the activations of every layer, by the name of the method in this version of transformers."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
+def disable_checkpointing(model: Any) -> None:
+    """Its counterpart."""
+    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+
+
 def tiny_rows(count: int = 8) -> list[dict[str, Any]]:
     """Rows with a `prompt` like "3+4=" and its `answer`; all prompts differ (count <= 100)."""
     return [{"prompt": f"{i // 10}+{i % 10}=", "answer": str(i // 10 + i % 10)} for i in range(count)]

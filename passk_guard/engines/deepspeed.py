@@ -9,11 +9,12 @@ import torch
 from passk_guard.engines.deepspeed_base import DeepSpeedGradient
 from passk_guard.engines.deepspeed_bf16 import Bf16
 from passk_guard.engines.deepspeed_offload import Zero3Offload, Zero12Offload
-from passk_guard.engines.deepspeed_support import INSTEAD, TESTED, check_supported, require
+from passk_guard.engines.deepspeed_support import INSTEAD, TESTED, check_supported
 from passk_guard.engines.deepspeed_zero0 import Zero0
 from passk_guard.engines.deepspeed_zero3 import Zero3
 from passk_guard.engines.deepspeed_zero12 import Zero12
 from passk_guard.errors import GuardError
+from passk_guard.private_api import ENGINE, LAUNCHER, ZERO3, ZERO12, check
 
 
 def deepspeed_engine(trainer: Any) -> DeepSpeedGradient:
@@ -33,8 +34,9 @@ def deepspeed_engine(trainer: Any) -> DeepSpeedGradient:
             "Expected a trainer with a DeepSpeed engine; found accelerator.deepspeed_engine_wrapped=None. The engine "
             "is built when training begins: ask for it in on_train_begin, under a DeepSpeed config."
         )
+    check(LAUNCHER, wrapped)
     engine = wrapped.engine
-    require(engine, ("optimizer",))
+    check(ENGINE, engine)
     check_supported(engine)
     return _kind(engine.optimizer)(engine)
 
@@ -43,10 +45,10 @@ def _kind(optimizer: Any) -> type[DeepSpeedGradient]:
     """Class of engine by class of optimizer, compared by name: importing DeepSpeed builds extensions."""
     name = type(optimizer).__name__
     if name == "DeepSpeedZeroOptimizer":
-        require(optimizer, ("cpu_offload",))
+        check(ZERO12, optimizer)
         return Zero12Offload if optimizer.cpu_offload else Zero12
     if name == "DeepSpeedZeroOptimizer_Stage3":
-        require(optimizer, ("offload_optimizer",))
+        check(ZERO3, optimizer)
         return Zero3Offload if optimizer.offload_optimizer else Zero3
     if name == "BF16_Optimizer":
         return Bf16

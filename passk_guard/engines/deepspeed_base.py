@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from passk_guard.engines.deepspeed_hook import StepHook
 from passk_guard.engines.deepspeed_probe import accumulate
 from passk_guard.engines.deepspeed_restore import engine_untouched
-from passk_guard.engines.deepspeed_support import ENGINE_ATTRIBUTES, require
 from passk_guard.engines.inner import local_inner_products
 from passk_guard.engines.protocol import Batch, Parts
 from passk_guard.errors import GuardError
+from passk_guard.private_api import ENGINE, Seam, check
 
 Take = Callable[[], Sequence[Tensor]]
 
@@ -33,11 +33,12 @@ class DeepSpeedGradient(ABC):
     """
 
     sharded: ClassVar[bool] = True
-    needed: ClassVar[frozenset[str]] = frozenset()
+    seams: ClassVar[tuple[Seam, ...]] = ()
 
     def __init__(self, engine: Any) -> None:
-        require(engine, ENGINE_ATTRIBUTES)
-        require(engine.optimizer, self.needed)
+        check(ENGINE, engine)
+        for seam in self.seams:
+            check(seam, engine.optimizer)
         self._engine, self._optimizer = engine, engine.optimizer
         self.name = self._describe()
         self._hook = StepHook(engine)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take
 from passk_guard.engines.deepspeed_lent import Lent
+from passk_guard.private_api import BF16
 
 
 class Bf16(DeepSpeedGradient):
@@ -18,7 +19,7 @@ class Bf16(DeepSpeedGradient):
     """
 
     sharded = False
-    needed = frozenset({"fp32_groups_gradients_flat", "fp32_groups_has_gradients", "zero_grad"})
+    seams = (BF16,)
 
     def _describe(self) -> str:
         return "DeepSpeed ZeRO-1 (BF16_Optimizer)"

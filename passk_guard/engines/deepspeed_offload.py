@@ -14,8 +14,7 @@ from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take, synchron
 from passk_guard.engines.deepspeed_lent import Lent
 from passk_guard.engines.deepspeed_zero3 import Zero3
 from passk_guard.engines.deepspeed_zero12 import Zero12
-
-_OFFLOADED = frozenset({"norm_for_param_grads", "grad_position"})
+from passk_guard.private_api import ZERO3_OFFLOAD, ZERO12_OFFLOAD
 
 
 class _Offloaded(DeepSpeedGradient):
@@ -68,7 +67,7 @@ class _Offloaded(DeepSpeedGradient):
 class Zero12Offload(_Offloaded, Zero12):
     """ZeRO-1 and ZeRO-2 with the optimizer on the CPU."""
 
-    needed = Zero12.needed | _OFFLOADED | {"single_partition_of_fp32_groups", "accumulated_grads_in_cpu"}
+    seams = (*Zero12.seams, ZERO12_OFFLOAD)
 
     def _describe(self) -> str:
         return f"{Zero12._describe(self)}, optimizer offloaded"
@@ -87,7 +86,7 @@ class Zero12Offload(_Offloaded, Zero12):
 class Zero3Offload(_Offloaded, Zero3):
     """ZeRO-3 with the optimizer on the CPU, and the parameters too when they are offloaded."""
 
-    needed = Zero3.needed | _OFFLOADED | {"fp32_partitioned_groups_flat"}
+    seams = (*Zero3.seams, ZERO3_OFFLOAD)
 
     def _describe(self) -> str:
         return f"{Zero3._describe(self)}, optimizer offloaded"

@@ -12,15 +12,6 @@ from passk_guard.errors import GuardError
 
 TESTED = "0.19.8"
 INSTEAD = "Use ZeRO-0 (fp32), 1, 2 or 3 with data parallelism alone, or mitigate by `reweight`."
-ENGINE_ATTRIBUTES = (
-    "step",
-    "backward",
-    "optimizer",
-    "module",
-    "device",
-    "is_gradient_accumulation_boundary",
-    "set_gradient_accumulation_boundary",
-)
 
 
 def check_supported(engine: Any) -> None:
@@ -34,17 +25,6 @@ def check_supported(engine: Any) -> None:
         raise GuardError(
             f"Editing gradients under DeepSpeed is not supported with {found}. {instead or INSTEAD} "
             f"Tested with deepspeed {TESTED}; found {_found_version()}."
-        )
-
-
-def require(obj: Any, names: Iterable[str]) -> None:
-    """Raise GuardError unless `obj` has all attributes in `names`."""
-    missing = [name for name in names if not hasattr(obj, name)]
-    if missing:
-        raise GuardError(
-            f"Expected DeepSpeed's {type(obj).__name__} to have {', '.join(missing)}; found deepspeed "
-            f"{_found_version()}, which does not. The guard is tested with deepspeed {TESTED}: install that version, "
-            "or mitigate by `reweight`, which edits no gradient."
         )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from torch import Tensor
 
 from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take
+from passk_guard.private_api import ZERO12, Seam
 
 _NO_MICRO_STEP = -1
 
@@ -19,17 +21,7 @@ class Zero12(DeepSpeedGradient):
     overflow check and the clipping norm. Alignment padding that DeepSpeed marks as such is left out.
     """
 
-    needed = frozenset(
-        {
-            "averaged_gradients",
-            "all_grad_tensors",
-            "micro_step_id",
-            "bit16_groups",
-            "partition_gradients",
-            "dp_process_group",
-            "zero_grad",
-        }
-    )
+    seams: ClassVar[tuple[Seam, ...]] = (ZERO12,)
 
     def _describe(self) -> str:
         return f"DeepSpeed ZeRO-{2 if self._optimizer.partition_gradients else 1}"

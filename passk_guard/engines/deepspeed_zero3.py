@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from torch import Tensor
 
 from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take
 from passk_guard.engines.deepspeed_lent import Lent
 from passk_guard.errors import GuardError
+from passk_guard.private_api import ZERO3, Seam
 
 
 class Zero3(DeepSpeedGradient):
@@ -19,18 +21,7 @@ class Zero3(DeepSpeedGradient):
     keep what it holds, so a probe gives it its contents back.
     """
 
-    needed = frozenset(
-        {
-            "averaged_gradients",
-            "grad_partitions_flat_buffer",
-            "micro_step_id",
-            "fp16_groups",
-            "parameter_offload",
-            "persistent_parameters",
-            "dp_process_group",
-            "zero_grad",
-        }
-    )
+    seams: ClassVar[tuple[Seam, ...]] = (ZERO3,)
 
     def _describe(self) -> str:
         return "DeepSpeed ZeRO-3"
@@ -50,7 +41,7 @@ class Zero3(DeepSpeedGradient):
         return [flat]
 
     def _at_boundary(self) -> bool:
-        seen = getattr(self._optimizer, "_epilogue_ran_this_backward", False)
+        seen = self._optimizer._epilogue_ran_this_backward
         return self._optimizer.micro_step_id == 0 and not seen
 
     @contextmanager

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from passk_guard.engines.backward import BackwardEngine
 from passk_guard.engines.protocol import Batch
+from passk_guard.private_api import FSDP, FSDP_STATE, check
 
 
 class ShardedEngine(BackwardEngine):
@@ -26,6 +27,9 @@ class ShardedEngine(BackwardEngine):
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         super().__init__(trainer, model, "fsdp2")
         self._model = model
+        self._root = next(m for m in model.modules() if isinstance(m, FSDPModule))
+        check(FSDP, self._root)
+        check(FSDP_STATE, self._root._get_fsdp_state())
         self._group = cast(DTensor, self._parameters[0]).device_mesh.get_group()
 
     def probe_gradient(
@@ -62,8 +66,7 @@ class ShardedEngine(BackwardEngine):
 
     def _end_pass(self) -> None:
         """End a forward or backward that broke off, as the end of a backward does: shards alone are left."""
-        root = next(m for m in self._model.modules() if isinstance(m, FSDPModule))
-        root._get_fsdp_state()._root_post_backward_final_callback()
+        self._root._get_fsdp_state()._root_post_backward_final_callback()
 
     def _local(self, tensor: Tensor) -> Tensor:
         return cast(DTensor, tensor).to_local().detach()

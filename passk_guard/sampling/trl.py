@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from passk_guard.errors import GuardError
+from passk_guard.private_api import SAMPLER, check, is_trl
 from passk_guard.sampling.lengths import context_length, refuse_misfits
 from passk_guard.sampling.modes import attributes, sampling_mode
 from passk_guard.sampling.protocol import Samples
@@ -124,6 +125,8 @@ class TRLSampler:
 
 
 def _refuse(trainer: Any) -> None:
+    if is_trl(trainer):
+        check(SAMPLER, trainer)
     needed = ("_tokenize_prompts", "_generate_single_turn", "_generate", "temperature", "use_vllm")
     if missing := [name for name in needed if not hasattr(trainer, name)]:
         raise GuardError(
@@ -166,7 +169,9 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 def _response_parser(trainer: Any) -> Callable[[list[int], list[int]], Any] | None:
     """(completion, prompt) -> message, where the trainer itself would parse by the tokenizer's response schema."""
-    tokenizer: Any = getattr(trainer, "_tokenizer", None)
+    processor = trainer.processing_class
+    # trl 1.0 has no `_tokenizer`, and parses where the processing class is a tokenizer and no processor that holds one.
+    tokenizer: Any = getattr(trainer, "_tokenizer", None if hasattr(processor, "tokenizer") else processor)
     schemas = (getattr(tokenizer, "response_template", None), getattr(tokenizer, "response_schema", None))
     # GRPO's `_generate` knows this function and RLOO's does not, which decodes to plain text.
     parse = inspect.unwrap(type(trainer)._generate).__globals__.get("parse_response")

@@ -1,0 +1,51 @@
+"""Whether the installed libraries still have what this run will touch, asked once, at train begin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from passk_guard.objective import PassKObjective
+from passk_guard.private_api import ACCELERATOR, BATCH, CHECKPOINTED, LAUNCHED, MODULE, SAMPLER, TENSOR, check
+from passk_guard.sampling import Sampler, TRLSampler
+
+
+def check_compatibility(trainer: Any, sampler: Sampler | None, *, taps_batch: bool, turns_gradients: bool) -> None:
+    """Raise GuardError for a private name that this run needs and the installed libraries lack.
+
+    Reads attributes and changes nothing. Engines check the rest when they are chosen, which is at train begin too.
+
+    Args:
+        trainer: whose train() begins.
+        sampler: of held-out prompts, if there are any.
+        taps_batch: whether the training batch is the probe.
+        turns_gradients: whether the guard may look for the engine that holds the gradient.
+    """
+    check(MODULE, trainer.model)
+    check(TENSOR, torch.Tensor)
+    if (layer := _checkpointing_layer(trainer.model)) is not None:
+        check(CHECKPOINTED, layer)
+    if isinstance(sampler, TRLSampler):
+        check(SAMPLER, sampler.trainer)
+    if taps_batch or PassKObjective.of(trainer) is not None:
+        check(BATCH, trainer)
+    if turns_gradients:
+        check(ACCELERATOR, trainer.accelerator)
+        kind = trainer.accelerator.distributed_type
+        if str(getattr(kind, "value", kind)) == "DEEPSPEED":
+            check(LAUNCHED, trainer.accelerator)
+
+
+def _checkpointing_layer(model: nn.Module) -> nn.Module | None:
+    """A layer of transformers' that checkpoints its activations; it could not do so without the function."""
+    return next(
+        (
+            module
+            for module in model.modules()
+            if getattr(module, "gradient_checkpointing", False)
+            and any(kind.__name__ == CHECKPOINTED.owner for kind in type(module).__mro__)
+        ),
+        None,
+    )

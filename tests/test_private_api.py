@@ -1,0 +1,359 @@
+"""Names of other libraries that may go away: each is in one table, and a missing one is an error at train begin."""
+
+import ast
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective, private_api
+from passk_guard.compatibility import check_compatibility
+from passk_guard.engines.choose import choose_engine
+from passk_guard.engines.deepspeed import deepspeed_engine
+from passk_guard.errors import GuardError
+from passk_guard.private_api import TABLE, check
+from passk_guard.sampling import BatchTap, TRLSampler
+from tests.tiny import digit_reward, tiny_grpo_trainer, tiny_model, tiny_rloo_trainer, tiny_rows
+
+PACKAGE = Path(__file__).parents[1] / "passk_guard"
+REQUIRED = [row for row in TABLE if row.required]
+OF_OURS = {"_undo", "_se", "_told_of"}
+"""Private names of the package's own that are touched from outside of `self`, or stand in a string."""
+
+
+def private(name):
+    return re.fullmatch(r"_[a-z]\w*", name) and not name.startswith("_passk_guard") and name not in OF_OURS
+
+
+def own_names(tree):
+    """What the classes and functions of a file define."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
+            yield node.attr if isinstance(node, ast.Attribute) else node.id
+
+
+def touched(tree, own):
+    """Private names that are read of something else than the package's own objects, or that stand in a string."""
+    in_texts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    classes = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("passk_guard")
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in in_texts:
+            yield node.value
+        elif isinstance(node, ast.Attribute):
+            holder = node.value.id if isinstance(node.value, ast.Name) else ""
+            if not (holder in ("self", "cls", "super") and node.attr in own) and holder not in classes:
+                yield node.attr
+        elif isinstance(node, ast.ImportFrom) and not node.module.startswith("passk_guard"):
+            yield from [alias.name for alias in node.names] + node.module.split(".")
+        elif isinstance(node, ast.Import):
+            yield from (part for alias in node.names for part in alias.name.split("."))
+
+
+def files():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name != "private_api.py":
+            yield str(path.relative_to(PACKAGE)), ast.parse(path.read_text())
+
+
+def scanned():
+    own = {name for _, tree in files() for name in own_names(tree)}
+    return {(file, name) for file, tree in files() for name in touched(tree, own)}
+
+
+def test_every_private_name_is_in_the_table_and_no_row_is_stale():
+    found = {(file, name) for file, name in scanned() if private(name)}
+    listed = {(file, row.name) for row in TABLE for file in row.files if private(row.name)}
+    assert found - listed == set(), "touched, and not in passk_guard/private_api.py"
+    assert listed - found == set(), "in passk_guard/private_api.py, and no longer touched"
+
+
+def test_no_row_of_an_undocumented_name_is_stale():
+    found = scanned()
+    for row in TABLE:
+        assert any((file, row.name) in found for file in row.files), f"nothing in {row.files} touches {row.name}"
+
+
+def test_the_scan_sees_what_it_should():
+    source = 'self._theirs; self._ours = 1; self._ours; x._a.b; getattr(x, "_b", 0); f"{x}_c"; from torch._d import _e'
+    tree = ast.parse(source.replace("; ", "\n"))
+    assert {n for n in touched(tree, set(own_names(tree))) if private(n)} == {"_theirs", "_a", "_b", "_d", "_e"}
+
+
+def test_each_name_stands_once():
+    places = [(row.seam, row.name) for row in TABLE]
+    assert len(set(places)) == len(places)
+    assert all(row.purpose for row in TABLE)
+
+
+def having(seam, without=""):
+    """A stand-in of `seam.owner` with all that is required of it but `without`."""
+    names = [row.name for row in REQUIRED if row.seam == seam and row.name != without]
+    return type("StandIn", (), dict.fromkeys(names))()
+
+
+@pytest.mark.parametrize("row", REQUIRED, ids=lambda row: f"{row.seam.owner}.{row.name}")
+def test_a_missing_name_is_an_error_that_says_all(row):
+    check(row.seam, having(row.seam))
+    check(row.seam, type(having(row.seam)))
+    with pytest.raises(GuardError) as refusal:
+        check(row.seam, having(row.seam, without=row.name))
+    library = row.seam.library
+    for said in (row.name, row.purpose, row.seam.applies, row.seam.instead, library, "StandIn"):
+        assert said in str(refusal.value)
+    assert f"{library} {version(library)}, which lacks" in str(refusal.value)
+    assert f"{library} {private_api.supported(library)} for" in str(refusal.value)
+
+
+def test_ranges_are_those_of_the_metadata(monkeypatch):
+    lines = ["torch>=2.6", "torchjd>=0.18; extra == 'torchjd'", "trl<2,>=1.0; extra == 'trl'"]
+    monkeypatch.setattr(private_api, "requires", lambda _: lines)
+    assert [private_api.supported(name) for name in ("torch", "trl")] == [">=2.6", "<2,>=1.0"]
+    assert "pyproject.toml" in private_api.supported("deepspeed")
+
+
+def test_without_metadata_the_error_still_comes(monkeypatch):
+    def missing(_):
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(private_api, "requires", missing)
+    monkeypatch.setattr(private_api, "version", missing)
+    with pytest.raises(GuardError, match=r"pyproject\.toml.*not installed"):
+        check(private_api.ENGINE, object())
+
+
+def test_a_property_that_raises_is_there():
+    class Engine(type(having(private_api.ENGINE))):
+        @property
+        def device(self):
+            raise RuntimeError("not yet")
+
+    check(private_api.ENGINE, Engine())
+
+
+def test_an_unknown_seam_is_a_mistake_of_ours():
+    with pytest.raises(ValueError, match="seam"):
+        check(private_api.Seam("torch", "Nothing", "", ""), object())
+
+
+# In the wiring: each seam is asked about where it applies, and nowhere else
+
+
+def hide(monkeypatch, owner, name):
+    """As if a release had renamed it; `owner` is a class."""
+    for kind in owner.__mro__:
+        if name in vars(kind):
+            monkeypatch.delattr(kind, name)
+
+
+def begin(guard, trainer):
+    guard.on_train_begin(trainer.args, trainer.state, trainer.control)
+    guard.on_train_end(trainer.args, trainer.state, trainer.control)
+
+
+def guarded(trainer, **settings):
+    probe = None if settings.get("source") == "training_batch" else tiny_rows(8)
+    return PassKGuardCallback(trainer, probe, digit_reward, GuardConfig(k=2, allow_overlap=True, **settings))
+
+
+SAMPLED = [row.name for row in REQUIRED if row.seam == private_api.SAMPLER]
+TAPPED = [row.name for row in REQUIRED if row.seam == private_api.BATCH]
+
+
+@pytest.mark.parametrize("make", [tiny_grpo_trainer, tiny_rloo_trainer])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_what_samples_held_out_prompts(make, name, tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    guard, on_the_batch = guarded(trainer), guarded(trainer, source="training_batch")
+    begin(guard, trainer)
+    hide(monkeypatch, type(trainer), name)
+    begin(on_the_batch, trainer)
+    with pytest.raises(GuardError, match=f"lacks `{name}`"):
+        begin(guard, trainer)
+    with pytest.raises(GuardError, match=f"lacks `{name}`"):
+        TRLSampler(trainer)
+    with pytest.raises(GuardError, match=f"lacks `{name}`"):
+        guarded(trainer)  # and not another sampler in silence
+
+
+@pytest.mark.parametrize("make", [tiny_grpo_trainer, tiny_rloo_trainer])
+@pytest.mark.parametrize("name", TAPPED)
+def test_what_reads_the_training_batch(make, name, tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    trainer.args.scale_rewards = "none"
+    held_out, on_the_batch = guarded(trainer), guarded(trainer, source="training_batch")
+    begin(on_the_batch, trainer)
+    objective = PassKObjective(trainer, k=2)
+    hide(monkeypatch, type(trainer), name)
+    begin(held_out, trainer)
+    for refused in (lambda: PassKObjective(trainer, k=2), lambda: BatchTap(trainer, print)):
+        with pytest.raises(GuardError, match=f"lacks `{name}`"):
+            refused()
+    with pytest.raises(GuardError, match=f"lacks `{name}`"):
+        begin(on_the_batch, trainer)
+    monkeypatch.setattr(trainer, "_passk_guard_objective", objective, raising=False)
+    with pytest.raises(GuardError, match=f"lacks `{name}`"):
+        begin(held_out, trainer)
+
+
+def asked(trainer, **settings):
+    check_compatibility(trainer, None, **{"taps_batch": False, "turns_gradients": False} | settings)
+
+
+@pytest.mark.parametrize("name", [row.name for row in REQUIRED if row.seam == private_api.MODULE])
+def test_hooks_of_modules(name):
+    trainer = SimpleNamespace(model=nn.Linear(2, 2))
+    asked(trainer)
+    delattr(trainer.model, name)
+    with pytest.raises(GuardError, match=f"lacks `{name}`"):
+        asked(trainer)
+
+
+def test_versions_of_tensors(monkeypatch):
+    monkeypatch.setattr("passk_guard.compatibility.torch.Tensor", object)
+    with pytest.raises(GuardError, match="lacks `_version`"):
+        asked(SimpleNamespace(model=nn.Linear(2, 2)))
+
+
+def test_the_checkpointing_of_transformers():
+    trainer = SimpleNamespace(model=tiny_model())
+    asked(trainer)
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    asked(trainer)
+    for layer in trainer.model.model.layers:
+        del layer._gradient_checkpointing_func
+    with pytest.raises(GuardError, match="lacks `_gradient_checkpointing_func`"):
+        asked(trainer)
+    trainer.model.gradient_checkpointing_disable()
+    asked(trainer)
+
+
+def test_a_model_that_checkpoints_by_itself_is_left_alone():
+    model = nn.Linear(2, 2)
+    model.gradient_checkpointing = True
+    asked(SimpleNamespace(model=model))
+
+
+def test_what_accelerate_says_of_the_engine():
+    accelerator = Accelerator(cpu=True)
+    trainer = SimpleNamespace(model=nn.Linear(2, 2), accelerator=accelerator)
+    asked(trainer, turns_gradients=True)
+    del accelerator.has_lomo_optimizer
+    asked(trainer)
+    with pytest.raises(GuardError, match="lacks `has_lomo_optimizer`"):
+        asked(trainer, turns_gradients=True)
+    trainer.accelerator = SimpleNamespace(has_lomo_optimizer=False, distributed_type=SimpleNamespace(value="DEEPSPEED"))
+    with pytest.raises(GuardError, match="lacks `deepspeed_engine_wrapped`"):
+        asked(trainer, turns_gradients=True)
+    trainer.accelerator.deepspeed_engine_wrapped = None
+    asked(trainer, turns_gradients=True)
+
+
+def test_projecting_asks_accelerate(tmp_path):
+    trainer = tiny_grpo_trainer(tmp_path)
+    observing, projecting = guarded(trainer), guarded(trainer, mitigation="project")
+    begin(projecting, trainer)
+    del trainer.accelerator.has_lomo_optimizer
+    begin(observing, trainer)
+    with pytest.raises(GuardError, match="lacks `has_lomo_optimizer`"):
+        begin(projecting, trainer)
+
+
+def plain(model):
+    return SimpleNamespace(accelerator=Accelerator(cpu=True), model=model, model_wrapped=model)
+
+
+def test_a_plain_model(monkeypatch):
+    class Parameter(nn.Parameter):
+        @property
+        def _post_accumulate_grad_hooks(self):
+            raise AttributeError
+
+    model = nn.Linear(2, 2)
+    assert choose_engine(plain(model)).name == "plain"
+    model.weight = Parameter(torch.zeros(2, 2))
+    with pytest.raises(GuardError, match="lacks `_post_accumulate_grad_hooks`"):
+        choose_engine(plain(model))
+
+
+def test_a_compiled_model():
+    class OptimizedModule(nn.Module):
+        pass
+
+    compiled = torch.compile(nn.Linear(2, 2))
+    assert choose_engine(plain(compiled)).name == "plain"
+    with pytest.raises(GuardError, match="lacks `_orig_mod`"):
+        choose_engine(plain(OptimizedModule()))
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("seam", [private_api.FSDP, private_api.FSDP_STATE], ids=lambda seam: seam.owner)
+def test_fsdp2(seam, one_process, monkeypatch):
+    model = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+    assert choose_engine(plain(model)).name == "fsdp2"
+    [name] = [row.name for row in REQUIRED if row.seam == seam]
+    hide(monkeypatch, type(model._get_fsdp_state() if seam == private_api.FSDP_STATE else model), name)
+    with pytest.raises(GuardError, match=f"lacks `{name}`"):
+        choose_engine(plain(model))
+
+
+DEEPSPEED = {
+    "BF16_Optimizer": (private_api.BF16,),
+    "DeepSpeedZeroOptimizer": (private_api.ZERO12,),
+    "DeepSpeedZeroOptimizer offloaded": (private_api.ZERO12, private_api.ZERO12_OFFLOAD),
+    "DeepSpeedZeroOptimizer_Stage3": (private_api.ZERO3,),
+    "DeepSpeedZeroOptimizer_Stage3 offloaded": (private_api.ZERO3, private_api.ZERO3_OFFLOAD),
+}
+
+
+def under_deepspeed(kind, optimizer_without="", engine_without=""):
+    """A trainer whose DeepSpeed engine and optimizer are stand-ins."""
+    names = {r.name for r in REQUIRED if r.seam in DEEPSPEED[kind]} - {optimizer_without}
+    offloaded = kind.endswith("offloaded")
+    switches = dict.fromkeys(names & {"cpu_offload", "offload_optimizer"}, offloaded)
+    optimizer = type(kind.split()[0], (), dict.fromkeys(names) | switches)()
+    engine = SimpleNamespace(**{r.name: print for r in REQUIRED if r.seam == private_api.ENGINE})
+    engine.optimizer, engine.module = optimizer, nn.Linear(1, 1)
+    if engine_without:
+        delattr(engine, engine_without)
+    wrapper = SimpleNamespace(engine=engine)
+    return SimpleNamespace(accelerator=SimpleNamespace(deepspeed_engine_wrapped=wrapper))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(k, row.name) for k, seams in DEEPSPEED.items() for row in REQUIRED if row.seam in seams]
+)
+def test_deepspeeds_optimizers(kind, name):
+    assert deepspeed_engine(under_deepspeed(kind)).name.startswith("DeepSpeed ZeRO")
+    with pytest.raises(GuardError, match=f"lacks `{name}`"):
+        deepspeed_engine(under_deepspeed(kind, optimizer_without=name))
+
+
+@pytest.mark.parametrize("name", [row.name for row in REQUIRED if row.seam == private_api.ENGINE])
+def test_deepspeeds_engine(name):
+    with pytest.raises(GuardError, match=f"lacks `{name}`"):
+        deepspeed_engine(under_deepspeed("BF16_Optimizer", engine_without=name))
+
+
+def test_accelerates_wrapper_of_the_engine():
+    with pytest.raises(GuardError, match="lacks `engine`"):
+        deepspeed_engine(SimpleNamespace(accelerator=SimpleNamespace(deepspeed_engine_wrapped=object())))
