@@ -57,8 +57,8 @@ def test_the_newest_versions_are_within_the_ranges():
     assert all(newest[library] >= bound for library, bound in lower_bounds())
 
 
-def test_ci_tests_both_ends():
-    commands = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert {"make test", "make test-oldest"} <= set(commands)
-    assert "constraints-oldest.txt" in (ROOT / "Makefile").read_text()
+def test_both_ends_have_a_command():
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"test:", "test-oldest:"} <= {line.split(" ")[0] for line in makefile.splitlines() if line}
+    assert "--constraint constraints-oldest.txt" in makefile
     assert ".venv-oldest/" in (ROOT / ".gitignore").read_text().splitlines()
