@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from passk_guard.objective import PassKObjective
-from passk_guard.private_api import ACCELERATOR, BATCH, CHECKPOINTED, LAUNCHED, MODULE, SAMPLER, TENSOR, check
+from passk_guard.private_api import check, seams
 from passk_guard.sampling import Sampler, TRLSampler
 
 
@@ -23,19 +23,28 @@ def check_compatibility(trainer: Any, sampler: Sampler | None, *, taps_batch: bo
         taps_batch: whether the training batch is the probe.
         turns_gradients: whether the guard may look for the engine that holds the gradient.
     """
-    check(MODULE, trainer.model)
-    check(TENSOR, torch.Tensor)
+    check(seams.MODULE, trainer.model)
+    check(seams.TENSOR, torch.Tensor)
+    check(seams.TRAINER, trainer)
+    if (sharded := _sharded_parameter(trainer.model)) is not None:
+        check(seams.ZERO3_SHAPE, sharded)
     if (layer := _checkpointing_layer(trainer.model)) is not None:
-        check(CHECKPOINTED, layer)
+        check(seams.CHECKPOINTED, layer)
     if isinstance(sampler, TRLSampler):
-        check(SAMPLER, sampler.trainer)
+        check(seams.SAMPLER, sampler.trainer)
     if taps_batch or PassKObjective.of(trainer) is not None:
-        check(BATCH, trainer)
+        check(seams.BATCH, trainer)
     if turns_gradients:
-        check(ACCELERATOR, trainer.accelerator)
+        check(seams.ACCELERATOR, trainer.accelerator)
         kind = trainer.accelerator.distributed_type
         if str(getattr(kind, "value", kind)) == "DEEPSPEED":
-            check(LAUNCHED, trainer.accelerator)
+            check(seams.LAUNCHED, trainer.accelerator)
+
+
+def _sharded_parameter(model: nn.Module) -> nn.Parameter | None:
+    """One that ZeRO-3 has emptied; it marks its parameters with several names of this kind."""
+    emptied = (p for p in model.parameters() if p.requires_grad and not p.numel())
+    return next((p for p in emptied if any(name.startswith("ds_") for name in vars(p))), None)
 
 
 def _checkpointing_layer(model: nn.Module) -> nn.Module | None:
@@ -45,7 +54,7 @@ def _checkpointing_layer(model: nn.Module) -> nn.Module | None:
             module
             for module in model.modules()
             if getattr(module, "gradient_checkpointing", False)
-            and any(kind.__name__ == CHECKPOINTED.owner for kind in type(module).__mro__)
+            and any(kind.__name__ == seams.CHECKPOINTED.owner for kind in type(module).__mro__)
         ),
         None,
     )

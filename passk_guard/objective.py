@@ -13,7 +13,7 @@ from torch import Tensor
 from passk_guard.errors import GuardError
 from passk_guard.passk import passk_advantages
 from passk_guard.patch import MethodPatch
-from passk_guard.private_api import BATCH, check, is_trl
+from passk_guard.private_api import check, is_trl, seams
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _check_bounds(floor: float | None, cap: float | None) -> None:
 
 def _check_trainer(trainer: Any, k: int) -> None:
     if is_trl(trainer):
-        check(BATCH, trainer)
+        check(seams.BATCH, trainer)
     if not hasattr(trainer, "_generate_and_score_completions"):
         raise GuardError(
             f"Expected a TRL GRPOTrainer or RLOOTrainer; found {type(trainer).__name__}, which computes no advantages."

@@ -1,9 +1,6 @@
 """Names of other libraries that may go away: each is in one table, and a missing one is an error at train begin."""
 
-import ast
-import re
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,79 +15,12 @@ from passk_guard.compatibility import check_compatibility
 from passk_guard.engines.choose import choose_engine
 from passk_guard.engines.deepspeed import deepspeed_engine
 from passk_guard.errors import GuardError
-from passk_guard.private_api import TABLE, check
+from passk_guard.private_api import TABLE, check, seams, versions
 from passk_guard.sampling import BatchTap, TRLSampler
+from tests.engines import neutral
 from tests.tiny import digit_reward, tiny_grpo_trainer, tiny_model, tiny_rloo_trainer, tiny_rows
 
-PACKAGE = Path(__file__).parents[1] / "passk_guard"
 REQUIRED = [row for row in TABLE if row.required]
-OF_OURS = {"_undo", "_se", "_told_of"}
-"""Private names of the package's own that are touched from outside of `self`, or stand in a string."""
-
-
-def private(name):
-    return re.fullmatch(r"_[a-z]\w*", name) and not name.startswith("_passk_guard") and name not in OF_OURS
-
-
-def own_names(tree):
-    """What the classes and functions of a file define."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
-            yield node.attr if isinstance(node, ast.Attribute) else node.id
-
-
-def touched(tree, own):
-    """Private names that are read of something else than the package's own objects, or that stand in a string."""
-    in_texts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    classes = {
-        alias.asname or alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("passk_guard")
-        for alias in node.names
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in in_texts:
-            yield node.value
-        elif isinstance(node, ast.Attribute):
-            holder = node.value.id if isinstance(node.value, ast.Name) else ""
-            if not (holder in ("self", "cls", "super") and node.attr in own) and holder not in classes:
-                yield node.attr
-        elif isinstance(node, ast.ImportFrom) and not node.module.startswith("passk_guard"):
-            yield from [alias.name for alias in node.names] + node.module.split(".")
-        elif isinstance(node, ast.Import):
-            yield from (part for alias in node.names for part in alias.name.split("."))
-
-
-def files():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if path.name != "private_api.py":
-            yield str(path.relative_to(PACKAGE)), ast.parse(path.read_text())
-
-
-def scanned():
-    own = {name for _, tree in files() for name in own_names(tree)}
-    return {(file, name) for file, tree in files() for name in touched(tree, own)}
-
-
-def test_every_private_name_is_in_the_table_and_no_row_is_stale():
-    found = {(file, name) for file, name in scanned() if private(name)}
-    listed = {(file, row.name) for row in TABLE for file in row.files if private(row.name)}
-    assert found - listed == set(), "touched, and not in passk_guard/private_api.py"
-    assert listed - found == set(), "in passk_guard/private_api.py, and no longer touched"
-
-
-def test_no_row_of_an_undocumented_name_is_stale():
-    found = scanned()
-    for row in TABLE:
-        assert any((file, row.name) in found for file in row.files), f"nothing in {row.files} touches {row.name}"
-
-
-def test_the_scan_sees_what_it_should():
-    source = 'self._theirs; self._ours = 1; self._ours; x._a.b; getattr(x, "_b", 0); f"{x}_c"; from torch._d import _e'
-    tree = ast.parse(source.replace("; ", "\n"))
-    assert {n for n in touched(tree, set(own_names(tree))) if private(n)} == {"_theirs", "_a", "_b", "_d", "_e"}
 
 
 def test_each_name_stands_once():
@@ -120,7 +50,7 @@ def test_a_missing_name_is_an_error_that_says_all(row):
 
 def test_ranges_are_those_of_the_metadata(monkeypatch):
     lines = ["torch>=2.6", "torchjd>=0.18; extra == 'torchjd'", "trl<2,>=1.0; extra == 'trl'"]
-    monkeypatch.setattr(private_api, "requires", lambda _: lines)
+    monkeypatch.setattr(versions, "requires", lambda _: lines)
     assert [private_api.supported(name) for name in ("torch", "trl")] == [">=2.6", "<2,>=1.0"]
     assert "pyproject.toml" in private_api.supported("deepspeed")
 
@@ -129,19 +59,19 @@ def test_without_metadata_the_error_still_comes(monkeypatch):
     def missing(_):
         raise PackageNotFoundError
 
-    monkeypatch.setattr(private_api, "requires", missing)
-    monkeypatch.setattr(private_api, "version", missing)
+    monkeypatch.setattr(versions, "requires", missing)
+    monkeypatch.setattr(versions, "version", missing)
     with pytest.raises(GuardError, match=r"pyproject\.toml.*not installed"):
-        check(private_api.ENGINE, object())
+        check(seams.ENGINE, object())
 
 
 def test_a_property_that_raises_is_there():
-    class Engine(type(having(private_api.ENGINE))):
+    class Engine(type(having(seams.ENGINE))):
         @property
         def device(self):
             raise RuntimeError("not yet")
 
-    check(private_api.ENGINE, Engine())
+    check(seams.ENGINE, Engine())
 
 
 def test_an_unknown_seam_is_a_mistake_of_ours():
@@ -152,9 +82,11 @@ def test_an_unknown_seam_is_a_mistake_of_ours():
 # In the wiring: each seam is asked about where it applies, and nowhere else
 
 
-def hide(monkeypatch, owner, name):
-    """As if a release had renamed it; `owner` is a class."""
-    for kind in owner.__mro__:
+def hide(monkeypatch, obj, name):
+    """As if a release had renamed it."""
+    if name in vars(obj):
+        monkeypatch.delattr(obj, name)
+    for kind in type(obj).__mro__:
         if name in vars(kind):
             monkeypatch.delattr(kind, name)
 
@@ -169,8 +101,8 @@ def guarded(trainer, **settings):
     return PassKGuardCallback(trainer, probe, digit_reward, GuardConfig(k=2, allow_overlap=True, **settings))
 
 
-SAMPLED = [row.name for row in REQUIRED if row.seam == private_api.SAMPLER]
-TAPPED = [row.name for row in REQUIRED if row.seam == private_api.BATCH]
+SAMPLED = [row.name for row in REQUIRED if row.seam == seams.SAMPLER]
+TAPPED = [row.name for row in REQUIRED if row.seam == seams.BATCH]
 
 
 @pytest.mark.parametrize("make", [tiny_grpo_trainer, tiny_rloo_trainer])
@@ -179,8 +111,9 @@ def test_what_samples_held_out_prompts(make, name, tmp_path, monkeypatch):
     trainer = make(tmp_path)
     guard, on_the_batch = guarded(trainer), guarded(trainer, source="training_batch")
     begin(guard, trainer)
-    hide(monkeypatch, type(trainer), name)
-    begin(on_the_batch, trainer)
+    hide(monkeypatch, trainer, name)
+    if name != "temperature":  # that of a batch is asked for too
+        begin(on_the_batch, trainer)
     with pytest.raises(GuardError, match=f"lacks `{name}`"):
         begin(guard, trainer)
     with pytest.raises(GuardError, match=f"lacks `{name}`"):
@@ -197,7 +130,7 @@ def test_what_reads_the_training_batch(make, name, tmp_path, monkeypatch):
     held_out, on_the_batch = guarded(trainer), guarded(trainer, source="training_batch")
     begin(on_the_batch, trainer)
     objective = PassKObjective(trainer, k=2)
-    hide(monkeypatch, type(trainer), name)
+    hide(monkeypatch, trainer, name)
     begin(held_out, trainer)
     for refused in (lambda: PassKObjective(trainer, k=2), lambda: BatchTap(trainer, print)):
         with pytest.raises(GuardError, match=f"lacks `{name}`"):
@@ -210,15 +143,36 @@ def test_what_reads_the_training_batch(make, name, tmp_path, monkeypatch):
 
 
 def asked(trainer, **settings):
+    vars(trainer).setdefault("callback_handler", SimpleNamespace(callbacks=[]))
     check_compatibility(trainer, None, **{"taps_batch": False, "turns_gradients": False} | settings)
 
 
-@pytest.mark.parametrize("name", [row.name for row in REQUIRED if row.seam == private_api.MODULE])
+@pytest.mark.parametrize("name", [row.name for row in REQUIRED if row.seam == seams.MODULE])
 def test_hooks_of_modules(name):
     trainer = SimpleNamespace(model=nn.Linear(2, 2))
     asked(trainer)
     delattr(trainer.model, name)
     with pytest.raises(GuardError, match=f"lacks `{name}`"):
+        asked(trainer)
+
+
+def test_the_callbacks_of_a_trainer(tmp_path):
+    trainer = tiny_grpo_trainer(tmp_path)
+    guard = guarded(trainer)
+    begin(guard, trainer)
+    del trainer.callback_handler
+    with pytest.raises(GuardError, match="lacks `callback_handler`"):
+        begin(guard, trainer)
+
+
+def test_the_shape_of_a_weight_that_zero3_has_emptied():
+    trainer = SimpleNamespace(model=nn.Linear(2, 2))
+    trainer.model.weight.data = torch.zeros(0)
+    asked(trainer)  # empty, and not DeepSpeed's
+    trainer.model.weight.ds_id, trainer.model.weight.ds_shape = 1, (2, 2)
+    asked(trainer)
+    del trainer.model.weight.ds_shape
+    with pytest.raises(GuardError, match="lacks `ds_shape`"):
         asked(trainer)
 
 
@@ -255,7 +209,8 @@ def test_what_accelerate_says_of_the_engine():
     asked(trainer)
     with pytest.raises(GuardError, match="lacks `has_lomo_optimizer`"):
         asked(trainer, turns_gradients=True)
-    trainer.accelerator = SimpleNamespace(has_lomo_optimizer=False, distributed_type=SimpleNamespace(value="DEEPSPEED"))
+    kind = SimpleNamespace(value="DEEPSPEED")
+    trainer.accelerator = SimpleNamespace(has_lomo_optimizer=False, scaler=None, distributed_type=kind)
     with pytest.raises(GuardError, match="lacks `deepspeed_engine_wrapped`"):
         asked(trainer, turns_gradients=True)
     trainer.accelerator.deepspeed_engine_wrapped = None
@@ -306,22 +261,22 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("seam", [private_api.FSDP, private_api.FSDP_STATE], ids=lambda seam: seam.owner)
+@pytest.mark.parametrize("seam", [seams.FSDP, seams.FSDP_STATE], ids=lambda seam: seam.owner)
 def test_fsdp2(seam, one_process, monkeypatch):
     model = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
     assert choose_engine(plain(model)).name == "fsdp2"
     [name] = [row.name for row in REQUIRED if row.seam == seam]
-    hide(monkeypatch, type(model._get_fsdp_state() if seam == private_api.FSDP_STATE else model), name)
+    hide(monkeypatch, model._get_fsdp_state() if seam == seams.FSDP_STATE else model, name)
     with pytest.raises(GuardError, match=f"lacks `{name}`"):
         choose_engine(plain(model))
 
 
 DEEPSPEED = {
-    "BF16_Optimizer": (private_api.BF16,),
-    "DeepSpeedZeroOptimizer": (private_api.ZERO12,),
-    "DeepSpeedZeroOptimizer offloaded": (private_api.ZERO12, private_api.ZERO12_OFFLOAD),
-    "DeepSpeedZeroOptimizer_Stage3": (private_api.ZERO3,),
-    "DeepSpeedZeroOptimizer_Stage3 offloaded": (private_api.ZERO3, private_api.ZERO3_OFFLOAD),
+    "BF16_Optimizer": (seams.BF16,),
+    "DeepSpeedZeroOptimizer": (seams.ZERO12,),
+    "DeepSpeedZeroOptimizer offloaded": (seams.ZERO12, seams.ZERO12_OFFLOAD),
+    "DeepSpeedZeroOptimizer_Stage3": (seams.ZERO3,),
+    "DeepSpeedZeroOptimizer_Stage3 offloaded": (seams.ZERO3, seams.ZERO3_OFFLOAD),
 }
 
 
@@ -330,9 +285,14 @@ def under_deepspeed(kind, optimizer_without="", engine_without=""):
     names = {r.name for r in REQUIRED if r.seam in DEEPSPEED[kind]} - {optimizer_without}
     offloaded = kind.endswith("offloaded")
     switches = dict.fromkeys(names & {"cpu_offload", "offload_optimizer"}, offloaded)
-    optimizer = type(kind.split()[0], (), dict.fromkeys(names) | switches)()
-    engine = SimpleNamespace(**{r.name: print for r in REQUIRED if r.seam == private_api.ENGINE})
+    answers = {name: value for name, value in neutral.OPTIMIZER.items() if name in names}
+    sharder = SimpleNamespace(partition_all_parameters=print)
+    answers |= {"parameter_offload": sharder} if "parameter_offload" in names else {}
+    optimizer = type(kind.split()[0], (), dict.fromkeys(names) | switches | answers)()
+    engine = SimpleNamespace(**{r.name: print for r in REQUIRED if r.seam == seams.ENGINE} | neutral.ENGINE)
     engine.optimizer, engine.module = optimizer, nn.Linear(1, 1)
+    for parameter in engine.module.parameters():
+        parameter.ds_status, parameter.all_gather = None, print
     if engine_without:
         delattr(engine, engine_without)
     wrapper = SimpleNamespace(engine=engine)
@@ -348,10 +308,20 @@ def test_deepspeeds_optimizers(kind, name):
         deepspeed_engine(under_deepspeed(kind, optimizer_without=name))
 
 
-@pytest.mark.parametrize("name", [row.name for row in REQUIRED if row.seam == private_api.ENGINE])
+@pytest.mark.parametrize("name", [row.name for row in REQUIRED if row.seam in (seams.ENGINE, seams.SETTINGS)])
 def test_deepspeeds_engine(name):
     with pytest.raises(GuardError, match=f"lacks `{name}`"):
         deepspeed_engine(under_deepspeed("BF16_Optimizer", engine_without=name))
+
+
+@pytest.mark.parametrize("name", ["partition_all_parameters", "ds_status", "all_gather"])
+def test_what_zero3_shards_with(name):
+    trainer = under_deepspeed("DeepSpeedZeroOptimizer_Stage3")
+    engine = trainer.accelerator.deepspeed_engine_wrapped.engine
+    for obj in (engine.optimizer.parameter_offload, *engine.module.parameters()):
+        vars(obj).pop(name, None)
+    with pytest.raises(GuardError, match=f"lacks `{name}`"):
+        deepspeed_engine(trainer)
 
 
 def test_accelerates_wrapper_of_the_engine():

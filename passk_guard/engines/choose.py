@@ -14,7 +14,7 @@ from passk_guard.engines.fsdp import ShardedEngine
 from passk_guard.engines.native import NativeEngine
 from passk_guard.engines.protocol import GradientEngine
 from passk_guard.engines.refusals import refuse_accelerator, refuse_layerwise_optimizer, refuse_placement, refused
-from passk_guard.private_api import COMPILED, GRADIENTS, check
+from passk_guard.private_api import check, seams
 
 
 def choose_engine(trainer: Any) -> GradientEngine:
@@ -46,7 +46,7 @@ def choose_engine(trainer: Any) -> GradientEngine:
     if any(isinstance(module, FSDPModule) for module in modules):
         _check_mesh(parameters)
         return ShardedEngine(trainer, wrapped)
-    check(GRADIENTS, parameters[0])
+    check(seams.GRADIENTS, parameters[0])
     refuse_placement(wrapped, parameters)
     refuse_layerwise_optimizer(trainer, parameters)
     if isinstance(wrapped, DistributedDataParallel):
@@ -62,7 +62,7 @@ def choose_engine(trainer: Any) -> GradientEngine:
 def _uncompiled(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's wrapper."""
     if type(model).__name__ == "OptimizedModule":
-        check(COMPILED, model)
+        check(seams.COMPILED, model)
     return getattr(model, "_orig_mod", model)
 
 

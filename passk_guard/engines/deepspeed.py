@@ -14,7 +14,7 @@ from passk_guard.engines.deepspeed_zero0 import Zero0
 from passk_guard.engines.deepspeed_zero3 import Zero3
 from passk_guard.engines.deepspeed_zero12 import Zero12
 from passk_guard.errors import GuardError
-from passk_guard.private_api import ENGINE, LAUNCHER, ZERO3, ZERO12, check
+from passk_guard.private_api import check, seams
 
 
 def deepspeed_engine(trainer: Any) -> DeepSpeedGradient:
@@ -34,9 +34,10 @@ def deepspeed_engine(trainer: Any) -> DeepSpeedGradient:
             "Expected a trainer with a DeepSpeed engine; found accelerator.deepspeed_engine_wrapped=None. The engine "
             "is built when training begins: ask for it in on_train_begin, under a DeepSpeed config."
         )
-    check(LAUNCHER, wrapped)
+    check(seams.LAUNCHER, wrapped)
     engine = wrapped.engine
-    check(ENGINE, engine)
+    check(seams.ENGINE, engine)
+    check(seams.SETTINGS, engine)
     check_supported(engine)
     return _kind(engine.optimizer)(engine)
 
@@ -45,10 +46,10 @@ def _kind(optimizer: Any) -> type[DeepSpeedGradient]:
     """Class of engine by class of optimizer, compared by name: importing DeepSpeed builds extensions."""
     name = type(optimizer).__name__
     if name == "DeepSpeedZeroOptimizer":
-        check(ZERO12, optimizer)
+        check(seams.ZERO12, optimizer)
         return Zero12Offload if optimizer.cpu_offload else Zero12
     if name == "DeepSpeedZeroOptimizer_Stage3":
-        check(ZERO3, optimizer)
+        check(seams.ZERO3, optimizer)
         return Zero3Offload if optimizer.offload_optimizer else Zero3
     if name == "BF16_Optimizer":
         return Bf16

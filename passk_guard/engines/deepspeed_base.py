@@ -17,7 +17,7 @@ from passk_guard.engines.deepspeed_restore import engine_untouched
 from passk_guard.engines.inner import local_inner_products
 from passk_guard.engines.protocol import Batch, Parts
 from passk_guard.errors import GuardError
-from passk_guard.private_api import ENGINE, Seam, check
+from passk_guard.private_api import Seam, check, seams
 
 Take = Callable[[], Sequence[Tensor]]
 
@@ -33,11 +33,11 @@ class DeepSpeedGradient(ABC):
     """
 
     sharded: ClassVar[bool] = True
-    seams: ClassVar[tuple[Seam, ...]] = ()
+    needs: ClassVar[tuple[Seam, ...]] = ()
 
     def __init__(self, engine: Any) -> None:
-        check(ENGINE, engine)
-        for seam in self.seams:
+        check(seams.ENGINE, engine)
+        for seam in self.needs:
             check(seam, engine.optimizer)
         self._engine, self._optimizer = engine, engine.optimizer
         self.name = self._describe()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take
 from passk_guard.engines.deepspeed_lent import Lent
-from passk_guard.private_api import BF16
+from passk_guard.private_api import seams
 
 
 class Bf16(DeepSpeedGradient):
@@ -19,7 +19,7 @@ class Bf16(DeepSpeedGradient):
     """
 
     sharded = False
-    seams = (BF16,)
+    needs = (seams.BF16,)
 
     def _describe(self) -> str:
         return "DeepSpeed ZeRO-1 (BF16_Optimizer)"

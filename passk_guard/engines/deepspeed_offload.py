@@ -14,7 +14,7 @@ from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take, synchron
 from passk_guard.engines.deepspeed_lent import Lent
 from passk_guard.engines.deepspeed_zero3 import Zero3
 from passk_guard.engines.deepspeed_zero12 import Zero12
-from passk_guard.private_api import ZERO3_OFFLOAD, ZERO12_OFFLOAD
+from passk_guard.private_api import seams
 
 
 class _Offloaded(DeepSpeedGradient):
@@ -67,7 +67,7 @@ class _Offloaded(DeepSpeedGradient):
 class Zero12Offload(_Offloaded, Zero12):
     """ZeRO-1 and ZeRO-2 with the optimizer on the CPU."""
 
-    seams = (*Zero12.seams, ZERO12_OFFLOAD)
+    needs = (*Zero12.needs, seams.ZERO12_OFFLOAD)
 
     def _describe(self) -> str:
         return f"{Zero12._describe(self)}, optimizer offloaded"
@@ -86,7 +86,7 @@ class Zero12Offload(_Offloaded, Zero12):
 class Zero3Offload(_Offloaded, Zero3):
     """ZeRO-3 with the optimizer on the CPU, and the parameters too when they are offloaded."""
 
-    seams = (*Zero3.seams, ZERO3_OFFLOAD)
+    needs = (*Zero3.needs, seams.ZERO3_OFFLOAD)
 
     def _describe(self) -> str:
         return f"{Zero3._describe(self)}, optimizer offloaded"

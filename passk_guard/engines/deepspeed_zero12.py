@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take
-from passk_guard.private_api import ZERO12, Seam
+from passk_guard.private_api import Seam, seams
 
 _NO_MICRO_STEP = -1
 
@@ -21,7 +21,7 @@ class Zero12(DeepSpeedGradient):
     overflow check and the clipping norm. Alignment padding that DeepSpeed marks as such is left out.
     """
 
-    seams: ClassVar[tuple[Seam, ...]] = (ZERO12,)
+    needs: ClassVar[tuple[Seam, ...]] = (seams.ZERO12,)
 
     def _describe(self) -> str:
         return f"DeepSpeed ZeRO-{2 if self._optimizer.partition_gradients else 1}"

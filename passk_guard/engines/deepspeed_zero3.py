@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from itertools import islice
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take
 from passk_guard.engines.deepspeed_lent import Lent
 from passk_guard.errors import GuardError
-from passk_guard.private_api import ZERO3, Seam
+from passk_guard.private_api import Seam, check, seams
 
 
 class Zero3(DeepSpeedGradient):
@@ -21,7 +22,13 @@ class Zero3(DeepSpeedGradient):
     keep what it holds, so a probe gives it its contents back.
     """
 
-    seams: ClassVar[tuple[Seam, ...]] = (ZERO3,)
+    needs: ClassVar[tuple[Seam, ...]] = (seams.ZERO3,)
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        check(seams.ZERO3_SHARDER, self._optimizer.parameter_offload)
+        for parameter in islice(engine.module.parameters(), 1):
+            check(seams.ZERO3_PARAMETER, parameter)
 
     def _describe(self) -> str:
         return "DeepSpeed ZeRO-3"

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from passk_guard.engines.backward import BackwardEngine
 from passk_guard.engines.protocol import Batch
-from passk_guard.private_api import FSDP, FSDP_STATE, check
+from passk_guard.private_api import check, seams
 
 
 class ShardedEngine(BackwardEngine):
@@ -28,8 +28,8 @@ class ShardedEngine(BackwardEngine):
         super().__init__(trainer, model, "fsdp2")
         self._model = model
         self._root = next(m for m in model.modules() if isinstance(m, FSDPModule))
-        check(FSDP, self._root)
-        check(FSDP_STATE, self._root._get_fsdp_state())
+        check(seams.FSDP, self._root)
+        check(seams.FSDP_STATE, self._root._get_fsdp_state())
         self._group = cast(DTensor, self._parameters[0]).device_mesh.get_group()
 
     def probe_gradient(

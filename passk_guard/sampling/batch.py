@@ -11,7 +11,7 @@ from torch import Tensor
 
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.patch import Method, MethodPatch
-from passk_guard.private_api import BATCH, check, is_trl
+from passk_guard.private_api import check, is_trl, seams
 from passk_guard.types import Rollouts
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class BatchTap:
                     "with it. Pass held-out prompts as `probe`, with a `sampler` of your own."
                 )
         if is_trl(trainer):
-            check(BATCH, trainer)
+            check(seams.BATCH, trainer)
         self.trainer = trainer
         self.on_rollouts = on_rollouts
         self._scored: tuple[Sequence[Any], Sequence[Sequence[int]], Tensor] | None = None

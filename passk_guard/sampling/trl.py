@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from passk_guard.errors import GuardError
-from passk_guard.private_api import SAMPLER, check, is_trl
+from passk_guard.private_api import check, is_trl, seams
 from passk_guard.sampling.lengths import context_length, refuse_misfits
 from passk_guard.sampling.modes import attributes, sampling_mode
 from passk_guard.sampling.protocol import Samples
@@ -126,7 +126,7 @@ class TRLSampler:
 
 def _refuse(trainer: Any) -> None:
     if is_trl(trainer):
-        check(SAMPLER, trainer)
+        check(seams.SAMPLER, trainer)
     needed = ("_tokenize_prompts", "_generate_single_turn", "_generate", "temperature", "use_vllm")
     if missing := [name for name in needed if not hasattr(trainer, name)]:
         raise GuardError(
@@ -138,6 +138,7 @@ def _refuse(trainer: Any) -> None:
         "environment_factories": "an environment makes up the prompts",
         "rollout_func": "its completions may hold more than one turn of the policy",
         "use_transformers_continuous_batching": "it casts the trained weights in place",
+        "use_transformers_paged": "it casts the trained weights in place",  # the same in trl 1.0
     }
     for name, why in unsupported.items():
         if getattr(trainer, name, None):

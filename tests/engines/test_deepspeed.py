@@ -13,7 +13,7 @@ import torch
 from passk_guard.engines.deepspeed import deepspeed_engine
 from passk_guard.engines.deepspeed_lent import Lent
 from passk_guard.errors import GuardError
-from tests.engines import oracle
+from tests.engines import neutral, oracle
 from tests.engines.deepspeed_cases import CASES, EXACT, HARD, OVERFLOWING, ROUNDED, STAGES, UNEVEN
 
 ROOT = Path(__file__).parents[2]
@@ -216,7 +216,7 @@ def engine(**attributes):
     names = ("step", "backward", "set_gradient_accumulation_boundary", "is_gradient_accumulation_boundary")
     methods = {name: lambda *args, **kwargs: True for name in names}
     fields = {"optimizer": optimizer(), "module": torch.nn.Linear(1, 1), "device": torch.device("cpu")}
-    return SimpleNamespace(**(methods | fields | attributes))
+    return SimpleNamespace(**(neutral.ENGINE | methods | fields | attributes))
 
 
 def choose(found):

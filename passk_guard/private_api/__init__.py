@@ -1,0 +1,13 @@
+"""Every private or undocumented name of other libraries that is touched here, and what is said when one is gone.
+
+Such a name may go away with any release. Each stands in `TABLE` once, with what it is for, and `check` is called where
+its owner is met, at train begin at the latest: a missing name is an error with a remedy and not a wrong result later.
+`tests/test_foreign_names.py` reads the sources and fails where one is touched that is not in the table.
+"""
+
+from passk_guard.private_api import seams
+from passk_guard.private_api.presence import TABLE, check, is_trl
+from passk_guard.private_api.records import Private, Seam
+from passk_guard.private_api.versions import installed, supported
+
+__all__ = ["TABLE", "Private", "Seam", "check", "installed", "is_trl", "seams", "supported"]
