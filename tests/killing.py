@@ -4,10 +4,12 @@ Every attempt is a forked child, or one child for each rank: nothing is imported
 it, and what is left of a killed one is what lies on the disk.
 """
 
+import logging
 import os
 import random
 import signal
 import socket
+import sys
 import time
 import traceback
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from transformers import TrainerCallback
 from passk_guard.journal_file import JOURNAL_NAME
 from passk_guard.memory import FILE_NAME
 
-SIGKILL = -signal.SIGKILL  # as an exit code
+SIGKILL, SIGPROF = -signal.SIGKILL, -signal.SIGPROF  # as exit codes
 PLACES = (
     "step begins",
     "in the verifier",
@@ -118,34 +120,47 @@ class Last(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = self.executioner.folder / f"checkpoint-{state.global_step}"
-        (folder / f"whole.rank{self.executioner.rank}").touch()
+        _mark(folder, self.executioner.rank).touch()
         self.executioner.here("after the checkpoint")
 
 
-def newest_whole(folder, ranks):
-    """The newest checkpoint that every rank has finished, and its step; None and 0 where there is none."""
+def newest_whole(folder, ranks, last):
+    """The newest checkpoint before step `last` that every rank has finished, and its step; None and 0 without one.
+
+    Not that of the last step: the Trainer takes one step more when it goes on from there, with or without a guard.
+    """
     found = {int(path.name.split("-")[1]): path for path in Path(folder).glob("checkpoint-*")}
-    whole = [step for step, path in found.items() if all((path / f"whole.rank{r}").exists() for r in range(ranks))]
-    return (found[max(whole)], max(whole)) if whole else (None, 0)
+    whole = [s for s, path in found.items() if s < last and all(_mark(path, r).exists() for r in range(ranks))]
+    step = max(whole, default=0)
+    for later in (path for number, path in found.items() if number > step):
+        for rank in range(ranks):  # the next attempt writes it again, and may be killed while a rank does
+            _mark(later, rank).unlink(missing_ok=True)
+    return found.get(step), step
 
 
-def attempt(train, folder, ranks, *, resume=None, kill=None, seconds=None, timeout=400):
+def attempt(train, folder, ranks, *, resume=None, kill=None, seconds=None, timeout=900):
     """Run `train(folder, resume, executioner)` in a forked process for each rank.
 
     Args:
-        kill: the moment at which one rank dies; the others are killed as soon as it is dead.
-        seconds: after which all ranks are killed, wherever they are, unless they are through.
+        kill: the moment at which one rank dies; the others are killed as soon as one is dead.
+        seconds: of computing, after which a rank dies wherever it is, unless it is through by then. Not of the
+            clock: on a loaded machine nobody would come past the imports.
+        timeout: seconds after which a run that hangs is a failure.
 
     Returns:
-        What each rank returned, or None where they were killed.
+        What each rank returned and, as "computed", the seconds that took it; or None where they were killed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     port = _free_port()
-    children = [_start(train, folder, rank, ranks, port, resume, kill) for rank in range(ranks)]
-    ends, limit = {}, time.monotonic() + (timeout if seconds is None else seconds)
+
+    def killed(ends):
+        return not {SIGKILL, SIGPROF}.isdisjoint(ends.values())
+
+    children = [_start(train, folder, rank, ranks, port, resume, kill, seconds) for rank in range(ranks)]
+    ends, limit = {}, time.monotonic() + timeout
     try:
-        while len(ends) < ranks and SIGKILL not in ends.values() and time.monotonic() < limit:
+        while len(ends) < ranks and not killed(ends) and time.monotonic() < limit:
             for child in set(children) - set(ends):
                 pid, status = os.waitpid(child, os.WNOHANG)
                 if pid:
@@ -158,32 +173,33 @@ def attempt(train, folder, ranks, *, resume=None, kill=None, seconds=None, timeo
     errors = [path.read_text() for path in folder.glob("error.rank*")]
     for path in folder.glob("error.rank*"):
         path.unlink()
-    if SIGKILL in ends.values() or (len(ends) < ranks and seconds is not None):
+    if killed(ends):
         return None  # what the others said of a rank that was gone is no news
     assert set(ends.values()) == {0}, "\n".join(errors)
     assert len(ends) == ranks, f"not through after {timeout} s\n" + "\n".join(errors)
     return [torch.load(folder / f"result.rank{rank}", weights_only=False) for rank in range(ranks)]
 
 
-def killed_and_resumed(train, folder, ranks, kills):
+def killed_and_resumed(train, folder, ranks, kills, last):
     """Attempts that are killed one after the other and resumed, and at last one that comes to its end.
 
     Args:
-        kills: for each killed attempt, from the step it begins at, a `Kill` or seconds.
+        kills: for each killed attempt, from the step it begins at, a `Kill` or seconds of computing; one that was
+            through before these seconds were up goes on from the last checkpoint but one.
+        last: step of the run.
 
     Returns:
         What each rank returned in the end, and the steps from which the attempts went on.
     """
     folder, begins = Path(folder), []
     for choose in kills:
-        resume, step = newest_whole(folder, ranks)
+        resume, step = newest_whole(folder, ranks, last)
         begins.append(step)
         moment = choose(step)
         how = {"kill": moment} if isinstance(moment, Kill) else {"seconds": moment}
         if attempt(train, folder, ranks, resume=resume, **how) is not None:
             assert not isinstance(moment, Kill), f"nobody came past {moment}"
-            break  # it was through before its time was up
-    resume, step = newest_whole(folder, ranks)
+    resume, step = newest_whole(folder, ranks, last)
     return attempt(train, folder, ranks, resume=resume), [*begins, step]
 
 
@@ -202,7 +218,11 @@ def draws(seed, count, last, places=PLACES, ranks=1):
     return [choose] * count
 
 
-def _start(train, folder, rank, ranks, port, resume, kill):
+def _mark(checkpoint, rank):
+    return checkpoint / f"whole.rank{rank}"
+
+
+def _start(train, folder, rank, ranks, port, resume, kill, seconds):
     child = os.fork()
     if child:
         return child
@@ -210,13 +230,18 @@ def _start(train, folder, rank, ranks, port, resume, kill):
         said = os.open(folder / f"said.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
+        sys.stdout = sys.stderr = os.fdopen(said, "w", buffering=1)  # the test's own are kept by pytest
+        logging.basicConfig(force=True, stream=sys.stderr)
         torch.set_num_threads(1)
         if ranks > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         executioner = Executioner(kill, rank)
         executioner.folder = folder
-        result = train(folder, resume, executioner)
+        began = time.process_time()
+        if seconds is not None:
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # by default its signal ends the process there and then
+        result = train(folder, resume, executioner) | {"computed": time.process_time() - began}
         torch.save(result, folder / f"result.rank{rank}")
         os._exit(0)
     except BaseException:

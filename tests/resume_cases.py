@@ -15,12 +15,12 @@ from tests.killing import Last
 from tests.test_callback import FixedSampler
 from tests.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model, tiny_rows
 
-GUARD = {"k": 4, "num_samples": 8, "probe_prompts": 11, "refresh_steps": 2, "patience": 1, "cooldown": 2}
+GUARD = {"k": 4, "num_samples": 8, "probe_prompts": 30, "refresh_steps": 2, "patience": 1, "cooldown": 2}
 GUARD |= {"sketch_dim": 512, "probe_max_new_tokens": 4, "pool_refreshes": 3, "threshold": 0.95}
 # A cosine that random models do not reach by themselves, so that something is done.
 PROJECT = {"mitigation": "project", "gamma": 0.9, "protected_average": 0.5}
 REWEIGHT = {"mitigation": "reweight", "floor_gamma": 0.99, "floor_max": 4.0}
-BATCH = {"source": "training_batch", "num_samples": 4}
+BATCH = {"source": "training_batch"}
 MODES = {
     "unguarded": None,
     "observe": {},
@@ -107,12 +107,11 @@ def weights(trainer):
 def memory_of(guard):
     """All that the next verdict depends on, comparable."""
     memory = guard.memory
+    names = ("decision", "evidence", "floor", "voids", "step")
     probes = [
         (p.gram.tolist(), p.num_samples.tolist(), p.num_correct.tolist(), list(p.prompt_keys)) for p in memory.history
     ]
-    return {"decision": memory.decision, "floor": memory.floor, "voids": memory.voids, "step": memory.step} | {
-        "history": probes
-    }
+    return {name: getattr(memory, name) for name in names} | {"history": probes}
 
 
 def events(folder):
@@ -131,9 +130,14 @@ def same_weights(left, right):
 
 
 def _grpo(folder, prompts=96, **args):
-    """More prompts than a run of two processes comes to: TRL's sampler begins its next epoch anew after a resume."""
+    """More prompts than a run of two processes comes to: TRL's sampler begins its next epoch anew after a resume.
+
+    Groups of eight, four of them in a step: of fewer the floor of a training batch stays undetermined.
+    """
     rows = Dataset.from_list(tiny_rows(prompts))
-    return tiny_grpo_trainer(folder, scale_rewards="none", loss_type="dr_grpo", train_dataset=rows, **args)
+    settings = {"scale_rewards": "none", "loss_type": "dr_grpo", "num_generations": 8}
+    settings |= {"per_device_train_batch_size": 16}
+    return tiny_grpo_trainer(folder, train_dataset=rows, **(settings | args))
 
 
 def _guard(kind, trainer, reward, config):

@@ -24,7 +24,9 @@ def same_floors(whole, cut):
 def test_killed_in_the_middle_of_a_journal_line(tmp_path):
     train = partial(run, "lm", "plain", "project", max_steps=5)
     (whole,) = attempt(train, tmp_path / "whole", 1)
-    (cut,), begins = killed_and_resumed(train, tmp_path / "cut", 1, [lambda step: Kill(3, "in a line of the journal")])
+    (cut,), begins = killed_and_resumed(
+        train, tmp_path / "cut", 1, [lambda step: Kill(3, "in a line of the journal")], 5
+    )
     assert begins == [0, 2]
     assert same_weights(whole, cut)
     assert cut["memory"] == whole["memory"]
@@ -47,8 +49,9 @@ def test_a_killed_run_is_the_uninterrupted_one(kind, mode, tmp_path):
     (whole,) = attempt(train, tmp_path / "whole", 1)
     generator = random.Random(f"{kind}/{mode}")
     kills = draws(generator.random(), 4, STEPS, UNGUARDED if mode == "unguarded" else PLACES)
-    kills.insert(2, lambda step: generator.uniform(0.2, 1.5))  # and once wherever it happens to be
-    (cut,), begins = killed_and_resumed(train, tmp_path / "cut", 1, kills)
+    # And once wherever it happens to be.
+    kills.insert(1, lambda step: generator.uniform(0.1, 0.9) * whole["computed"] * (1 - step / STEPS))
+    (cut,), begins = killed_and_resumed(train, tmp_path / "cut", 1, kills, STEPS)
     assert len(set(begins)) > 1, "some attempt must have gone on from a checkpoint"
     assert same_weights(whole, cut)
     assert whole["rng"].equal(cut["rng"])
@@ -81,7 +84,7 @@ def test_where_the_trainer_itself_does_not_resume_exactly(where, tmp_path):
         train = partial(run, "grpo", "plain", mode, guard={"refresh_steps": 1}, max_steps=6, **LIMITS[where])
         (whole,) = attempt(train, tmp_path / mode / "whole", 1)
         kill = Kill(LIMITS[where]["save_steps"], "step begins")
-        (cut,), begins = killed_and_resumed(train, tmp_path / mode / "cut", 1, [lambda step, kill=kill: kill])
+        (cut,), begins = killed_and_resumed(train, tmp_path / mode / "cut", 1, [lambda step, kill=kill: kill], 6)
         assert begins == [0, kill.step]
         found[mode] = whole, cut
     (whole, cut), (watched, watched_cut) = found["unguarded"], found["observe"]
@@ -92,7 +95,8 @@ def test_where_the_trainer_itself_does_not_resume_exactly(where, tmp_path):
     first = [event for event in whole if event["step"] <= kill.step]
     assert cut[: len(first)] == first
     assert first[-1]["refreshes"] == 3, "pooled with refreshes from before the kill"
-    assert [(e["event"], e["step"]) for e in cut] == [(e["event"], e["step"]) for e in whole]
+    steps = [[event["step"] for event in events if event["event"] == "refresh"] for events in (cut, whole)]
+    assert steps[0] == steps[1], "of other weights, so the verdicts may differ"
     drawn = [list(probe[3]) for probe in watched["memory"]["history"]]
     assert [list(probe[3]) for probe in watched_cut["memory"]["history"]] == drawn
 

@@ -26,7 +26,7 @@ def both_runs(engine, mode, folder):
     whole = attempt(train, folder / "whole", RANKS)
     places = UNGUARDED if MODES[mode] is None else PLACES
     seed = f"{engine}/{mode}"
-    cut, begins = killed_and_resumed(train, folder / "cut", RANKS, draws(seed, kills, STEPS, places, RANKS))
+    cut, begins = killed_and_resumed(train, folder / "cut", RANKS, draws(seed, kills, STEPS, places, RANKS), STEPS)
     said = {} if MODES[mode] is None else {name: events(folder / name) for name in ("whole", "cut")}
     torn = [] if MODES[mode] is None else raw_lines(folder / "cut")
     return {"whole": whole, "cut": cut, "begins": begins, "events": said, "lines": len(torn)}
