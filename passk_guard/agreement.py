@@ -42,10 +42,14 @@ def prompt_view(probe: ProbeGram, rows: Rows) -> dict[str, Any]:
 
 
 def weight_and_agreement(probes: Sequence[ProbeGram], k: int) -> dict[str, Any]:
-    """E[w_k] and cov(w_k, a), pooled over refreshes.
+    """E[w_k] and cov(w_k, a), pooled over the refreshes with fresh samples; nothing where the newest has none.
 
+    Of samples of an earlier policy, the ratios are known where there is a gradient, and E[w_k] is over all prompts.
     cov = E[w a] - E[w] E[a]; the product is averaged over triples of different prompts, so it is unbiased too.
     """
+    if probes[-1].reused:
+        return {}
+    probes = [p for p in probes if not p.reused]
     total = sum(p.num_samples.numel() for p in probes)
     mean_weight = covariance = 0.0
     for probe in probes:

@@ -24,6 +24,7 @@ from passk_guard.decision import DecisionRule, decide
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.estimator import estimate_pooled
 from passk_guard.isolation import seeded, untouched
+from passk_guard.kept_rollouts import RolloutKeeper
 from passk_guard.memory import Memory, load_memory, save_memory
 from passk_guard.mitigator import Mitigator
 from passk_guard.progress import sampling_bar, wants_bar
@@ -77,12 +78,12 @@ class PassKGuardCallback(TrainerCallback):
         self._trainer = trainer
         self._attachment = Attachment(trainer, self, self._undo)
         self._max_tokens = self.config.max_probe_tokens
+        self._keeper = RolloutKeeper(self.config.resample_refreshes, self.config.min_effective_samples)
         self._verifier = choose_verifier(trainer, correct, self.config)
         self._sketcher = self._new_sketcher()
-        held_out = self.config.source == "held_out"
         self._reporter = Reporter(
             trainer,
-            held_out=held_out,
+            held_out=self.config.source == "held_out",
             since_last=self._step_metrics,
             image_refreshes=self.config.image_refreshes,
             settings=asdict(self.config),
@@ -109,6 +110,7 @@ class PassKGuardCallback(TrainerCallback):
         )
         self._attachment.claim()
         self._max_tokens = self.config.max_probe_tokens
+        self._keeper.drop()
         self._reporter.open()
         if self._tap is not None:
             self._tap.install()
@@ -134,7 +136,8 @@ class PassKGuardCallback(TrainerCallback):
             self._mitigator.apply(self.memory)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the guard's memory into the checkpoint."""
+        """Write the guard's memory into the checkpoint; a resumed run has no rollouts, so this one drops its own."""
+        self._keeper.drop()
         if state.is_world_process_zero:
             self._save(lambda folder: save_memory(self.memory, folder), _checkpoint(args, state))
         if self._mitigator is not None:
@@ -153,22 +156,22 @@ class PassKGuardCallback(TrainerCallback):
         try:
             seed = self.config.probe_seed * 1_000_003 + step_number
             with untouched(self._trainer.model, self._trainer.processing_class), seeded(seed):
-                refresh = self._refresher().run(sample, keys, seed)
+                refresh = self._keeper.refresh(self._refresher(), sample, keys, seed)
                 memory = self.memory.with_refresh(refresh.probe, self.config.pool_refreshes, step_number)
                 estimate = self._ranks.together(lambda: self._estimate(memory))
                 score = conflict_score(refresh.probe, self.config.k, threshold=self.config.threshold)
                 if self._mitigator is not None:
                     memory = self._mitigator.react(refresh, estimate, memory)
         except Exception as error:  # whatever it was, training goes on
-            self._void(
-                step_number, str(error) if isinstance(error, VoidRefresh) else f"{type(error).__name__}: {error}"
-            )
+            reason = str(error) if isinstance(error, VoidRefresh) else f"{type(error).__name__}: {error}"
+            self._void(step_number, reason)
             return
-        decision, evidence, verdict = decide(memory.decision, memory.evidence, estimate, score, self._rule)
+        decision, evidence, verdict = decide(
+            memory.decision, memory.evidence, estimate, score, self._rule, fresh=not refresh.probe.reused
+        )
         self.memory, self.estimate = replace(memory, decision=decision, evidence=evidence), estimate
-        extra = self._mitigator.refresh_metrics(memory) if self._mitigator is not None else {}
-        extra["run_p_value"] = evidence.p_value
-        extra["probe_seconds"] = time.perf_counter() - began
+        extra = self._keeper.metrics() | (self._mitigator.refresh_metrics(memory) if self._mitigator else {})
+        extra |= {"run_p_value": evidence.p_value, "probe_seconds": time.perf_counter() - began}
         self._reporter.refresh(step_number, estimate, verdict.status, extra, remark=refresh.remark, probe=refresh.probe)
         if verdict.changed:
             self._reporter.change(
@@ -181,6 +184,7 @@ class PassKGuardCallback(TrainerCallback):
             )
 
     def _void(self, step_number: int, reason: str) -> None:
+        self._keeper.drop()
         if self._mitigator is not None:
             self._mitigator.leave_unguarded()
         self.memory = self.memory.with_void(step_number)
@@ -235,6 +239,7 @@ class PassKGuardCallback(TrainerCallback):
         if self._source is not None:
             size = min(self._source.size, len(self._source.probe))
             what = f"{size} of {len(self._source.probe)} held-out prompts x {config.num_samples} samples"
+            what += f", drawn anew every {config.resample_refreshes} refreshes" if config.resample_refreshes > 1 else ""
         self._reporter.info(
             f"passk_guard watches cos(pass@1, pass@{config.k}) every {config.refresh_steps} steps on {what}; "
             f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "

@@ -35,6 +35,17 @@ class GuardConfig:
     num_samples: Annotated[int, Field(ge=2)] = _setting(16, "Completions sampled of each probe prompt; at least k.")
     refresh_steps: AtLeast1 = _setting(5, "Optimizer steps between refreshes of the estimate.")
     pool_refreshes: AtLeast1 = _setting(3, "Newest refreshes whose statistics are averaged for the estimate.")
+    resample_refreshes: AtLeast1 = _setting(
+        1,
+        "Refreshes that one draw of completions serves: sampled and scored at the first, reweighted to the policy of "
+        "the moment at the others. 1 samples every time. Pooling, patience, cooldown and CONFLICT over the whole run "
+        "count draws, and a checkpoint ends one.",
+    )
+    min_effective_samples: Annotated[float, Field(gt=0, le=1)] = _setting(
+        0.5,
+        "Share of its completions that a draw must still be worth to be used again; below it the same refresh samples "
+        "afresh.",
+    )
     threshold: Annotated[float, Field(gt=-1, lt=1)] = _setting(0.0, "Cosine below which the two gradients conflict.")
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = _setting(0.95, "Confidence of the interval and of the verdict.")
     alert_rule: Literal["whole_run", "each_look"] = _setting(
@@ -137,6 +148,11 @@ class GuardConfig:
                 f"Expected source='held_out' for mitigation={self.mitigation!r}; found 'training_batch'. Its batch "
                 "comes in the middle of a step, where no second gradient can be taken: pass held-out prompts as "
                 "`probe`, or use mitigation='reweight'."
+            )
+        if self.resample_refreshes > 1 and self.source == "training_batch":
+            raise ValueError(
+                f"Expected resample_refreshes=1 for source='training_batch'; found {self.resample_refreshes}. Its "
+                "batch costs no sampling that reuse could save: leave it at 1, or pass held-out prompts as `probe`."
             )
         if self.floor_max > self.k:
             raise ValueError(

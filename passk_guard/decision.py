@@ -67,7 +67,13 @@ class Verdict:
 
 
 def decide(
-    state: DecisionState, evidence: RunEvidence, estimate: ConflictEstimate, score: float | None, rule: DecisionRule
+    state: DecisionState,
+    evidence: RunEvidence,
+    estimate: ConflictEstimate,
+    score: float | None,
+    rule: DecisionRule,
+    *,
+    fresh: bool = True,
 ) -> tuple[DecisionState, RunEvidence, Verdict]:
     """Advance the decision and the evidence of the run by one refresh; pure, so that a resumed run repeats it exactly.
 
@@ -80,10 +86,14 @@ def decide(
         estimate: the pooled one of this refresh.
         score: `conflict_score` of this refresh alone, or None where it has none.
         rule: how much evidence it takes.
+        fresh: False for an estimate from samples of an earlier refresh, which neither confirm nor contradict what was
+            said of them: nothing advances, by either rule.
 
     Returns:
         The next state, the next evidence, and the verdict to act on.
     """
+    if not fresh:
+        return state, evidence, Verdict(state.verdict, state.verdict)
     evidence = evidence.with_score(score)
     if rule.false_alarms is None:
         state, verdict = step(state, estimate, rule)

@@ -55,7 +55,7 @@ def estimate_conflict(
 
     Returns:
         A `ConflictEstimate`. Per-prompt fields describe this refresh, scalars the pooled ones, except the pass
-        rates, which are this refresh's.
+        rates, which are this refresh's, and E[w] and cov(w, a), which are of refreshes with fresh samples.
 
     Raises:
         GuardError: shapes that do not fit, a Gram matrix that is not finite or not symmetric, or n < k.
@@ -113,9 +113,8 @@ def in_conflict(estimate: ConflictEstimate, confidence: float) -> bool:
 
 def _base(probes: Sequence[ProbeGram], k: int, threshold: float, confidence: float) -> ConflictEstimate:
     """What every estimate states, with or without an angle."""
-    newest = probes[-1]
-    rate1, error1 = _mean_and_error(pass_at_k(newest.num_samples, newest.num_correct, 1))
-    ratek, errork = _mean_and_error(pass_at_k(newest.num_samples, newest.num_correct, k))
+    rate1, error1 = _pass_rate(probes[-1], 1)
+    ratek, errork = _pass_rate(probes[-1], k)
     return ConflictEstimate(
         k=k,
         status="undetermined",
@@ -226,7 +225,10 @@ def _k_star(curve: ConflictCurve) -> int:
     return int(curve.k[int(first) - 1])
 
 
-def _mean_and_error(values: Tensor) -> tuple[float, float | None]:
+def _pass_rate(probe: ProbeGram, k: int) -> tuple[float | None, float | None]:
+    if probe.reused:  # counts of an earlier policy
+        return None, None
+    values = pass_at_k(probe.num_samples, probe.num_correct, k)
     count = values.numel()
     return float(values.mean()), float(values.std() / math.sqrt(count)) if count > 1 else None
 
@@ -270,7 +272,21 @@ def _checked(probe: ProbeGram, k: int) -> ProbeGram:
         raise GuardError("Expected a symmetric Gram matrix, S @ S.T of the 2m score sums; found an asymmetric one.")
     if len(probe.prompt_keys) not in (0, m):
         raise GuardError(f"Expected no `prompt_keys` or {m} of them; found {len(probe.prompt_keys)}.")
-    return ProbeGram(gram, n, c, probe.prompt_keys)
+    return ProbeGram(gram, n, c, probe.prompt_keys, _checked_misses(probe.misses, n))
+
+
+def _checked_misses(misses: Tensor | None, n: Tensor) -> Tensor | None:
+    if misses is None:
+        return None
+    misses, shape = torch.as_tensor(misses).detach().cpu().double(), (n.numel(), int(n.max()))
+    if misses.shape != shape:
+        raise GuardError(
+            f"Expected `misses` of shape {shape}, prompts by samples; found {tuple(misses.shape)}. Pass what "
+            "`importance.miss_estimates` gives for these samples, or None for fresh ones."
+        )
+    if not bool(((misses >= 0) & misses.isfinite()).all()):
+        raise GuardError("Expected `misses` to be finite and not negative; found others. Sample this probe afresh.")
+    return misses
 
 
 def _symmetric(gram: Tensor, atol: float) -> bool:

@@ -35,9 +35,16 @@ class FloorGuard:
     def learn(self, state: FloorState, probes: Sequence[ProbeGram]) -> FloorState:
         """The floor after one more refresh, the same on every rank; takes effect with `apply`.
 
+        Solved for on refreshes with fresh samples, from those that are pooled; it stays on the others, since a clipped
+        weight has no unbiased estimate from samples of an earlier policy.
+
         Raises:
             VoidRefresh: it could not be solved for on some rank.
         """
+        if probes[-1].reused:
+            self.solution = FloorSolution("undetermined", "no fresh samples")
+            return state
+        probes = [probe for probe in probes if not probe.reused]
         config = self._config
         largest = self._capped(config.floor_max)
         self.solution = self._ranks.together(

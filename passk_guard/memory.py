@@ -25,7 +25,7 @@ class Memory:
 
     Attributes:
         decision: state of the decision.
-        history: newest refreshes, oldest first, at most as many as are pooled.
+        history: newest draws, oldest first, each by its newest refresh; at most as many as are pooled.
         voids: void refreshes in a row.
         step: of the newest refresh, void or not; -1 before the first.
         floor: under the prompt weights, where reweighting solves for it.
@@ -40,8 +40,12 @@ class Memory:
     evidence: RunEvidence = field(default_factory=RunEvidence)
 
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
-        """The same with one more refresh, and the streak of void ones ended."""
-        return replace(self, history=(*self.history, probe)[-pool:], voids=0, step=step)
+        """The same with one more refresh, and the streak of void ones ended.
+
+        One that reuses the samples of the refresh before takes its place, so that no sample is pooled twice.
+        """
+        before = self.history[:-1] if probe.reused else self.history
+        return replace(self, history=(*before, probe)[-pool:], voids=0, step=step)
 
     def with_floor(self, floor: FloorState) -> Memory:
         """The same with the floor after the newest refresh."""
@@ -72,6 +76,7 @@ def save_memory(memory: Memory, folder: Path) -> None:
                 "num_correct": probe.num_correct,
                 "prompt_keys": [str(key) for key in probe.prompt_keys],
             }
+            | ({"misses": probe.misses} if probe.reused else {})
             for probe in memory.history
         ],
     }

@@ -19,7 +19,8 @@ class Pass1Loss:
     r"""A loss whose gradient is -grad J_1 as the probe estimates it, up to the ranks' average.
 
     $-\nabla J_1 \approx -\frac{1}{m} \sum_x (\alpha^+_1 S^+_x + \alpha^-_1 S^-_x)$ with the leave-one-out advantages
-    of `sample_coefficients` at k = 1. Written for a loss that is minimised, so that its angle to a training gradient
+    of `sample_coefficients` at k = 1, which samples of an earlier policy share; their scores come times the `factors`
+    of the batch. Written for a loss that is minimised, so that its angle to a training gradient
     is the angle of the two ascent directions.
 
     Attributes:
@@ -38,6 +39,8 @@ class Pass1Loss:
         counted = batch.completion_mask.bool() & (batch.slots >= 0)[:, None]
         _, gradient = score_logits(logits.detach(), batch.input_ids, counted, self.temperature)
         weight = self.coefficients.to(logits.device)[batch.slots.clamp(min=0)] * (batch.slots >= 0)
+        if batch.factors is not None:
+            weight = weight * batch.factors.to(weight)
         gradient = gradient.float() * (-self.scale * weight.float())[:, None, None]
         return (logits.float() * gradient).sum()
 

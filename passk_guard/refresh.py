@@ -27,6 +27,7 @@ class Refresh:
         remark: what was left out and why, if anything was, and what did not keep to `max_tokens`.
         batches: this rank's samples of prompts that have a gradient; slot x or m + x as in the Gram matrix of all
             m prompts. Every rank has equally many.
+        log_probs: [B] float64 log pi(y_i | x_i) of the samples of each batch, where the refresher keeps them.
         num_samples, num_correct: [m] verdicts of all prompts, over all ranks.
         fewest: prompts with fewer verdicts count nowhere.
         temperature: of the sampling.
@@ -39,6 +40,7 @@ class Refresh:
     num_correct: Tensor
     fewest: int
     temperature: float
+    log_probs: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Refresher:
         autocast: makes the context the forward passes run in, as training does.
         sample_fewer: what to do when memory runs out in sampling, see `Sampler`.
         on_less_memory: told the `max_tokens` of the next attempt when memory ran out in a pass.
+        keeps_log_probs: whether a refresh is to hold them, for a later one to reweight its samples.
     """
 
     sketcher: ScoreSketcher
@@ -64,6 +67,7 @@ class Refresher:
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     sample_fewer: Callable[[], bool] = lambda: False
     on_less_memory: Callable[[int], None] = lambda tokens: None
+    keeps_log_probs: bool = False
 
     def run(self, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable], seed: int) -> Refresh:
         """Run all stages. Every rank calls this, and every rank gets the same Gram matrix or the same VoidRefresh.
@@ -86,9 +90,8 @@ class Refresher:
         if kept.numel() == 0:
             raise VoidRefresh(f"no prompt has {self.k} samples with a verdict; {remark}")
         mixed = (num_samples >= self.k) & (num_correct > 0) & (num_correct < num_samples)
-        batches, sums = self._sketched(rollouts, _slots(rollouts, outcomes, mixed), seed)
-        rows = torch.cat([kept, kept + num_samples.numel()])
-        gram = self.ranks.from_first(self.ranks.together(lambda: gram_matrix(sums, rows)))
+        batches, log_probs, sums = self._sketched(rollouts, _slots(rollouts, outcomes, mixed), seed)
+        gram = self.gram(sums, kept)
         if not bool(torch.stack(gram.aminmax()).isfinite().all()):  # NaN comes through
             raise VoidRefresh("the inner products of the score vectors are not finite")
         names = [keys[i] for i in kept.tolist()] if len(keys) else ()
@@ -100,7 +103,13 @@ class Refresher:
             num_correct=num_correct,
             fewest=self.k,
             temperature=rollouts.temperature,
+            log_probs=log_probs if self.keeps_log_probs else (),
         )
+
+    def gram(self, sums: Tensor, kept: Tensor) -> Tensor:
+        """Inner products of S+ and S- [2m, dim] of the prompts that are kept, the same on every rank."""
+        rows = torch.cat([kept, kept + len(sums) // 2])
+        return self.ranks.from_first(self.ranks.together(lambda: gram_matrix(sums, rows)))
 
     def _counts(self, rollouts: Rollouts, outcomes: Outcomes) -> tuple[Tensor, Tensor]:
         """[m] samples with a verdict and [m] correct ones, over all ranks."""
@@ -112,13 +121,18 @@ class Refresher:
         counts = self.ranks.sum(counts)
         return counts[0], counts[1]
 
-    def _sketched(self, rollouts: Rollouts, slots: Tensor, seed: int) -> tuple[list[TokenBatch], Tensor]:
-        """The batches that fitted into memory, and their sums as of `_score_sums`."""
-        tokens, batches = self.max_tokens, list[TokenBatch]()
+    def _sketched(self, rollouts: Rollouts, slots: Tensor, seed: int) -> tuple[list[TokenBatch], list[Tensor], Tensor]:
+        """The batches that fitted into memory, their log-probabilities, and their sums as of `score_sums`."""
+        tokens, batches, log_probs = self.max_tokens, list[TokenBatch](), list[Tensor]()
+
+        def add(total: Tensor, i: int) -> Tensor:
+            out = log_probs[i] if self.keeps_log_probs else None
+            return add_scores_(total, self.sketcher, batches[i], rollouts.temperature, out)
 
         def attempt() -> Tensor:
             batches[:] = self._batches(rollouts, slots, tokens)
-            return self._score_sums(batches, rollouts.temperature, 2 * rollouts.num_prompts, seed)
+            log_probs[:] = [torch.zeros(len(batch.slots), dtype=torch.float64) for batch in batches]
+            return self.score_sums(len(batches), add, 2 * rollouts.num_prompts, seed)
 
         def smaller() -> bool:
             nonlocal tokens
@@ -129,7 +143,8 @@ class Refresher:
             self.on_less_memory(tokens)
             return True
 
-        return batches, until_it_fits(self.ranks, attempt, smaller)
+        sums = until_it_fits(self.ranks, attempt, smaller)
+        return batches, log_probs, sums
 
     def _batches(self, rollouts: Rollouts, slots: Tensor, tokens: int) -> list[TokenBatch]:
         batches = self.ranks.together(
@@ -155,24 +170,28 @@ class Refresher:
             return None
         return f"a sample of {longest} tokens, above max_probe_tokens={self.max_tokens}, had a pass of its own"
 
-    def _score_sums(self, batches: list[TokenBatch], temperature: float, num_slots: int, seed: int) -> Tensor:
-        """[2m, dim] sketched sums S+ and S- over the samples of all ranks."""
+    def score_sums(self, passes: int, add: Callable[[Tensor, int], Tensor], num_slots: int, seed: int) -> Tensor:
+        """[2m, dim] sketched sums S+ and S- over the samples of all ranks; `add(total, i)` adds those of pass i.
+
+        Raises:
+            VoidRefresh: on all ranks, when a pass failed on one.
+        """
         self.sketcher.reseed(seed)
         total = torch.zeros(num_slots, self.sketcher.dim, device=self.ranks.device)
 
-        def plus(before: Tensor, batch: TokenBatch) -> Tensor:
+        def plus(before: Tensor, i: int) -> Tensor:
             try:
                 with self.autocast():
-                    return add_scores_(before, self.sketcher, batch, temperature)
+                    return add(before, i)
             except Exception:
                 if self.ranks.count > 1:  # the others wait in this pass, where weights are sharded
                     filler = filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)
                     with self.autocast():
-                        add_scores_(before.new_zeros(1, before.shape[1]), self.sketcher, filler, temperature)
+                        add_scores_(before.new_zeros(1, before.shape[1]), self.sketcher, filler, temperature=1.0)
                 raise
 
-        for batch in batches:  # agreed on after each: one that went on alone would wait for weights of the others
-            total = self.ranks.together(partial(plus, total, batch))
+        for i in range(passes):  # agreed on after each: one that went on alone would wait for weights of the others
+            total = self.ranks.together(partial(plus, total, i))
         return sum_over_ranks_(total, self.ranks)
 
 

@@ -85,9 +85,10 @@ def conflict_score(probe: ProbeGram, k: int, *, threshold: float = 0.0) -> float
 
     Returns:
         None where there is no statistic: fewer than 3 prompts with a gradient, or, for a threshold other than 0,
-        a squared norm that is not positive.
+        a squared norm that is not positive. None for samples of an earlier refresh too: given what was seen of them
+        then, their p-value is not one.
     """
-    if int(informative(probe).sum()) < _FEWEST_PROMPTS:
+    if probe.reused or int(informative(probe).sum()) < _FEWEST_PROMPTS:
         return None
     moments = refresh_moments(probe, passk_rows(torch.tensor([k])))
     (inner, one, many), covariance = moments.value[0].tolist(), moments.covariance[0]

@@ -15,7 +15,9 @@ from passk_guard.sketch import ScoreSketcher, TokenBatch
 _BLOCK = 1 << 22  # numbers copied at a time: 16 MiB in float32, 32 MiB in float64
 
 
-def add_scores_(total: Tensor, sketcher: ScoreSketcher, batch: TokenBatch, temperature: float) -> Tensor:
+def add_scores_(
+    total: Tensor, sketcher: ScoreSketcher, batch: TokenBatch, temperature: float, log_probs: Tensor | None = None
+) -> Tensor:
     """total[s] += the sketched scores of the batch's samples with slot s, in place.
 
     The sketch has as many rows as the batch has slots, few, where `total` has two for every prompt.
@@ -25,6 +27,7 @@ def add_scores_(total: Tensor, sketcher: ScoreSketcher, batch: TokenBatch, tempe
         sketcher: whose dimension that is.
         batch: samples with slots in -1..2m-1; -1 counts nowhere.
         temperature: of the sampling.
+        log_probs: [B] or None; log pi(y_i | x_i) is written into it.
 
     Returns:
         `total`, or a copy in float64 where the sketch is (of a float64 model) and `total` was not.
@@ -42,9 +45,46 @@ def add_scores_(total: Tensor, sketcher: ScoreSketcher, batch: TokenBatch, tempe
         local - unused,
         max(1, rows.numel()),
         temperature=temperature,
+        log_probs=log_probs,
     )
     total = total.to(torch.promote_types(total.dtype, scores.dtype))
     return total.index_add_(0, rows, scores[: rows.numel()].to(total))
+
+
+def add_reweighted_scores_(
+    total: Tensor, sketcher: ScoreSketcher, batch: TokenBatch, temperature: float, drawn: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""total[s] += the sketched scores of the batch's samples with slot s, each times $\rho_i = \pi(y_i)/\mu(y_i)$.
+
+    One pass: the log-probabilities that make the ratios are known when it is through, so that every sample has a row
+    of its own until then, where `add_scores_` needs one a slot.
+
+    Args:
+        total, sketcher, batch, temperature: as of `add_scores_`.
+        drawn: [B] float64 log mu(y_i | x_i), under the policy that the samples were drawn from.
+
+    Returns:
+        `total` as of `add_scores_`, and [B] float64 log ratios, 0 for slot -1.
+
+    Raises:
+        GuardError, VoidRefresh: as `ScoreSketcher.sketch`.
+    """
+    counted = batch.slots >= 0
+    size, found = int(counted.sum()), torch.empty_like(drawn)
+    scores = sketcher.sketch(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.completion_mask,
+        torch.where(counted, counted.cumsum(0) - 1, -1),
+        max(1, size),
+        temperature=temperature,
+        log_probs=found,
+    )
+    log_ratios = torch.where(counted.to(drawn.device), found - drawn, 0.0)
+    ratios = log_ratios.exp()[counted.to(drawn.device)]
+    total = total.to(torch.promote_types(total.dtype, scores.dtype))
+    scores = scores[:size].mul_(ratios.to(scores)[:, None])
+    return total.index_add_(0, batch.slots[counted].to(total.device), scores.to(total)), log_ratios
 
 
 def sum_over_ranks_(total: Tensor, ranks: Ranks) -> Tensor:

@@ -90,4 +90,5 @@ def _rows(batch: TokenBatch, rows: slice) -> TokenBatch:
     ids, attention, completion = (
         x[rows, :width] for x in (batch.input_ids, batch.attention_mask, batch.completion_mask)
     )
-    return TokenBatch(ids, attention, completion, batch.slots[rows])
+    factors = None if batch.factors is None else batch.factors[rows]
+    return TokenBatch(ids, attention, completion, batch.slots[rows], factors)

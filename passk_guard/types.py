@@ -68,12 +68,20 @@ class ProbeGram:
         num_correct: [m] int64.
         prompt_keys: m hashable names of the prompts; a prompt that comes back in a later refresh is left
             out of all of them together by the jackknife. Empty: every prompt counts as its own.
+        misses: None for fresh samples. For samples of an earlier policy, whose scores are in the sums times their
+            importance ratios: [m, n] float64 of `importance.miss_estimates`. The counts are those of the draw.
     """
 
     gram: Tensor
     num_samples: Tensor
     num_correct: Tensor
     prompt_keys: Sequence[Any] = ()
+    misses: Tensor | None = None
+
+    @property
+    def reused(self) -> bool:
+        """Whether the samples were drawn for an earlier refresh."""
+        return self.misses is not None
 
 
 @dataclass(frozen=True)
@@ -112,13 +120,14 @@ class ConflictEstimate:
         inner_product, norm1_sq, normk_sq: U-statistics of <grad J_k, grad J_1>, |grad J_1|^2, |grad J_k|^2.
         inner_product_se: standard error of `inner_product`; degrees: of freedom that it has.
         mean_weighted_agreement: E[w a], which equals <grad J_k, grad J_1> (the same number as `inner_product`).
-        mean_weight: E[w_k], estimated without bias.
-        weight_agreement_cov: cov(w, a) = E[w a] - E[w] E[a].
+        mean_weight: E[w_k], estimated without bias. weight_agreement_cov: cov(w, a) = E[w a] - E[w] E[a]. Both over
+            the pooled refreshes with fresh samples; None where the newest has none.
         agreement: [m] a(x) = mean over x' != x of <g_1(x), g_1(x')>.
         weighted_agreement: [m] the same with g_k(x) on the left: the share of prompt x in the conflict.
         kernel: [m, m] <g_1(x), g_1(x')>, the estimated similarity kernel.
         frac_negative_pairs: share of off-diagonal kernel entries below zero, among prompts with signal.
-        pass_at_1, pass_at_k: unbiased pass rates, and their standard errors over prompts.
+        pass_at_1, pass_at_k: unbiased pass rates, and their standard errors over prompts; None where the newest
+            refresh has no fresh samples.
         num_prompts: prompts over all pooled refreshes; num_informative: those with 0 < c < n.
         num_refreshes: refreshes pooled.
         k_star: largest k up to which no conflict is established; None when undetermined.

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from passk_guard.degenerate import jackknife_overshoot, without_overshoot
+from passk_guard.errors import GuardError
+from passk_guard.importance import reweighted
 from passk_guard.objectives import Weighting
 from passk_guard.passk import sample_coefficients
 from passk_guard.types import ProbeGram
 
 _ROWS = 64
+_REUSED = "samples of an earlier policy (`misses`). Pass the refreshes with fresh ones"
 
 Rows = Callable[[ProbeGram], Tensor]
 """Of a probe with m prompts, the [K, 2m] rows that turn its score sums into K gradients of each prompt."""
@@ -76,9 +79,16 @@ def coefficients(probe: ProbeGram, ks: Tensor, *, floor: Tensor | None = None, c
 
     With bounds, the prompt weight of g_k is clipped to [floor, cap] as in `sample_coefficients`; `floor`
     holds [F, 1] floors, a row for each of them at the one k.
+
+    Raises:
+        GuardError: bounds for samples of an earlier policy, for which no clipped weight is unbiased.
     """
-    ks = ks.cpu()[:, None]
-    positive, negative = sample_coefficients(probe.num_samples, probe.num_correct, ks, floor=floor, cap=cap)
+    ks = ks.cpu()
+    positive, negative = sample_coefficients(probe.num_samples, probe.num_correct, ks[:, None], floor=floor, cap=cap)
+    if probe.misses is not None:
+        if floor is not None or cap is not None:
+            raise GuardError(f"Expected fresh samples for a floor or a cap; found {_REUSED}.")
+        positive = reweighted(positive, probe.num_samples, probe.num_correct, probe.misses, ks)
     return torch.cat([positive, negative], dim=1)
 
 
@@ -88,8 +98,14 @@ def passk_rows(ks: Tensor) -> Rows:
 
 
 def weighting_rows(weighting: Weighting) -> Rows:
-    """The one row of another objective, as its trainer would weigh these samples."""
-    return lambda probe: torch.cat(weighting.coefficients(probe.num_samples, probe.num_correct))[None]
+    """The one row of another objective, as its trainer would weigh these samples; GuardError unless they are fresh."""
+
+    def rows(probe: ProbeGram) -> Tensor:
+        if probe.reused:
+            raise GuardError(f"Expected fresh samples for `weighting`; found {_REUSED}.")
+        return torch.cat(weighting.coefficients(probe.num_samples, probe.num_correct))[None]
+
+    return rows
 
 
 def prompt_kernel(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Recorder:
     def reseed(self, seed):
         self.seeds.append(seed)
 
-    def sketch(self, input_ids, attention_mask, completion_mask, slots, num_slots, temperature=1.0):
+    def sketch(self, input_ids, attention_mask, completion_mask, slots, num_slots, temperature=1.0, log_probs=None):
         self.temperature, self.most_slots = temperature, max(self.most_slots, num_slots)
         rows = torch.zeros(num_slots, self.dim)
         for ids, attended, slot in zip(input_ids, attention_mask, slots, strict=True):

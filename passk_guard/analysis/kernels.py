@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from passk_guard.passk import sample_coefficients
 from passk_guard.types import ProbeGram
+from passk_guard.ustatistics import coefficients
 
 Coefficients = tuple[Tensor, Tensor]
 
 
 def at_k(probe: ProbeGram, k: int) -> Coefficients:
     """[m] and [m]: what S+ and S- of each prompt are multiplied with to give the leave-one-out g_k."""
-    return sample_coefficients(probe.num_samples, probe.num_correct, k)
+    positive, negative = coefficients(probe, torch.tensor([k])).view(2, -1)
+    return positive, negative
 
 
 def kernel_of(probe: ProbeGram, left: Coefficients, right: Coefficients) -> Tensor:

@@ -20,12 +20,14 @@ class TokenBatch:
         attention_mask: [B, T] int64, 1 on tokens and 0 on padding.
         completion_mask: [B, T] int64, 1 on completion tokens.
         slots: [B] int64, the row of the sketch that each sample adds to; -1: none.
+        factors: [B] float64 that the samples' scores are to be multiplied with; None: 1 for each.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     completion_mask: Tensor
     slots: Tensor
+    factors: Tensor | None = None
 
 
 def token_batches(
