@@ -3,9 +3,9 @@
     python -m benchmarks.observe_cost [--steps 40] [--threads 1]
 
 The interference task's model (648k parameters, 512 completions a step) with the guard at its defaults (64 prompts x 16
-samples every 5 steps), with one draw for 3 and for 5 refreshes, then with the training batch as probe. Steps are medians
-over the run, refreshes means of the medians of those that sample and those that do not; "run time" is guarded over
-unguarded: (5 steps + 1 refresh) / 5 steps. The learning rate is 0, so that no draw ends early.
+samples every 5 steps), with one draw for 3 and for 5 refreshes, then with the training batch as probe. Steps are
+medians over the run, refreshes means of the medians of those that sample and those that do not; "run time" is guarded
+over unguarded: (5 steps + 1 refresh) / 5 steps. The learning rate is 0, so that no draw ends early.
 """
 
 from __future__ import annotations

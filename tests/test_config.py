@@ -26,6 +26,8 @@ def test_every_field_has_help():
         {"confidence": 1},
         {"patience": 0},
         {"cooldown": 0},
+        {"resample_refreshes": 0},
+        {"min_effective_samples": 1.1},
         {"source": "elsewhere"},
         {"sketch_method": "identity"},
         {"sketch_dim": 8},

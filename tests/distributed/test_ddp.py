@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.distributed.launch import launch
-from tests.distributed.worker import same_everywhere
+from tests.distributed.worker import SCENARIOS, same_everywhere
 
 pytestmark = pytest.mark.distributed
 
@@ -37,6 +37,26 @@ def test_ranks_together_see_what_one_process_sees(ranks, tmp_path):
             torch.tensor(found[rank]["gram"]), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
         )
         assert found[rank]["gram"] == found[0]["gram"]
+
+
+@pytest.mark.parametrize("scenario", ["reused_everywhere", "resampled_everywhere"])
+def test_ranks_together_see_what_one_process_sees_in_kept_rollouts(scenario, tmp_path):
+    single = SCENARIOS[scenario](tmp_path / "single")
+    found = launch(scenario, tmp_path / "many", 2)
+    reused = scenario == "reused_everywhere"
+    assert (single["misses"] is not None) == reused
+    assert (single["kept"]["resampled_at"] is None) == reused
+    size = float(torch.tensor(single["gram"]).abs().max())
+    for rank in range(2):
+        assert found[rank]["gram"] == found[0]["gram"]
+        assert torch.allclose(
+            torch.tensor(found[rank]["gram"]), torch.tensor(single["gram"]), rtol=1e-3, atol=1e-3 * size
+        )
+        assert found[rank]["kept"] == found[0]["kept"]
+        for name, value in single["kept"].items():
+            assert found[rank]["kept"][name] == (None if value is None else pytest.approx(value, abs=1e-3))
+        if reused:
+            assert torch.allclose(torch.tensor(found[rank]["misses"]), torch.tensor(single["misses"]), rtol=1e-3)
 
 
 @pytest.mark.parametrize(

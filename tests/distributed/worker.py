@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, PassKGuardCallback
 from passk_guard.sampling import Samples
@@ -69,13 +70,31 @@ def bit_for_bit(folder, guarded, **config):
     )
 
 
-def same_everywhere(folder):
+class Shift(TrainerCallback):
+    """Moves the policy after each step, alike on every rank."""
+
+    def on_step_end(self, args, state, control, model, **_):
+        generator = torch.Generator().manual_seed(state.global_step)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=generator))
+
+
+def same_everywhere(folder, moving=False, **config):
     trainer = tiny_lm_trainer(folder, max_steps=2, learning_rate=0.0)
     sampler = SameEverywhere(trainer.processing_class)
-    guard = PassKGuardCallback(trainer, probe_rows(), digit_reward, GuardConfig(**CONFIG), sampler)
+    guard = PassKGuardCallback(trainer, probe_rows(), digit_reward, GuardConfig(**(CONFIG | config)), sampler)
     trainer.add_callback(guard)
+    if moving:
+        trainer.add_callback(Shift())
     trainer.train()
-    return report(guard, trainer)
+    newest = guard.memory.history[-1]
+    misses = newest.misses.tolist() if newest.reused else None
+    return report(guard, trainer) | {"misses": misses, "kept": guard._keeper.metrics()}
+
+
+def reused_everywhere(folder, least=0.01):
+    return same_everywhere(folder, moving=True, resample_refreshes=3, min_effective_samples=least)
 
 
 def one_rank_fails(folder, where):
@@ -105,6 +124,8 @@ SCENARIOS = {
     "with": lambda folder: bit_for_bit(folder, True),
     "with_training_batch": lambda folder: bit_for_bit(folder, True, source="training_batch", num_samples=4),
     "same_everywhere": same_everywhere,
+    "reused_everywhere": reused_everywhere,
+    "resampled_everywhere": lambda folder: reused_everywhere(folder, least=1.0),
     "verifier_fails": lambda folder: one_rank_fails(folder, "verifier"),
     "sketch_fails": lambda folder: one_rank_fails(folder, "sketch"),
 }
