@@ -25,9 +25,11 @@ def send_alert(title: str, text: str, trackers: Collection[str]) -> list[str]:
     reached = []
     for name in ("wandb", "trackio"):
         tracker = sys.modules.get(name)
-        if name not in trackers or tracker is None or not _running(name, tracker):
+        if name not in trackers or tracker is None:
             continue
         try:
+            if not _running(name, tracker):
+                continue
             tracker.alert(title=title, text=text, level=tracker.AlertLevel.WARN)
             reached.append(name)
         except Exception as error:

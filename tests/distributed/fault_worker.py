@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import types
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,6 +27,7 @@ from tests.distributed.launch import leave
 from tests.distributed.projection_worker import GUARD, arguments
 from tests.distributed.worker import SameEverywhere
 from tests.faults.harness import PROJECT, At
+from tests.faults.test_report_faults import Broken
 from tests.tiny import digit_reward, probe_rows, tiny_lm_trainer, tiny_model
 
 RANK = int(os.environ.get("RANK", 0))
@@ -294,6 +295,25 @@ def checkpoint_on_a_full_disk(stack, trainer, given):
     stack.enter_context(patch.object(torch, "save", full))
 
 
+def broken_tracker(stack, trainer):
+    """On rank 0, which alone speaks to it; there once training has begun, since transformers looks for it before."""
+    trainer.args.report_to = ["trackio"]
+    if RANK == 0:
+        stack.enter_context(patch.dict(sys.modules))
+        trainer.add_callback(At("on_step_begin", 0, lambda: sys.modules.update(trackio=Broken("trackio"))))
+
+
+@fault(engines=("ddp",), mitigation="off", gives_up=False, image_refreshes=1)
+def tracker_takes_no_pictures(stack, trainer, given):
+    broken_tracker(stack, trainer)
+
+
+@fault(engines=("ddp",), void_alert=1)
+def tracker_takes_no_alerts(stack, trainer, given):
+    broken_tracker(stack, trainer)
+    verifier_raises(stack, trainer, given)
+
+
 class Raising(logging.Handler):
     def emit(self, record):
         raise ConnectionError("the log server is down")
@@ -407,10 +427,23 @@ def new_trainer(engine, folder, more):
     return trainer
 
 
+@contextmanager
+def listening():
+    """The lines that the guard logs."""
+    lines, handler, log = [], logging.Handler(), logging.getLogger("passk_guard")
+    handler.emit = lambda record: lines.append(record.getMessage())
+    log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+
+
 def guarded(engine, name, folder, prepare, config, more, trains):
     trainer = new_trainer(engine, folder, more)
     given = {"correct": digit_reward, "probe": probe_rows(), "sampler": SameEverywhere(trainer.processing_class)}
     with ExitStack() as stack:
+        told = stack.enter_context(listening())
         prepare(stack, trainer, given)
         settings = GUARD | PROJECT | {"verifier_timeout": 1.0} | config
         probe, correct, sampler = given["probe"], given["correct"], given["sampler"]
@@ -429,6 +462,7 @@ def guarded(engine, name, folder, prepare, config, more, trains):
         "refreshes": len(guard.memory.history),
         "reasons": [e["reason"] for e in events if e["event"] == "void"],
         "kinds": [e["event"] for e in events if e["event"] in ("refresh", "void")],
+        "told": told,
         "passes": given.get("passes", []),
         "sizes": given.get("sizes", []),
         "mitigated": [r["passk_guard/mitigated"] for r in trainer.state.log_history if "passk_guard/mitigated" in r],

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from passk_guard import GuardError
+from passk_guard.memory import load_memory
 from tests.faults.harness import KINDS, PROJECT, At, Run, Texts, add_guard, assert_same, make, train
 from tests.tiny import tiny_rows, tiny_tokenizer
 
@@ -35,6 +36,7 @@ def test_train_called_twice(kind, config, tmp_path):
     for found, expected in zip(runs[1], runs[0], strict=True):
         assert_same(found, expected)
     assert refreshes(runs[1][1]) == [0, 0]
+    assert guard.memory.voids + len(guard.memory.history) == 1, "the second one remembers nothing of the first"
     assert not torch.equal(*(run.weights["lm_head.weight"] for run in runs[0])), "the second one trains on"
 
 
@@ -167,6 +169,13 @@ def test_evaluation_and_checkpoints_on_the_steps_of_refreshes(kind, tmp_path):
     assert sum("eval_" in row for row in runs[0].rows) == 4
     assert len(runs[1].of("refresh")) == 4
     assert_same(runs[1], runs[0])
+    for step in range(1, 5):
+        plain, watched = (tmp_path / str(guarded) / f"checkpoint-{step}" for guarded in (False, True))
+        memory = load_memory(watched)
+        assert memory is not None
+        assert memory.step == step - 1, "that of the refresh before the step"
+        states = [torch.load(folder / "rng_state.pth", weights_only=False)["cpu"] for folder in (plain, watched)]
+        assert torch.equal(*states)
 
 
 class Terminate(TrainerCallback):

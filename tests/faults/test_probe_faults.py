@@ -148,8 +148,20 @@ def test_logits_that_are_not_finite_in_the_sketch(references, tmp_path):
     trainer = make("lm", tmp_path)
     nan_weights(trainer)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
-    expect_void(run, "not finite")
+    expect_void(run, "The sketched score vectors hold NaN or infinity")
     assert_same(run, references.of("lm", nan_weights))
+
+
+def test_scores_whose_sum_over_batches_overflows(references, tmp_path, monkeypatch):
+    sketch = ScoreSketcher.sketch
+    monkeypatch.setattr(
+        ScoreSketcher, "sketch", lambda self, *args, **kwargs: torch.full_like(sketch(self, *args, **kwargs), 3e38)
+    )
+    trainer = make("lm", tmp_path)
+    sampler = Texts(trainer.processing_class)
+    run = train(trainer, add_guard(trainer, sampler=sampler, max_probe_tokens=50, **PROJECT))
+    expect_void(run, "the inner products of the score vectors are not finite")
+    assert_same(run, references.of("lm"))
 
 
 def infinite_gradients(trainer):

@@ -116,7 +116,7 @@ class Broken(types.ModuleType):
     AlertLevel = types.SimpleNamespace(WARN="warn")
     run = object()
 
-    def alert(self, **_):
+    def alert(self, *_, **__):
         raise ConnectionError("the tracker is down")
 
     log = Image = alert
@@ -152,7 +152,9 @@ def test_a_tracker_that_raises(name, tracker, references, tmp_path, monkeypatch,
     run = train(trainer, guard)
     monkeypatch.undo()
     assert run.error is None
-    assert "the tracker is down" in caplog.text
+    assert f"{name} did not take the alert: ConnectionError: the tracker is down" in caplog.text
+    if tracker is Broken:
+        assert f"{name} did not take the pictures of the kernel: ConnectionError" in caplog.text
     assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["refresh"] * 2 + ["void"] * 2
     assert_same(run, references.of("lm"))
 
