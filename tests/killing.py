@@ -68,6 +68,15 @@ class Executioner(TrainerCallback):
         if self.due(place):
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def visit(self, reward):
+        """The same verifier, in which this process can be killed."""
+
+        def visited(completions, **columns):
+            self.here("in the verifier")
+            return reward(completions, **columns)
+
+        return visited
+
     def watch(self, trainer):
         """Stand at the places that are no event of a callback; in a child that ends, so nothing is undone."""
         self.trainer = trainer

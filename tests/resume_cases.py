@@ -1,12 +1,16 @@
 """Runs that must come out the same whether or not they were killed and resumed, on any engine."""
 
+import gc
+import hashlib
 import json
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
@@ -15,28 +19,49 @@ from tests.killing import Last
 from tests.test_callback import FixedSampler
 from tests.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model, tiny_rows
 
-GUARD = {"k": 4, "num_samples": 8, "probe_prompts": 30, "refresh_steps": 2, "patience": 1, "cooldown": 2}
-GUARD |= {"sketch_dim": 512, "probe_max_new_tokens": 4, "pool_refreshes": 3, "threshold": 0.95}
-# A cosine that random models do not reach by themselves, so that something is done.
+GUARD = {"k": 4, "num_samples": 8, "probe_prompts": 30, "refresh_steps": 3, "patience": 1, "cooldown": 2}
+GUARD |= {"sketch_dim": 512, "probe_max_new_tokens": 4, "pool_refreshes": 3, "threshold": 0.0}
+PLANTED = {"num_samples": 16, "probe_prompts": 90}
+# A cosine that random models do not reach by themselves, so that steps are turned.
 PROJECT = {"mitigation": "project", "gamma": 0.9, "protected_average": 0.5}
+GATED = PROJECT | {"gate": "conflict", "pool_refreshes": 1} | PLANTED
 REWEIGHT = {"mitigation": "reweight", "floor_gamma": 0.99, "floor_max": 4.0}
 BATCH = {"source": "training_batch"}
 MODES = {
     "unguarded": None,
     "observe": {},
+    "alert": PLANTED | {"patience": 2},
     "project": PROJECT,
-    "gated": PROJECT | {"gate": "conflict", "gate_confidence": 0.6},
-    "reweight": REWEIGHT,
-    "both": PROJECT | REWEIGHT | {"mitigation": "both"},
+    "gated": GATED,
+    "reweight": REWEIGHT | PLANTED,
+    "both": GATED | REWEIGHT | {"mitigation": "both"},
     "batch": BATCH,
     "batch_reweight": BATCH | REWEIGHT,
 }
+"""Settings of the guard; those of `PLANTED` have a probe in conflict, see `_tag`."""
 TIMES = ("probe_seconds", "mitigation_seconds")
-STEPS = 9
+STEPS = 10
+LULL = range(6, 9)
+"""Steps at which a planted probe is not in conflict."""
+
+
+@cache
+def ready(engine="plain"):
+    """Once, before the forks: what every attempt needs is imported, and no child's collector looks through it.
+
+    DeepSpeed's operator is built here: a process that is killed over that leaves a lock for which all later ones wait.
+    """
+    import trl.trainer.grpo_trainer  # noqa: F401
+    from deepspeed.comm.torch import build_shm_op
+
+    if engine.startswith("zero"):
+        build_shm_op()
+    gc.collect()
+    gc.freeze()
 
 
 def settings(engine):
-    """Log rows every 3 steps and checkpoints every 2, so that a row spans a checkpoint; dropout, momentum, decay."""
+    """Checkpoints every 2 steps, rows and refreshes every 3, so that these span one; dropout, momentum, decay."""
     common = {"max_steps": STEPS, "gradient_accumulation_steps": 2, "logging_steps": 3, "learning_rate": 1e-2}
     common |= {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch"}
     if not engine.startswith("zero"):
@@ -56,7 +81,7 @@ def run(kind, engine, mode, folder, resume, executioner, *, guard=None, **change
     """One attempt at one run, and what it came to.
 
     Args:
-        kind: "lm", "grpo", or "conflict": an "lm" whose probe falls into conflict.
+        kind: "lm" or "grpo".
         engine: "plain", "ddp", "zero2" or "zero3".
         mode: of `MODES`.
         resume: checkpoint to go on from, or None.
@@ -65,28 +90,26 @@ def run(kind, engine, mode, folder, resume, executioner, *, guard=None, **change
     """
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state()
-    reward = _killing(_tag if kind == "conflict" else digit_reward, executioner)
-    extra = {"reward_funcs": reward} if kind == "grpo" else {}
-    model = tiny_model(attention_dropout=0.1, initializer_range=0.05 if kind == "conflict" else 0.2)
+    model = tiny_model(attention_dropout=0.1, initializer_range=0.2)
     make = _grpo if kind == "grpo" else tiny_lm_trainer
+    extra = {"reward_funcs": executioner.visit(digit_reward)} if kind == "grpo" else {}
     trainer = make(folder, model=model, **(settings(engine) | extra | changes))
     executioner.watch(trainer)
     trainer.add_callback(executioner)
     callback = None
     if MODES[mode] is not None:
-        callback = _guard(kind, trainer, reward, GUARD | MODES[mode] | (guard or {}))
+        callback = _guard(trainer, executioner, GuardConfig(**(GUARD | MODES[mode] | (guard or {}))))
         trainer.add_callback(callback)
     trainer.add_callback(Last(executioner))
-    floors = _Floors()
     with PassKObjective(trainer, k=GUARD["k"]) if kind == "grpo" else nullcontext() as objective:
-        if objective is not None:
-            floors.watch(objective)
+        seen = _Seen(callback, objective)
+        trainer.add_callback(seen)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return {
         "weights": weights(trainer),
         "rng": torch.get_rng_state(),
         "memory": None if callback is None else memory_of(callback),
-        "floors": floors.seen,
+        "seen": seen.steps,
         "turned": sum(bool(row.get("passk_guard/mitigated")) for row in trainer.state.log_history),
     }
 
@@ -129,6 +152,25 @@ def same_weights(left, right):
     return all(torch.equal(left["weights"][name], right["weights"][name]) for name in left["weights"])
 
 
+def same_steps(whole, cut):
+    """The last attempt met the steps that it took with the guard in the state of the run that nobody interrupted."""
+    return len(cut["seen"]) > 0 and cut["seen"] == whole["seen"][-len(cut["seen"]) :]
+
+
+def put_to_work(mode, whole):
+    """That the guard did in this run what its mode is there for: equality says nothing of what never happened."""
+    steps, done = whole["seen"], (MODES[mode] or {}).get("mitigation")
+    projects = done in ("project", "both")
+    assert (whole["turned"] > 0) == projects
+    assert (len({step["direction"] for step in steps}) > 2) == projects, "harvested anew at the refreshes"
+    assert (len({step["floor"] for step in steps}) > 2) == (done in ("reweight", "both"))
+    gates = [step["open"] for step in steps]
+    if mode in ("gated", "both"):
+        assert gates == [step["step"] not in LULL for step in steps]
+    else:
+        assert set(gates) == {projects}
+
+
 def _grpo(folder, prompts=96, **args):
     """More prompts than a run of two processes comes to: TRL's sampler begins its next epoch anew after a resume.
 
@@ -140,39 +182,36 @@ def _grpo(folder, prompts=96, **args):
     return tiny_grpo_trainer(folder, train_dataset=rows, **(settings | args))
 
 
-def _guard(kind, trainer, reward, config):
-    if kind != "conflict":
-        held_out = config.get("source") != "training_batch"
-        return PassKGuardCallback(trainer, probe_rows() if held_out else None, reward, GuardConfig(**config))
-    config |= {"k": 8, "num_samples": 16, "probe_prompts": 90, "patience": 2, "threshold": 0.0}
+def _guard(trainer, executioner, config):
+    if config.source == "training_batch":
+        return PassKGuardCallback(trainer, None, trainer.reward_funcs[0], config)
+    if config.probe_prompts != PLANTED["probe_prompts"]:
+        return PassKGuardCallback(trainer, probe_rows(), executioner.visit(digit_reward), config)
     rows = [{"prompt": f"{i:02d}=", "wanted": "letter" if i % 7 else "digit"} for i in range(100)]
     sampler = FixedSampler(trainer.processing_class, lambda row: 0.1)
-    return PassKGuardCallback(trainer, rows, reward, GuardConfig(**config), sampler)
+    return PassKGuardCallback(trainer, rows, executioner.visit(_tag), config, sampler)
 
 
-def _tag(completions, wanted, **_):
+def _tag(completions, wanted, trainer_state, **_):
+    """One prompt in seven wants a digit and the others a letter, for no reason the model could see; not in the lull."""
+    if trainer_state.global_step in LULL:
+        wanted = ["digit"] * len(completions)
     return [float(c.isdigit() == (w == "digit")) for c, w in zip(completions, wanted, strict=True)]
 
 
-def _killing(score, executioner):
-    def reward(completions, **columns):
-        executioner.here("in the verifier")
-        return score(completions, **columns)
+class _Seen(TrainerCallback):
+    """What the guard has in force at each step, behind it in the list of callbacks."""
 
-    return reward
+    def __init__(self, guard, objective):
+        self.guard, self.objective, self.steps = guard, objective, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        floor = None if self.objective is None else self.objective.floor
+        steps = None if self.guard is None else self.guard._mitigator.steps
+        direction = None if steps is None or steps.protected is None else _fingerprint(steps.protected)
+        gate = steps is not None and steps.open
+        self.steps.append({"step": state.global_step, "floor": floor, "open": gate, "direction": direction})
 
 
-class _Floors:
-    """The floor at each batch of advantages."""
-
-    def __init__(self):
-        self.seen = []
-
-    def watch(self, objective):
-        advantages = objective.advantages
-
-        def watched(*args, **kwargs):
-            self.seen.append(objective.floor)
-            return advantages(*args, **kwargs)
-
-        objective.advantages = watched
+def _fingerprint(tensors):
+    return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
