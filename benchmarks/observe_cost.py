@@ -1,11 +1,15 @@
 """What observing costs a GRPO run: the time of a refresh beside the time of the steps around it, in one run.
 
-    python -m benchmarks.observe_cost [--steps 40] [--threads 1]
+    python -m benchmarks.observe_cost [--steps 40] [--long-steps 31] [--threads 1]
 
-The interference task's model (648k parameters, 512 completions a step) with the guard at its defaults (64 prompts x 16
-samples every 5 steps), with one draw for 3 and for 5 refreshes, then with the training batch as probe. Steps are
-medians over the run, refreshes means of the medians of those that sample and those that do not; "run time" is guarded
-over unguarded: (5 steps + 1 refresh) / 5 steps. The learning rate is 0, so that no draw ends early.
+The interference task's model (648k parameters) with the guard at its defaults (64 prompts x 16 samples every 5 steps),
+with one draw for 3 and for 5 refreshes, then with the training batch as probe, in two settings: "short", the task
+itself, 512 completions of 5 tokens a step; and "long", 256 completions of 64 tokens, of random weights and judged by
+their digits, where sampling takes most of the step as it does in practice. Steps are medians over the run, refreshes
+means over a draw of the medians of those that sample and those that do not; "run time" is guarded over unguarded:
+(5 steps + 1 refresh) / 5 steps. The learning rate is 0, so that no draw ends early. "floor" is the same with one
+forward and backward with frozen weights in place of the refresh, over the share of samples that have a gradient: no
+sketch that goes through a model can take less. Where the probe is held out, sampling comes on top of that floor.
 """
 
 from __future__ import annotations
@@ -14,15 +18,68 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
+from benchmarks.sketch_speed import measure as measure_runs
+from benchmarks.sketch_speed import plain
+from examples.interference.model import make_model
 from examples.interference.task import correct, make_prompts
+from examples.interference.tokenizer import make_tokenizer
 from examples.interference.train import build_trainer
 from examples.interference.warm_start import warm_start
 from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
+
+PROMPT_TOKENS = 7
+PROBES = (("held_out", 1), ("held_out", 3), ("held_out", 5), ("training_batch", 1))
+"""Where the probe comes from, and refreshes that a draw serves."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Medians of one run: a step without a refresh, a refresh that samples, one that does not (or the same), and the
+    pass that no refresh can do without."""
+
+    step: float
+    sampled: float
+    reused: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One kind of run: its name, its reward function, tokens of a completion, completions a step, GRPOConfig fields."""
+
+    name: str
+    correct: Callable[..., list[float]]
+    tokens: int
+    completions: int
+    overrides: dict[str, Any]
+
+
+def more_even_digits(completions: list[str], **_: object) -> list[float]:
+    """1.0 where more of the digits are even than odd: a model with random weights is right on some samples."""
+    parities = ([int(sign) % 2 for sign in text if sign.isdigit()] for text in completions)
+    return [float(2 * sum(odd) < len(odd)) for odd in parities]
+
+
+SHORT = Setting("short", correct, 5, 512, {})
+LONG = Setting(
+    "long",
+    more_even_digits,
+    64,
+    256,
+    {
+        "per_device_train_batch_size": 256,
+        "max_completion_length": 64,
+        "generation_kwargs": {"min_new_tokens": 64},  # random weights would end a completion after some 30
+    },
+)
 
 
 class Clock(TrainerCallback):
@@ -38,42 +95,87 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.began)
 
 
-def measure(model_dir: Path, source: str, steps: int, draws: int) -> tuple[float, float, float]:
-    """Median seconds of a step without a refresh, of a refresh that samples, and of one that does not (or the same)."""
+def measure(model_dir: Path, source: str, draws: int, steps: int, setting: Setting = SHORT) -> Seconds:
+    """One guarded run, each draw of the probe serving `draws` refreshes."""
     config = GuardConfig(k=8, source=source, resample_refreshes=draws)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(model_dir, folder, steps=steps, report_to=[], learning_rate=0.0, disable_tqdm=True)
+        trainer = build_trainer(
+            model_dir,
+            folder,
+            steps=steps,
+            report_to=[],
+            learning_rate=0.0,
+            disable_tqdm=True,
+            **setting.overrides,
+        )
+        trainer.reward_funcs[0] = setting.correct
         trainer.remove_callback(PrinterCallback)
         clock = Clock()
         trainer.add_callback(clock)
         probe = make_prompts("probe", 2048, seed=0) if source == "held_out" else None
-        trainer.add_callback(PassKGuardCallback(trainer, probe=probe, correct=correct, config=config))
+        guard = PassKGuardCallback(trainer, probe=probe, correct=setting.correct, config=config)
+        trainer.add_callback(guard)
         with PassKObjective(trainer, k=8):
             trainer.train()
         rows = [row for row in trainer.state.log_history if "passk_guard/probe_seconds" in row][1:]
     spent: dict[bool, list[float]] = {True: [], False: []}
     for row in rows:
         spent["passk_guard/pass_at_1" in row].append(row["passk_guard/probe_seconds"])
-    sampled = statistics.median(spent[True] or spent[False])
     every = config.refresh_steps
-    plain = [seconds for step, seconds in enumerate(clock.seconds) if step % every and step > 0]
-    return statistics.median(plain), sampled, statistics.median(spent[False] or spent[True])
+    unguarded = [seconds for step, seconds in enumerate(clock.seconds) if step % every and step > 0]
+    return Seconds(
+        step=statistics.median(unguarded),
+        sampled=statistics.median(spent[True]),
+        reused=statistics.median(spent[False] or spent[True]),
+        floor=frozen_pass(trainer.model, setting, guard, source),
+    )
+
+
+def frozen_pass(model: Any, setting: Setting, guard: PassKGuardCallback, source: str) -> float:
+    """Seconds of one forward and backward with frozen weights over as many samples as have a gradient."""
+    samples = guard.config.probe_prompts * guard.config.num_samples if source == "held_out" else setting.completions
+    assert guard.estimate is not None
+    kept = max(1, round(samples * guard.estimate.num_informative / guard.estimate.num_prompts))
+    width = PROMPT_TOKENS + setting.tokens
+    ids = torch.randint(2, model.config.vocab_size, (kept, width), generator=torch.Generator().manual_seed(0))
+    completion = (torch.arange(width) >= PROMPT_TOKENS).long().expand(kept, width)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion}
+    rows = max(1, guard.config.max_probe_tokens // width)
+    parts = [{n: t[first : first + rows] for n, t in batch.items()} for first in range(0, kept, rows)]
+    return measure_runs({"frozen": lambda: [plain(model, part, "frozen") for part in parts]}, 5, "cpu")["frozen"]
+
+
+def random_model(folder: Path) -> Path:
+    """The same model with random weights and room for the long completions, saved with its tokenizer."""
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, seed=0, positions=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--long-steps", type=int, default=31)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path("runs/warm_start"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model_dir = warm_start(arguments.cache, 0)
-    print(f"{'probe':16} {'draw for':>9} {'step, s':>8} {'refresh, s':>11} {'refresh/step':>13} {'run time':>9}")
-    for source, draws in (("held_out", 1), ("held_out", 3), ("held_out", 5), ("training_batch", 1)):
-        step, sampled, reused = measure(model_dir, source, arguments.steps, draws)
-        refresh = (sampled + (draws - 1) * reused) / draws
-        cost = f"{refresh:11.2f} {refresh / step:13.2f} {1 + refresh / (5 * step):8.2f}x"
-        print(f"{source:16} {draws:9d} {step:8.2f} {cost}  (sampling anew {sampled:.2f} s, again {reused:.2f} s)")
+    print(f"{'setting':8} {'probe':14} {'draw for':>8} {'step, s':>8} {'refresh, s':>10} {'run time':>9} {'floor':>6}")
+    with tempfile.TemporaryDirectory() as folder:
+        for setting, steps, model_dir in (
+            (SHORT, arguments.steps, warm_start(arguments.cache, 0)),
+            (LONG, arguments.long_steps, random_model(Path(folder))),
+        ):
+            for source, draws in PROBES:
+                found = measure(model_dir, source, draws, steps, setting)
+                refresh = (found.sampled + (draws - 1) * found.reused) / draws
+                print(
+                    f"{setting.name:8} {source:14} {draws:8d} {found.step:8.2f} {refresh:10.2f} "
+                    f"{1 + refresh / (5 * found.step):8.2f}x {1 + found.floor / (5 * found.step):5.2f}x"
+                    f"  (sampling anew {found.sampled:.2f} s, again {found.reused:.2f} s)",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

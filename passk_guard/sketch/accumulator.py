@@ -55,7 +55,7 @@ class Accumulator(ABC):
     """Sums the sketched gradients of one batch. A weight gradient is sum_t left_t right_t^T, in weight layout.
 
     Attributes:
-        rows: [B, dim] one row per sample, or [number of groups, dim] one row per group; fp32 or float64.
+        rows: [number of groups, dim], one row per group; fp32 or float64.
         layout: the groups.
         shapes: name of each trainable parameter -> its shape.
         draws: random draws, shared by all batches of a refresh.
@@ -72,7 +72,7 @@ class Accumulator(ABC):
 
     @abstractmethod
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Add sum_t left_t right_t^T per sample, for projected left [B, T, .] and right [B, T, .]."""
+        """Add sum_t left_t right_t^T of each group's samples, for projected left [B, T, .] and right [B, T, .]."""
 
     @abstractmethod
     def add_tokens(self, name: str, left: Tensor, right: Tensor, spans: Sequence[Span]) -> None:
@@ -90,6 +90,7 @@ class Accumulator(ABC):
         """Where the groups lie among the B T tokens of a batch of that width."""
         return [(group, start * width, end * width) for group, (_, start, end) in enumerate(self.layout.groups)]
 
-    @abstractmethod
     def fold_into(self, sketch: Tensor) -> None:
         """Add the rows to their slots of sketch [num_slots, dim]."""
+        for row, (slot, _, _) in enumerate(self.layout.groups):
+            sketch[slot] += self.rows[row]

@@ -51,10 +51,6 @@ class ExactAccumulator(Accumulator):
         for row, (_, start, end) in enumerate(self.layout.groups):
             self._add(row, values[start:end].sum(0)[:, None], places, signs)
 
-    def fold_into(self, sketch: Tensor) -> None:
-        for row, (slot, _, _) in enumerate(self.layout.groups):
-            sketch[slot] += self.rows[row]
-
     def _add(self, row: int, values: Tensor, places: Tensor, signs: Tensor | None) -> None:
         values = values.to(self.rows.dtype)
         values = values if signs is None else values * signs

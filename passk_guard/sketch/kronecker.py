@@ -40,7 +40,7 @@ def is_vocabulary(rows: int, cols: int) -> bool:
 
 
 class KroneckerAccumulator(Accumulator):
-    """Adds sum_t (P_l^T left_t)(P_r^T right_t)^T of every parameter to one row of `dim` numbers per sample.
+    """Adds sum_t (P_l^T left_t)(P_r^T right_t)^T of every parameter to one row of `dim` numbers per group.
 
     P_l [rows, a] and P_r [cols, b] are independent and zero-mean, E[P P^T] = 1, with a pair of its own for each
     parameter, and ab = dim; for a vocabulary ab > dim, and the product is CountSketched. So
@@ -53,17 +53,18 @@ class KroneckerAccumulator(Accumulator):
 
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
         a, b, dim = left.shape[-1], right.shape[-1], self.rows.shape[1]
-        if a * b > dim:
-            self.add_tokens(name, left.flatten(0, 1), right.flatten(0, 1), self.spans(left.shape[1]))
+        if a * b <= dim and (first := _first_of_even(self.layout.groups)) is not None:
+            blocks, many = self.rows.view(-1, a, b), len(self.rows)  # as many tokens in each: one call for all
+            even_left, even_right = (x[first:].reshape(many, -1, x.shape[-1]).to(blocks.dtype) for x in (left, right))
+            blocks.baddbmm_(even_left.transpose(1, 2), even_right)
             return
-        blocks = self.rows.view(-1, a, b)
-        blocks.baddbmm_(left.transpose(1, 2).to(blocks.dtype), right.to(blocks.dtype))
+        self.add_tokens(name, left.flatten(0, 1), right.flatten(0, 1), self.spans(left.shape[1]))
 
     def add_tokens(self, name: str, left: Tensor, right: Tensor, spans: Sequence[Span]) -> None:
         a, b, dim = left.shape[-1], right.shape[-1], self.rows.shape[1]
         places, signs = self._folded(name, a, right) if a * b > dim else (None, None)
         for group, start, end in spans:
-            row = self.rows[self.layout.groups[group][1]]  # of the group's first sample
+            row = self.rows[group]
             wide_left, wide_right = (x[start:end].to(row.dtype) for x in (left, right))
             if places is None or signs is None:
                 row.view(a, b).addmm_(wide_left.t(), wide_right)
@@ -87,20 +88,19 @@ class KroneckerAccumulator(Accumulator):
         # Each token fills one row of [a, b] only: straight to its place, without the product.
         pair = self._pair_hash(name, side.width, right)
         columns = side.column(indices)
-        for _, start, end in self.layout.groups:
+        for row, (_, start, end) in enumerate(self.layout.groups):
             column = columns[start:end].flatten()
             signs = pair.signs(column) * (side.signs[indices[start:end]].flatten()[:, None])
             values = right[start:end].flatten(0, 1).to(signs.dtype) * signs
-            self.rows[start].scatter_add_(0, pair.places(column).flatten(), values.flatten())
+            self.rows[row].scatter_add_(0, pair.places(column).flatten(), values.flatten())
 
     def add_vector(self, name: str, values: Tensor) -> None:
+        if not self.layout.groups:
+            return
         key = (name, "vector", values.device)
         buckets, signs = self.draws.keep(key, lambda: self._draw_hash(name, values))
-        self.rows.index_add_(1, buckets, values.to(self.rows.dtype) * signs)
-
-    def fold_into(self, sketch: Tensor) -> None:
-        for slot, start, end in self.layout.groups:
-            sketch[slot] += self.rows[start:end].sum(0)
+        summed = torch.stack([values[start:end].sum(0, dtype=self.rows.dtype) for _, start, end in self.layout.groups])
+        self.rows.index_add_(1, buckets, summed * signs)
 
     def _side(self, name: str, side: str, like: Tensor) -> FoldedSide:
         return self.draws.keep((name, side, like.dtype, like.device), lambda: self._draw_side(name, side, like))
@@ -120,3 +120,9 @@ class KroneckerAccumulator(Accumulator):
         generator = generator_for(self.draws.seed, name, "vector")
         buckets = random_buckets(like.shape[-1], self.rows.shape[1], generator)
         return buckets.to(like.device), random_signs((like.shape[-1],), generator).to(like.device)
+
+
+def _first_of_even(groups: Sequence[tuple[int, int, int]]) -> int | None:
+    """The first sample of the first group, where all groups, which lie next to each other, have equally many."""
+    sizes = {end - start for _, start, end in groups}
+    return groups[0][1] if len(sizes) == 1 else None

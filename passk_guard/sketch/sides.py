@@ -38,13 +38,20 @@ class FoldedSide:
         if (x.is_cuda or low) and len(self.signs) * self.width <= _LARGEST_MATRIX:
             return x @ self._matrix
         flat = x.reshape(-1, x.shape[-1])
-        out = torch.zeros(len(flat), self.width, dtype=torch.float32 if low else x.dtype, device=x.device)
+        fills = flat.shape[1] >= self.width  # the first round then reaches every column, which need not be zero before
+        make = torch.empty if fills else torch.zeros
+        out = make(len(flat), self.width, dtype=torch.float32 if low else x.dtype, device=x.device)
         start, column = 0, self.shift
         while start < flat.shape[1]:
-            size = min(self.width - column, flat.shape[1] - start)
+            # The second piece of the first round ends where that round does.
+            end = self.width if start < self.width else flat.shape[1]
+            size = min(self.width - column, end - start, flat.shape[1] - start)
             into, part = out[:, column : column + size], slice(start, start + size)
-            into.addcmul_(flat[:, part], self.signs[part])
-            start, column = start + size, 0
+            if start < self.width:
+                torch.mul(flat[:, part], self.signs[part], out=into)
+            else:
+                into.addcmul_(flat[:, part], self.signs[part])
+            start, column = start + size, (column + size) % self.width
         return out.to(x.dtype).view(*x.shape[:-1], self.width)
 
     def rows(self, indices: Tensor) -> Tensor:

@@ -179,9 +179,8 @@ class ScoreSketcher:
 
     def _accumulator(self, layout: Layout) -> Accumulator:
         double = any(p.dtype == torch.float64 for p in self.model.parameters())
-        height = len(layout.slots) if self.method == "kronecker" else len(layout.groups)
         dtype = torch.float64 if double else torch.float32
-        rows = torch.zeros(height, self.dim, dtype=dtype, device=layout.slots.device)
+        rows = torch.zeros(len(layout.groups), self.dim, dtype=dtype, device=layout.slots.device)
         return _ACCUMULATORS[self.method](rows, layout, self._plan.shapes, self._draws)
 
     def _note(self, missed: set[str]) -> None:

@@ -12,11 +12,10 @@ LAYOUT = lay_out(torch.tensor([-1, 0, 0, 1]))
 DIM = 64
 
 
-def empty(method, shape, seed=0, name="w"):
-    height = 4 if method is KroneckerAccumulator else 2
+def empty(method, shape, seed=0, name="w", layout=LAYOUT):
     width = shape[0] * shape[1] if method is IdentityAccumulator else DIM
-    rows = torch.zeros(height, width, dtype=torch.float64)
-    return method(rows, LAYOUT, {name: shape}, Draws(seed))
+    rows = torch.zeros(len(layout.groups), width, dtype=torch.float64)
+    return method(rows, layout, {name: shape}, Draws(seed))
 
 
 def folded(accumulator):
@@ -94,3 +93,26 @@ def test_different_parameters_do_not_mix_in_expectation(method):
         products.append(sketches[0] @ sketches[1])
     values = torch.stack(products)
     assert abs(float(values.mean())) < 5 * float(values.std()) / 300**0.5
+
+
+@pytest.mark.parametrize("slots", [[-1, -1, 0, 1], [0, 0, 1, 1], [-1, 0, 0, 0], [0, 0, 0, 1], [-1, -1, -1, -1]])
+@pytest.mark.parametrize("shape", [SQUARE, VOCABULARY, LORA_DOWN, LORA_UP])
+def test_groups_multiplied_at_once_are_those_multiplied_one_by_one(shape, slots):
+    """Groups of one size go into one product; the sum over a group's samples is that of samples taken alone."""
+    left, right = factors(shape)
+    vector = torch.randn(4, shape[0], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def sketch(layout):
+        accumulator = empty(KroneckerAccumulator, shape, layout=layout)
+        accumulator.add_matrix("w", accumulator.project("w", "left", left), accumulator.project("w", "right", right))
+        accumulator.add_vector("w", vector)
+        found = torch.zeros(4, DIM, dtype=torch.float64)
+        accumulator.fold_into(found)
+        return found
+
+    alone = sketch(lay_out(torch.arange(4)))
+    expected = torch.zeros(4, DIM, dtype=torch.float64)
+    for sample, slot in enumerate(slots):
+        if slot >= 0:
+            expected[slot] += alone[sample]
+    torch.testing.assert_close(sketch(lay_out(torch.tensor(slots))), expected)
