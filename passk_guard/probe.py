@@ -36,8 +36,7 @@ class ProbeSet:
         kept: dict[str, Row] = {}
         found = 0
         for found, row in enumerate(rows, start=1):
-            _check_row(row, f"row {found - 1}")
-            kept.setdefault(prompt_key(row["prompt"]), dict(row))
+            kept.setdefault(_checked_key(row, f"row {found - 1}"), dict(row))
         self.rows: tuple[Row, ...] = tuple(kept.values())
         self._keys = tuple(kept)
         if len(kept) < 3:

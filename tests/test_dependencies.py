@@ -20,6 +20,7 @@ LEAVES = {
     "rollout_checks",
     "whole_file",
     "private_api",
+    "telling",
 }
 MATHEMATICS = {
     "passk",
