@@ -1,6 +1,7 @@
 """The journal as anything may have left it: it reads, and draws, or says which line is to blame."""
 
 import json
+import re
 
 import pytest
 from hypothesis import example, given
@@ -50,9 +51,7 @@ def drawn(content, other=None):
             page = None
         assert main(["report", *map(str, given_runs)]) == int(page is None)
     if page is not None:
-        for word in ("NaN", "Infinity", "inf", "nan"):
-            assert f'="{word}"' not in page, word
-            assert f" {word} " not in page.split("</style>")[1].split("<script>")[0] or "reason" in page
+        assert not re.search(r'(?:x|y|x1|y1|width|height|cx|cy|d)="[^"]*(?:nan|inf)', page)
     return page
 
 
