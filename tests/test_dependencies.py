@@ -23,6 +23,8 @@ LEAVES = {
     "telling",
 }
 MATHEMATICS = {
+    "counts",
+    "gram_checks",
     "passk",
     "pkpo",
     "objectives",

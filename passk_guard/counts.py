@@ -1,0 +1,44 @@
+"""Counts as tensors, checked: whole, finite, and no larger than float64 counts exactly. Needs torch alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passk_guard.errors import GuardError
+from passk_guard.telling import brief
+
+_LARGEST = 2.0**53
+
+
+def as_counts(value: Any, name: str) -> Tensor:
+    """A count or a tensor of counts in float64, on its device.
+
+    Raises:
+        GuardError: no real numbers, NaN, fractions, or a number beyond 2^53: rounded, they would be others' counts.
+    """
+    try:
+        given = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        given = None
+    if given is None or given.is_complex():
+        raise GuardError(f"Expected `{name}` to be a whole number or a tensor of them; found {brief(value)}.")
+    counts = given.to(torch.float64)
+    if not bool(((counts == counts.floor()) & (counts.abs() <= _LARGEST)).all()):
+        raise GuardError(f"Expected `{name}` to be whole, up to 2^53; found {brief(value)}.")
+    return counts
+
+
+def together(*values: Tensor) -> tuple[Tensor, ...]:
+    """The tensors broadcast to one shape.
+
+    Raises:
+        GuardError: their shapes do not fit.
+    """
+    try:
+        return tuple(torch.broadcast_tensors(*values))
+    except RuntimeError:
+        shapes = " and ".join(str(tuple(value.shape)) for value in values)
+        raise GuardError(f"Expected shapes that broadcast; found {shapes}.") from None
