@@ -190,7 +190,9 @@ class _NoSetting:
     """In place of what no setting can be, such as a list: a file may nest without end, and a message with it."""
 
     def __init__(self, value: Any) -> None:
-        self._kind = {list: "a list", dict: "a mapping", int: "a number beyond 64 bits"}.get(type(value), "such a value")
+        self._kind = {list: "a list", dict: "a mapping", int: "a number beyond 64 bits"}.get(
+            type(value), "such a value"
+        )
 
     def __repr__(self) -> str:
         return self._kind

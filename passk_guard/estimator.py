@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from passk_guard.agreement import informative, prompt_view, weight_and_agreement
+from passk_guard.arguments import as_real
 from passk_guard.errors import GuardError
 from passk_guard.gram_checks import checked_probe
 from passk_guard.intervals import corrected_cosine, cosine_bounds, student_t_quantile
@@ -81,6 +82,7 @@ def estimate_pooled(
     """
     if not probes:
         raise GuardError("Expected at least one refresh to estimate from; found none.")
+    confidence, threshold = as_real(confidence, "confidence"), as_real(threshold, "threshold")
     if not 0 < confidence < 1 or not -1 < threshold < 1:
         raise GuardError(f"Expected 0 < confidence < 1 and -1 < threshold < 1; found {confidence=}, {threshold=}.")
     probes = [checked_probe(probe, k) for probe in probes]

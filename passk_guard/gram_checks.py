@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from passk_guard.counts import as_counts
+from passk_guard.arguments import as_counts
 from passk_guard.errors import GuardError
 from passk_guard.telling import brief
 from passk_guard.types import ProbeGram
@@ -59,8 +60,10 @@ def checked_probe(probe: ProbeGram, k: int) -> ProbeGram:
             "Expected a Gram matrix, S @ S.T of the 2m score sums; found an entry <a, b> above |a||b|, or a negative "
             "diagonal. Are the 2m rows in the order S+_1..S+_m, S-_1..S-_m?"
         )
-    if len(probe.prompt_keys) not in (0, m):
-        raise GuardError(f"Expected no `prompt_keys` or {m} of them; found {len(probe.prompt_keys)}.")
+    if not isinstance(probe.prompt_keys, Sequence) or len(probe.prompt_keys) not in (0, m) or not _hashable(probe):
+        raise GuardError(
+            f"Expected no `prompt_keys` or a list of {m} that can be hashed; found {brief(probe.prompt_keys)}."
+        )
     return ProbeGram(gram, n, c, probe.prompt_keys, _checked_misses(probe.misses, n))
 
 
@@ -82,6 +85,13 @@ def _symmetric(gram: Tensor, atol: float) -> bool:
     """Up to rounding, some rows at a time: copies of a whole Gram matrix would be what an estimate costs."""
     rows, columns = gram.split(_ROWS), gram.T.split(_ROWS)
     return all(torch.allclose(a, b, rtol=1e-4, atol=atol) for a, b in zip(rows, columns, strict=True))
+
+
+def _hashable(probe: ProbeGram) -> bool:
+    try:
+        return len({hash(key) for key in probe.prompt_keys}) >= 0
+    except TypeError:
+        return False
 
 
 def _possible(gram: Tensor, atol: float) -> bool:

@@ -107,7 +107,9 @@ def _event(line: bytes, number: int, path: Path) -> Event:
 def _is_flat(value: Any, levels: int) -> bool:
     if not isinstance(value, (dict, list)):
         return True
-    return levels > 0 and all(_is_flat(one, levels - 1) for one in (value.values() if isinstance(value, dict) else value))
+    return levels > 0 and all(
+        _is_flat(one, levels - 1) for one in (value.values() if isinstance(value, dict) else value)
+    )
 
 
 def _ordered(path: Path, events: Sequence[Event], unfinished: bool) -> RunJournal:

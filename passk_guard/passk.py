@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from passk_guard.counts import as_counts, together
+from passk_guard.arguments import as_counts, together
 from passk_guard.errors import GuardError
 from passk_guard.telling import brief
 
@@ -200,7 +200,8 @@ def _counts(
     if bool(too_few.any()):
         at = int(too_few.flatten().nonzero()[0])
         raise GuardError(
-            f"Expected `num_samples` >= k; found num_samples={int(n.flatten()[at])}, k={int(k.flatten()[at])}. No unbiased estimate exists above n: raise `num_samples` or lower `k`."
+            f"Expected `num_samples` >= k; found num_samples={int(n.flatten()[at])}, k={int(k.flatten()[at])}. No "
+            "unbiased estimate exists above n: raise `num_samples` or lower `k`."
         )
     if bool(((c < 0) | (c > n)).any()):
         raise GuardError("Expected 0 <= `num_correct` <= `num_samples`; found a count outside.")

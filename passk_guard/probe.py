@@ -200,7 +200,9 @@ def _readable(rows: Iterable[Row]) -> Iterator[Row]:
     except GuardError:
         raise
     except Exception as error:
-        raise GuardError(f"Expected rows that can be read as probe; reading them raised {describe_error(error)}") from error
+        raise GuardError(
+            f"Expected rows that can be read as probe; reading them raised {describe_error(error)}"
+        ) from error
 
 
 def _checked_key(row: Any, where: str) -> str:
@@ -255,7 +257,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 raise GuardError(f"Expected a file in UTF-8; found other bytes in {where}: {error.reason}.") from None
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", None) or str(error)
-                raise GuardError(f"Expected one JSON object a line; found malformed JSON in {where}: {reason}.") from None
+                raise GuardError(
+                    f"Expected one JSON object a line; found malformed JSON in {where}: {reason}."
+                ) from None
             _check_row(row, where)
             yield row
 

@@ -1,4 +1,4 @@
-"""Words from elsewhere in our own lines: an error's text, a reward's, a prompt's, on one line and with nothing hidden."""
+"""Words from elsewhere in lines of ours: the text of an error, a reward or a prompt, with nothing hidden in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _short.maxlevel = 3
 
 
 def one_line(text: str, most: int = _LONGEST) -> str:
-    r"""The text cut to `most` characters, with what hides or steers written out: a line feed as `\n`, an escape as `\x1b`.
+    r"""The text, cut to `most`; what hides or steers is written out, a line feed as `\n`, an escape as `\x1b`.
 
     A line of a log or of a terminal stays one line, whatever is put into it.
     """

@@ -23,7 +23,7 @@ LEAVES = {
     "telling",
 }
 MATHEMATICS = {
-    "counts",
+    "arguments",
     "gram_checks",
     "passk",
     "pkpo",

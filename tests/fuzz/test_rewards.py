@@ -81,7 +81,9 @@ RESULT = st.one_of(
     st.just(Odd()),
     st.just(Odd(SystemExit)),
 )
-ERROR = st.sampled_from([OddError(), ValueError("%s\n\x1b[31m"), KeyError(), SystemExit("x"), RecursionError(), OddError])
+ERROR = st.sampled_from(
+    [OddError(), ValueError("%s\n\x1b[31m"), KeyError(), SystemExit("x"), RecursionError(), OddError]
+)
 
 
 def named(function, name):
@@ -94,9 +96,15 @@ def score(function, count=3):
     try:
         outcomes = Verifier(function).score(rollouts([str(i) for i in range(count)]))
     except VoidRefresh as void:
-        assert "\n" not in str(void)
-        assert "\x1b" not in str(void)
-        return str(void)
+        reason = str(void)
+    else:
+        return checked(outcomes, count)
+    assert "\n" not in reason
+    assert "\x1b" not in reason
+    return reason
+
+
+def checked(outcomes, count):
     assert outcomes.correct.shape == (count,)
     assert set(outcomes.correct.tolist()) <= {-1, 0, 1}
     assert "\n" not in (outcomes.reason or "")

@@ -1,7 +1,8 @@
-"""Counts as tensors, checked: whole, finite, and no larger than float64 counts exactly. Needs torch alone."""
+"""Numbers that a caller passes, checked before anything is computed with them. Needs torch alone."""
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def as_counts(value: Any, name: str) -> Tensor:
         GuardError: no real numbers, NaN, fractions, or a number beyond 2^53: rounded, they would be others' counts.
     """
     try:
-        given = torch.as_tensor(value)
+        given = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         given = None
     if given is None or given.is_complex():
@@ -29,6 +30,20 @@ def as_counts(value: Any, name: str) -> Tensor:
     if not bool(((counts == counts.floor()) & (counts.abs() <= _LARGEST)).all()):
         raise GuardError(f"Expected `{name}` to be whole, up to 2^53; found {brief(value)}.")
     return counts
+
+
+def as_real(value: Any, name: str) -> float:
+    """A real number as a float; infinities and NaN are numbers here, and the caller's bounds decide.
+
+    Raises:
+        GuardError: no real number, or a whole one beyond any float.
+    """
+    try:
+        if isinstance(value, Real) and not isinstance(value, bool):
+            return float(value)
+    except OverflowError:
+        pass
+    raise GuardError(f"Expected `{name}` to be a real number; found {brief(value)}.")
 
 
 def together(*values: Tensor) -> tuple[Tensor, ...]:
