@@ -36,6 +36,7 @@ from passk_guard.run_evidence import conflict_score
 from passk_guard.sampling import BatchTap, Sampler
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.sources import HeldOut
+from passk_guard.telling import describe_error
 from passk_guard.types import ConflictEstimate, Outcomes, Rollouts
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ class PassKGuardCallback(TrainerCallback):
                 if self._mitigator is not None:
                     memory = self._mitigator.react(refresh, estimate, memory)
         except Exception as error:  # whatever it was, training goes on
-            reason = str(error) if isinstance(error, VoidRefresh) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, VoidRefresh) else describe_error(error)
             self._void(step_number, reason)
             return
         decision, evidence, verdict = decide(
@@ -268,7 +269,7 @@ class PassKGuardCallback(TrainerCallback):
         try:
             write(folder)
         except Exception as error:  # a full disk above all, which torch reports as a RuntimeError
-            self._warn(f"the checkpoint holds no memory of the guard: {error}")
+            self._warn(f"the checkpoint holds no memory of the guard: {describe_error(error)}")
 
     def _new_sketcher(self) -> ScoreSketcher:
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)

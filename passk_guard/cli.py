@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from passk_guard.errors import GuardError
+from passk_guard.telling import one_line
 
 _INTERRUPTED, _NO_READER = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
@@ -112,9 +113,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _complain(text: str) -> int:
-    from passk_guard.pages.html import visible
-
-    print(f"passk-guard: error: {visible(text)}", file=sys.stderr)
+    print(f"passk-guard: error: {one_line(text)}", file=sys.stderr)
     return 1
 
 

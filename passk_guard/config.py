@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from passk_guard.errors import GuardError
+from passk_guard.telling import brief, describe_error, one_line
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -16,8 +18,11 @@ def _setting(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-AtLeast1 = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+_LARGEST = 2**31 - 1  # what torch and the seeds made of these numbers can hold
+Whole = Annotated[int, Field(le=_LARGEST)]
+AtLeast1 = Annotated[Whole, Field(ge=1)]
+Natural = Annotated[Whole, Field(ge=0)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -28,11 +33,11 @@ class GuardConfig:
         pydantic.ValidationError (a ValueError): a value outside its bounds, k above num_samples, or an unknown name.
     """
 
-    k: Annotated[int, Field(ge=2)] = _setting(8, "The k of pass@k whose gradient is watched.")
-    probe_prompts: Annotated[int, Field(ge=3)] = _setting(
+    k: Annotated[Whole, Field(ge=2)] = _setting(8, "The k of pass@k whose gradient is watched.")
+    probe_prompts: Annotated[Whole, Field(ge=3)] = _setting(
         64, "Prompts drawn from the probe set for each refresh, over all ranks."
     )
-    num_samples: Annotated[int, Field(ge=2)] = _setting(16, "Completions sampled of each probe prompt; at least k.")
+    num_samples: Annotated[Whole, Field(ge=2)] = _setting(16, "Completions sampled of each probe prompt; at least k.")
     refresh_steps: AtLeast1 = _setting(5, "Optimizer steps between refreshes of the estimate.")
     pool_refreshes: AtLeast1 = _setting(3, "Newest refreshes whose statistics are averaged for the estimate.")
     resample_refreshes: AtLeast1 = _setting(
@@ -41,13 +46,13 @@ class GuardConfig:
         "the moment at the others. 1 samples every time. Pooling, patience, cooldown and CONFLICT over the whole run "
         "count draws, and a checkpoint ends one.",
     )
-    min_effective_samples: Annotated[float, Field(gt=0, le=1)] = _setting(
+    min_effective_samples: Annotated[Real, Field(gt=0, le=1)] = _setting(
         0.8,
         "Share of its completions that a draw must still be worth to be used again; below it the same refresh samples "
         "afresh. Less is as unbiased and finds fewer conflicts.",
     )
-    threshold: Annotated[float, Field(gt=-1, lt=1)] = _setting(0.0, "Cosine below which the two gradients conflict.")
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = _setting(0.95, "Confidence of the interval and of the verdict.")
+    threshold: Annotated[Real, Field(gt=-1, lt=1)] = _setting(0.0, "Cosine below which the two gradients conflict.")
+    confidence: Annotated[Real, Field(gt=0.5, lt=1)] = _setting(0.95, "Confidence of the interval and of the verdict.")
     alert_rule: Literal["whole_run", "each_look"] = _setting(
         "whole_run",
         "When CONFLICT is said: whole_run, once the evidence of all refreshes establishes it with a chance of at most "
@@ -64,7 +69,7 @@ class GuardConfig:
         "the prompt weights of the PassKObjective and touches no gradient; both does both; auto reweights where a "
         "PassKObjective is installed and projects elsewhere.",
     )
-    gamma: Annotated[float, Field(ge=0, lt=1)] = _setting(
+    gamma: Annotated[Real, Field(ge=0, lt=1)] = _setting(
         0.2, "Cosine that project restores; 0 only removes the conflict and does not protect pass@1."
     )
     gate: Literal["always", "conflict"] = _setting(
@@ -72,26 +77,26 @@ class GuardConfig:
         "When project keeps the margin: always, or only while the newest estimate is in conflict at gate_confidence. "
         "The cosine turns acute after the damage is done, and a gate that closes then leaves the run as damaged.",
     )
-    gate_confidence: Annotated[float, Field(gt=0.5, lt=1)] = _setting(
+    gate_confidence: Annotated[Real, Field(gt=0.5, lt=1)] = _setting(
         0.8413, "One-sided confidence from which a conflict opens the gate; the default is one standard error."
     )
-    protected_average: Annotated[float, Field(ge=0, lt=1)] = _setting(
+    protected_average: Annotated[Real, Field(ge=0, lt=1)] = _setting(
         0.0, "Weight of the past in the exponential average of the protected gradient over refreshes."
     )
     protected_dtype: Literal["float32", "bfloat16"] = _setting(
         "float32", "Dtype the protected gradient is kept in; bfloat16 halves its memory."
     )
-    floor_gamma: Annotated[float, Field(ge=0, lt=1)] = _setting(
+    floor_gamma: Annotated[Real, Field(ge=0, lt=1)] = _setting(
         0.2, "Cosine to the pass@1 gradient that the floor of reweight is solved for."
     )
-    floor_max: Annotated[float, Field(gt=0)] = _setting(
+    floor_max: Annotated[Real, Field(gt=0)] = _setting(
         1.0, "Largest floor; 1 is the weight that pass@1 gives every prompt, k would make the run one on pass@1."
     )
-    floor_average: Annotated[float, Field(ge=0, lt=1)] = _setting(
+    floor_average: Annotated[Real, Field(ge=0, lt=1)] = _setting(
         0.8, "Weight of the past in the average of the floor over refreshes; without one it lets go too early."
     )
-    correct_threshold: float = _setting(1.0, "Rewards at or above it count as correct.")
-    verifier_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = _setting(
+    correct_threshold: Real = _setting(1.0, "Rewards at or above it count as correct.")
+    verifier_timeout: Annotated[Real, Field(ge=0)] = _setting(
         300.0,
         "Seconds that scoring the completions of one refresh may take on a rank; a function that is not done by then "
         "is stopped, and the refresh is void. At most half of ddp_timeout with several ranks. 0 sets no limit.",
@@ -105,7 +110,7 @@ class GuardConfig:
     sketch_method: Literal["kronecker", "countsketch"] = _setting(
         "kronecker", "Projection of the gradients; countsketch keeps inner products better and is slower."
     )
-    sketch_dim: Annotated[int, Field(ge=256)] = _setting(16384, "Dimension of the sketched gradients.")
+    sketch_dim: Annotated[Whole, Field(ge=256)] = _setting(16384, "Dimension of the sketched gradients.")
     max_probe_tokens: AtLeast1 = _setting(
         16384,
         "Tokens, padding included, in one forward and backward pass of the sketch and of the protected direction: the "
@@ -117,7 +122,7 @@ class GuardConfig:
         "Completions generated at once with model.generate, each of at most its prompt and probe_max_new_tokens; TRL "
         "trainers use their own.",
     )
-    probe_temperature: Annotated[float, Field(gt=0)] = _setting(
+    probe_temperature: Annotated[Real, Field(gt=0)] = _setting(
         1.0, "Sampling temperature with model.generate; TRL trainers use their own."
     )
     probe_max_new_tokens: AtLeast1 = _setting(
@@ -129,6 +134,14 @@ class GuardConfig:
         5, "Refreshes between pictures of the kernel and the k curve in TensorBoard, wandb and trackio; 0 sends none."
     )
     progress_bar: bool | None = _setting(None, "Progress bar while probing; None shows it in a terminal only.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML 1.1 reads a bare `yes` as True, which would pass for 1."""
+        if isinstance(value, bool) and type(getattr(cls, str(info.field_name))) in (int, float):
+            raise ValueError("expected a number, and not true or false")
+        return value
 
     @field_validator("mitigation", mode="before")
     @classmethod
@@ -168,9 +181,21 @@ class GuardConfig:
             GuardError: no such file, not a mapping, an unknown setting or a value outside its bounds.
         """
         try:
-            return cls(**read_settings(Path(path)))
+            return TypeAdapter(cls).validate_python(read_settings(Path(path)))
         except ValidationError as error:
             raise GuardError(f"Settings in {path}: {error}") from error
+
+
+class _NoSetting:
+    """In place of what no setting can be, such as a list: a file may nest without end, and a message with it."""
+
+    def __init__(self, value: Any) -> None:
+        self._kind = {list: "a list", dict: "a mapping", int: "a number beyond 64 bits"}.get(
+            type(value), "such a value"
+        )
+
+    def __repr__(self) -> str:
+        return self._kind
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -186,11 +211,21 @@ def read_settings(path: Path) -> dict[str, Any]:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise GuardError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError also of bytes that are not UTF-8
-        reason = " ".join(str(error).split())
+    except Exception as error:  # PyYAML also raises KeyError, AttributeError and others at tags that do not fit
+        reason = " ".join(describe_error(error).split())
         raise GuardError(f"Cannot read {path} as {'JSON' if path.suffix == '.json' else 'YAML'}: {reason}") from error
     if isinstance(content, dict) and "passk_guard" in content:
         content = content["passk_guard"]
     if not isinstance(content, dict):
         raise GuardError(f"Expected a mapping of settings in {path}; found {type(content).__name__}.")
-    return {str(name): value for name, value in content.items()}
+    return {_name(name): value if _is_single(value) else _NoSetting(value) for name, value in content.items()}
+
+
+def _name(name: Any) -> str:
+    return one_line(name) if isinstance(name, str) else brief(name)
+
+
+def _is_single(value: Any) -> bool:
+    if isinstance(value, int):
+        return abs(value) < 2**64  # Python refuses to write thousands of digits
+    return isinstance(value, (str, float, date, type(None)))

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from passk_guard.config import GuardConfig, read_settings
+from passk_guard.telling import brief
 
 
 def config_schema() -> dict[str, Any]:
@@ -45,7 +46,7 @@ def _line(problem: Any) -> str:
         return text
     # YAML 1.1 takes off, on, yes and no without quotes for booleans.
     hint = " (quote it in YAML)" if problem["type"] == "literal_error" and isinstance(problem["input"], bool) else ""
-    return f"{name}: {text}; found {problem['input']!r}{hint}"
+    return f"{name}: {text}; found {brief(problem['input'])}{hint}"
 
 
 def _meant(name: str) -> str:

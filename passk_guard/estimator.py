@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from passk_guard.agreement import informative, prompt_view, weight_and_agreement
+from passk_guard.arguments import as_real
 from passk_guard.errors import GuardError
+from passk_guard.gram_checks import checked_probe
 from passk_guard.intervals import corrected_cosine, cosine_bounds, student_t_quantile
 from passk_guard.objectives import Weighting
 from passk_guard.passk import pass_at_k
 from passk_guard.types import ConflictCurve, ConflictEstimate, ProbeGram, Status
 from passk_guard.ustatistics import Moments, passk_rows, pooled_moments, weighting_rows
 
-_ROWS = 64
 _FEWEST_PROMPTS = 3  # two would give a U-statistic of one pair, and no jackknife
 
 
@@ -58,7 +59,8 @@ def estimate_conflict(
         rates, which are this refresh's, and E[w] and cov(w, a), which are of refreshes with fresh samples.
 
     Raises:
-        GuardError: shapes that do not fit, a Gram matrix that is not finite or not symmetric, or n < k.
+        GuardError: shapes that do not fit, a matrix that no score sums have as Gram matrix, or n < k; as
+            `gram_checks.checked_probe`.
     """
     newest = ProbeGram(gram, num_samples, num_correct, prompt_keys)
     probes = [*history, newest]
@@ -80,9 +82,10 @@ def estimate_pooled(
     """
     if not probes:
         raise GuardError("Expected at least one refresh to estimate from; found none.")
+    confidence, threshold = as_real(confidence, "confidence"), as_real(threshold, "threshold")
     if not 0 < confidence < 1 or not -1 < threshold < 1:
         raise GuardError(f"Expected 0 < confidence < 1 and -1 < threshold < 1; found {confidence=}, {threshold=}.")
-    probes = [_checked(probe, k) for probe in probes]
+    probes = [checked_probe(probe, k) for probe in probes]
     base = _base(probes, k, threshold, confidence)
     if min(p.num_samples.numel() for p in probes) < _FEWEST_PROMPTS or base.num_informative < _FEWEST_PROMPTS:
         return replace(base, reason=_too_little(probes))
@@ -245,51 +248,3 @@ def _too_little(probes: list[ProbeGram]) -> str:
         f"of {total} prompts {solved} were always solved and {failed} never, which leaves {mixed} with a gradient; "
         "choose prompts the model solves sometimes"
     )
-
-
-def _checked(probe: ProbeGram, k: int) -> ProbeGram:
-    n, c = (torch.as_tensor(t).cpu().to(torch.int64) for t in (probe.num_samples, probe.num_correct))
-    gram = torch.as_tensor(probe.gram).detach().cpu().double()
-    m = n.numel()
-    if n.ndim != 1 or c.shape != n.shape or gram.shape != (2 * m, 2 * m):
-        raise GuardError(
-            "Expected `num_samples` [m], `num_correct` [m] and `gram` [2m, 2m]; found "
-            f"{tuple(n.shape)}, {tuple(c.shape)} and {tuple(gram.shape)}."
-        )
-    if m == 0:
-        raise GuardError("Expected at least one prompt; found an empty Gram matrix.")
-    if k < 1 or int(n.min()) < k:
-        raise GuardError(
-            f"Expected `num_samples` >= k >= 1; found num_samples={int(n.min())}, k={k}. "
-            "Raise `num_samples` or lower `k`."
-        )
-    if bool(((c < 0) | (c > n)).any()):
-        raise GuardError("Expected 0 <= `num_correct` <= `num_samples`; found a count outside.")
-    low, high = (float(x) for x in gram.aminmax())  # NaN comes through
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise GuardError("Expected a finite Gram matrix; found NaN or infinity. Void this refresh.")
-    if not _symmetric(gram, atol=1e-6 * max(high, -low)):
-        raise GuardError("Expected a symmetric Gram matrix, S @ S.T of the 2m score sums; found an asymmetric one.")
-    if len(probe.prompt_keys) not in (0, m):
-        raise GuardError(f"Expected no `prompt_keys` or {m} of them; found {len(probe.prompt_keys)}.")
-    return ProbeGram(gram, n, c, probe.prompt_keys, _checked_misses(probe.misses, n))
-
-
-def _checked_misses(misses: Tensor | None, n: Tensor) -> Tensor | None:
-    if misses is None:
-        return None
-    misses, shape = torch.as_tensor(misses).detach().cpu().double(), (n.numel(), int(n.max()))
-    if misses.shape != shape:
-        raise GuardError(
-            f"Expected `misses` of shape {shape}, prompts by samples; found {tuple(misses.shape)}. Pass what "
-            "`importance.miss_estimates` gives for these samples, or None for fresh ones."
-        )
-    if not bool(((misses >= 0) & misses.isfinite()).all()):
-        raise GuardError("Expected `misses` to be finite and not negative; found others. Sample this probe afresh.")
-    return misses
-
-
-def _symmetric(gram: Tensor, atol: float) -> bool:
-    """Up to rounding, some rows at a time: copies of a whole Gram matrix would be what an estimate costs."""
-    rows, columns = gram.split(_ROWS), gram.T.split(_ROWS)
-    return all(torch.allclose(a, b, rtol=1e-4, atol=atol) for a, b in zip(rows, columns, strict=True))

@@ -12,6 +12,8 @@ from passk_guard.errors import GuardError
 
 JOURNAL_NAME = "passk_guard.jsonl"
 Event = Mapping[str, Any]
+_MOST_STEPS = 2**53  # whole numbers up to there are exact as floats, which charts are drawn with
+_DEEPEST = 16
 # What a step writes, in this order: numbers of the steps before it, which are older than its checkpoint; then, where a
 # run starts there, its start; the refresh; the change of verdict after it.
 _ORDER = {"steps": 0, "start": 1, "refresh": 2, "void": 2, "state": 3}
@@ -62,6 +64,8 @@ def read_journal(run_dir: str | Path) -> RunJournal:
             )
     elif not path.exists():
         raise GuardError(f"Expected the output folder of a run; found no {run_dir}.")
+    if not path.is_file():  # a pipe or a device may have no end
+        raise GuardError(f"Expected a file of events; found something else at {path}.")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -87,12 +91,25 @@ def _parse(content: bytes, path: Path) -> tuple[list[Event], bool]:
 def _event(line: bytes, number: int, path: Path) -> Event:
     try:
         event = json.loads(line)
-    except ValueError as error:  # also of bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # ValueError also of bytes that are not UTF-8
         raise GuardError(f"{path}, line {number}: not JSON ({error}). Remove or mend that line.") from error
     whole = isinstance(event, dict) and isinstance(event.get("event"), str) and type(event.get("step")) is int
     if not whole:
         raise GuardError(f"{path}, line {number}: expected an object with `event` and a whole number `step`.")
+    if not 0 <= event["step"] < _MOST_STEPS or not _is_flat(event, _DEEPEST):
+        raise GuardError(
+            f"{path}, line {number}: expected a `step` from 0 to 2^53 and values nested at most {_DEEPEST} deep. "
+            "The guard writes no such line: remove it."
+        )
     return dict(event)
+
+
+def _is_flat(value: Any, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return True
+    return levels > 0 and all(
+        _is_flat(one, levels - 1) for one in (value.values() if isinstance(value, dict) else value)
+    )
 
 
 def _ordered(path: Path, events: Sequence[Event], unfinished: bool) -> RunJournal:

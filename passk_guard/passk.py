@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from passk_guard.arguments import as_counts, together
 from passk_guard.errors import GuardError
+from passk_guard.telling import brief
 
 _TERMS_PER_CHUNK = 1024
+_ROUNDING = 1e-6
+LARGEST_COUNT = 10_000_000  # a sum of so many logarithms takes a second
 
 
 def pass_at_k(num_samples: Tensor | int, num_correct: Tensor | int, k: Tensor | int) -> Tensor:
@@ -40,8 +46,14 @@ def passk_weight(pass_rate: Tensor, k: int | float | Tensor) -> Tensor:
 
     Returns:
         Tensor of the broadcast shape, in [0, k].
+
+    Raises:
+        GuardError: a rate outside [0, 1] by more than rounding, or k < 1.
     """
-    return k * (1 - pass_rate) ** (k - 1)
+    p = pass_rate
+    if not bool(((p >= -_ROUNDING) & (p <= 1 + _ROUNDING)).all()) or not bool((torch.as_tensor(k) >= 1).all()):
+        raise GuardError(f"Expected `pass_rate` in [0, 1] and k >= 1; found {brief(pass_rate)} and {brief(k)}.")
+    return k * (1 - p).clamp(0, 1) ** (k - 1)
 
 
 def unbiased_passk_weight(num_samples: Tensor, num_correct: Tensor, k: int | Tensor) -> Tensor:
@@ -57,7 +69,7 @@ def unbiased_passk_weight(num_samples: Tensor, num_correct: Tensor, k: int | Ten
     Raises:
         GuardError: k - 1 > n, or c outside 0..n.
     """
-    n, c, subset = _counts(num_samples, num_correct, torch.as_tensor(k) - 1, smallest_k=0)
+    n, c, subset = _counts(num_samples, num_correct, as_counts(k, "k") - 1, smallest_k=0)
     return (subset + 1) * torch.exp(_log_miss(n, c, subset))
 
 
@@ -92,7 +104,7 @@ def sample_coefficients(
         GuardError: k > n for some n > 0, k < 1, c outside 0..n, or floor > cap.
     """
     _check_bounds(floor, cap)
-    n, c, wanted = torch.broadcast_tensors(*_counts(num_samples, num_correct, k, empty_ok=True))
+    n, c, wanted = _counts(num_samples, num_correct, k, empty_ok=True)
     others = (n - 1).clamp(min=0)
 
     def weight(correct_others: Tensor) -> Tensor:
@@ -138,8 +150,9 @@ def passk_advantages(
     Raises:
         GuardError: k larger than the samples of a prompt, values other than 0/1, or shapes that do not fit.
     """
-    if correct.ndim != 2:
-        raise GuardError(f"Expected `correct` of shape [prompts, samples]; found {tuple(correct.shape)}.")
+    if not isinstance(correct, Tensor) or correct.is_complex() or correct.ndim != 2:
+        found = tuple(correct.shape) if isinstance(correct, Tensor) else type(correct).__name__
+        raise GuardError(f"Expected `correct` to be a real tensor of shape [prompts, samples]; found {found}.")
     valid = torch.ones_like(correct, dtype=torch.bool) if mask is None else mask.bool()
     if valid.shape != correct.shape:
         raise GuardError(f"Expected `mask` of shape {tuple(correct.shape)}; found {tuple(valid.shape)}.")
@@ -155,7 +168,6 @@ def passk_advantages(
 
 def _log_miss(n: Tensor, c: Tensor, k: Tensor) -> Tensor:
     """log of C(n-c, k) / C(n, k), the chance that a k-subset of n samples misses all c correct ones."""
-    n, c, k = torch.broadcast_tensors(n, c, k)
     # The ratio is symmetric in c and k; the product over the smaller one has the fewer factors.
     terms, drawn = torch.minimum(c, k), torch.maximum(c, k)
     total = torch.zeros_like(n)
@@ -175,19 +187,21 @@ def _counts(
     smallest_k: int = 1,
     empty_ok: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three counts as float64 tensors on one device, checked."""
-    given = [torch.as_tensor(value) for value in (num_samples, num_correct, k)]
+    """The three counts as float64 tensors of one shape on one device, checked."""
+    names = {"num_samples": num_samples, "num_correct": num_correct, "k": k}
+    given = [as_counts(value, name) for name, value in names.items()]
     device = next((t.device for t in given if t.ndim), given[0].device)
-    n, c, k = (t.to(device=device, dtype=torch.float64) for t in given)
+    n, c, k = together(*(t.to(device) for t in given))
+    if bool((n > LARGEST_COUNT).any()):
+        raise GuardError(f"Expected `num_samples` of at most {LARGEST_COUNT}; found {int(n.max())}.")
     if bool((k < smallest_k).any()):
         raise GuardError(f"Expected `k` >= {smallest_k}; found k={int(k.min())}.")
     too_few = (n < k) & ~((n == 0) & empty_ok)
     if bool(too_few.any()):
-        worst_n, worst_k = torch.broadcast_tensors(n, k)
         at = int(too_few.flatten().nonzero()[0])
         raise GuardError(
-            f"Expected `num_samples` >= k; found num_samples={int(worst_n.flatten()[at])}, "
-            f"k={int(worst_k.flatten()[at])}. No unbiased estimate exists above n: raise `num_samples` or lower `k`."
+            f"Expected `num_samples` >= k; found num_samples={int(n.flatten()[at])}, k={int(k.flatten()[at])}. No "
+            "unbiased estimate exists above n: raise `num_samples` or lower `k`."
         )
     if bool(((c < 0) | (c > n)).any()):
         raise GuardError("Expected 0 <= `num_correct` <= `num_samples`; found a count outside.")
@@ -195,8 +209,13 @@ def _counts(
 
 
 def _check_bounds(floor: float | Tensor | None, cap: float | None) -> None:
-    if floor is None or cap is None:
-        return
-    highest = float(torch.as_tensor(floor).max())
-    if highest > cap:
+    highest = 0.0 if floor is None else _highest(floor)
+    if math.isnan(highest) or (cap is not None and not cap >= 0):
+        raise GuardError(f"Expected `floor` to be a number and `cap` >= 0; found floor={brief(floor)}, cap={cap}.")
+    if floor is not None and cap is not None and highest > cap:
         raise GuardError(f"Expected `floor` <= `cap`; found floor={highest}, cap={cap}.")
+
+
+def _highest(floor: float | Tensor) -> float:
+    values = torch.as_tensor(floor)
+    return float(values.max()) if values.numel() else math.nan  # NaN of any is NaN

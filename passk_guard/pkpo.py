@@ -9,6 +9,7 @@ from torch import Tensor
 
 from passk_guard.errors import GuardError
 
+_LARGEST = 1e300  # sums and differences of rewards stay finite
 Baseline = Literal["none", "leave_one_out", "leave_one_out_minus_one"]
 
 
@@ -26,7 +27,7 @@ def max_at_k(rewards: Tensor, k: int) -> Tensor:
         [...] float64.
 
     Raises:
-        GuardError: k outside 1..n.
+        GuardError: k outside 1..n, or a reward that is not finite.
     """
     g, _ = _sorted(rewards, k)
     n = g.shape[-1]
@@ -56,7 +57,7 @@ def pkpo_transform(rewards: Tensor, k: int, *, baseline: Baseline = "leave_one_o
         [..., n] float64, in the order of `rewards`.
 
     Raises:
-        GuardError: k outside 1..n, k = n with "leave_one_out", or an unknown baseline.
+        GuardError: k outside 1..n, a reward that is not finite, k = n with "leave_one_out", or an unknown baseline.
     """
     g, order = _sorted(rewards, k)
     n = g.shape[-1]
@@ -80,9 +81,11 @@ def pkpo_transform(rewards: Tensor, k: int, *, baseline: Baseline = "leave_one_o
 
 def _sorted(rewards: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n = rewards.shape[-1] if rewards.ndim else 0
-    if not 1 <= k <= n:
+    if not isinstance(k, int) or not 1 <= k <= n:
         raise GuardError(f"Expected 1 <= k <= n; found k={k}, n={n}. Raise the number of samples or lower `k`.")
     g, order = torch.sort(rewards.double(), dim=-1)
+    if not bool((g.abs() <= _LARGEST).all()):
+        raise GuardError(f"Expected finite rewards of size {_LARGEST:g} at most; found others. Leave such samples out.")
     return g, order
 
 

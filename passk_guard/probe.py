@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from passk_guard.errors import GuardError
+from passk_guard.telling import brief, describe_error
 
 Row = Mapping[str, Any]
 _SHAPE = "a non-empty text or a list of chat messages with `role` and `content`"
@@ -35,9 +36,8 @@ class ProbeSet:
     def __init__(self, rows: Iterable[Row]) -> None:
         kept: dict[str, Row] = {}
         found = 0
-        for found, row in enumerate(rows, start=1):
-            _check_row(row, f"row {found - 1}")
-            kept.setdefault(prompt_key(row["prompt"]), dict(row))
+        for found, row in enumerate(_readable(rows), start=1):
+            kept.setdefault(_checked_key(row, f"row {found - 1}"), dict(row))
         self.rows: tuple[Row, ...] = tuple(kept.values())
         self._keys = tuple(kept)
         if len(kept) < 3:
@@ -115,7 +115,7 @@ class ProbeSet:
             if lacking:
                 raise GuardError(
                     f"Expected the column `{name}`, which the reward function needs, in every probe row; found it "
-                    f"missing in {lacking} of {len(self)} (first row: {sorted(self.rows[0])}). Add it to the probe."
+                    f"missing in {lacking} of {len(self)} (first row: {_names(self.rows[0])}). Add it to the probe."
                 )
 
     def overlap(self, training: Any) -> list[int] | None:
@@ -132,8 +132,8 @@ class ProbeSet:
         if not hasattr(training, "__len__") or not _has_prompts(training):
             return None
         index = {key: i for i, key in enumerate(self._keys)}
-        keys = (prompt_key(prompt) for prompt in _prompts(training) if _is_prompt(prompt))
-        found = {index[key] for key in keys if key in index}
+        keys = (_key_if_any(prompt) for prompt in _prompts(training) if _is_prompt(prompt))
+        found = {index[key] for key in keys if key is not None and key in index}
         return sorted(found)
 
     def draw(self, refresh: int, size: int, seed: int) -> list[int]:
@@ -174,6 +174,14 @@ def prompt_key(prompt: Any) -> str:
     return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
+def _key_if_any(prompt: Any) -> str | None:
+    """None where there is none: content that JSON cannot hold, e.g. keys of several types, or nested without end."""
+    try:
+        return prompt_key(prompt)
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
 def _normalised(value: Any) -> Any:
     if isinstance(value, str):
         return " ".join(unicodedata.normalize("NFKC", value).casefold().split())
@@ -185,6 +193,33 @@ def _normalised(value: Any) -> Any:
     return value
 
 
+def _readable(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows; a dataset that breaks while it is read is the user's to mend."""
+    try:
+        yield from rows
+    except GuardError:
+        raise
+    except Exception as error:
+        raise GuardError(
+            f"Expected rows that can be read as probe; reading them raised {describe_error(error)}"
+        ) from error
+
+
+def _checked_key(row: Any, where: str) -> str:
+    _check_row(row, where)
+    key = _key_if_any(row["prompt"])
+    if key is None:
+        raise GuardError(
+            f"Expected `prompt` to hold what JSON can: texts, numbers, lists, and mappings from text; found "
+            f"{brief(row['prompt'])} in {where}."
+        )
+    return key
+
+
+def _names(row: Row) -> list[str]:
+    return sorted(name if isinstance(name, str) else brief(name) for name in row)
+
+
 def _check_row(row: Any, where: str) -> None:
     if not isinstance(row, Mapping):
         raise GuardError(
@@ -192,9 +227,9 @@ def _check_row(row: Any, where: str) -> None:
             'Pass {"prompt": text, ...}.'
         )
     if "prompt" not in row:
-        raise GuardError(f"Expected a `prompt` in every probe row; found only {sorted(row)} in {where}.")
+        raise GuardError(f"Expected a `prompt` in every probe row; found only {_names(row)} in {where}.")
     if not _is_prompt(row["prompt"]):
-        raise GuardError(f"Expected `prompt` to be {_SHAPE}; found {row['prompt']!r:.80} in {where}.")
+        raise GuardError(f"Expected `prompt` to be {_SHAPE}; found {brief(row['prompt'])} in {where}.")
 
 
 def _is_prompt(prompt: Any) -> bool:
@@ -210,16 +245,20 @@ def _is_prompt(prompt: Any) -> bool:
 def _read_jsonl(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise GuardError(f"Expected a JSONL file of probe prompts; found no file at {str(path)!r}.")
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             where = f"{path.name}, line {number}"
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                row = json.loads(text)
+            except UnicodeDecodeError as error:
+                raise GuardError(f"Expected a file in UTF-8; found other bytes in {where}: {error.reason}.") from None
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", None) or str(error)
                 raise GuardError(
-                    f"Expected one JSON object a line; found malformed JSON in {where}: {error.msg}."
+                    f"Expected one JSON object a line; found malformed JSON in {where}: {reason}."
                 ) from None
             _check_row(row, where)
             yield row

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from passk_guard.errors import VoidRefresh
+from passk_guard.telling import describe_error
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ class Ranks:
         except VoidRefresh as error:
             reason, cause = str(error), error
         except Exception as error:  # whatever it was, training goes on
-            reason, cause = f"{type(error).__name__}: {error}", error
+            reason, cause = describe_error(error), error
         if self._many and self.max(int(reason is not None)):
             reasons: list[str | None] = [None] * self.count
             dist.all_gather_object(reasons, reason)

@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.telling import brief, describe_error, one_line
 from passk_guard.timeouts import Aside, Overdue, TimeLimit, raised_by_a_signal
 from passk_guard.types import Outcomes, Rollouts
 
 RewardFunction = Callable[..., Any]
 _STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _NOT_COLUMNS = ("prompt", "completion", "completion_ids")
+_NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set)  # none of them has a reward a completion, in their order
 
 
 class Verifier:
@@ -49,11 +51,12 @@ class Verifier:
                 f"Expected a reward function f(prompts, completions, completion_ids, **columns); found "
                 f"{type(function).__name__}. Pass a function, or the name of one of the trainer's."
             )
-        if not math.isfinite(threshold):
-            raise GuardError(f"Expected a finite `threshold`; found {threshold}.")
+        level = _number(threshold)
+        if level is None or not math.isfinite(level):
+            raise GuardError(f"Expected a finite `threshold`; found {brief(threshold)}.")
         self.function = function
-        self.threshold = threshold
-        self.name = _name(function)
+        self.threshold = level
+        self.name = one_line(_name(function))
         self._limit = TimeLimit(timeout)
         self._accepted, self.required_columns = _read_signature(function)
 
@@ -100,19 +103,19 @@ class Verifier:
         except (Exception, SystemExit) as error:
             _heed_signals(error)
             # One bad completion must not void the others: find out which.
-            single = [self._attempt(self._arguments(rollouts, [i], trainer_state)) for i in scored]
+            single = [self._attempt(rollouts, i, trainer_state) for i in scored]
             return self._merge(_settle_all(single))
         return self._numbers(result, len(scored)), 0, None
 
-    def _attempt(self, arguments: dict[str, Any]) -> Any:
+    def _attempt(self, rollouts: Rollouts, picked: int, trainer_state: Any) -> Any:
         try:
-            return self.function(**arguments)
+            return self.function(**self._arguments(rollouts, [picked], trainer_state))
         except (Exception, SystemExit) as error:
             _heed_signals(error)
             return error
 
     def _merge(self, results: list[Any]) -> tuple[list[float], int, str | None]:
-        errors = [f"{type(r).__name__}: {r}" for r in results if isinstance(r, BaseException)]
+        errors = [describe_error(r) for r in results if isinstance(r, BaseException)]
         if len(errors) == len(results):
             raise VoidRefresh(f"`{self.name}` raised on each of {len(results)} samples, first {errors[0]}")
         rewards = [math.nan if isinstance(r, BaseException) else self._numbers(r, 1)[0] for r in results]
@@ -120,18 +123,24 @@ class Verifier:
 
     def _numbers(self, result: Any, expected: int) -> list[float]:
         """`expected` rewards as floats, None as NaN."""
-        wanted = f"`{self.name}` returned %s; expected a list of {expected}, one float, bool or None a completion"
-        if isinstance(result, (str, bytes, Mapping)) or not hasattr(result, "__iter__"):
-            raise VoidRefresh(wanted % f"{type(result).__name__} {result!r:.80}")
-        rewards = list(islice(result, expected + 1))
-        if len(rewards) != expected:
-            more = len(result) if hasattr(result, "__len__") else "more"
-            raise VoidRefresh(wanted % f"{len(rewards) if len(rewards) < expected else more} rewards")
+
+        def refused(found: str) -> VoidRefresh:
+            wanted = f"expected a list of {expected}, one float, bool or None a completion"
+            return VoidRefresh(f"`{self.name}` returned {found}; {wanted}")
+
+        if isinstance(result, _NO_LIST) or not hasattr(result, "__iter__"):
+            raise refused(f"{type(result).__name__} {brief(result)}")
         try:
-            return [_number(reward) for reward in rewards]
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            odd = next(r for r in rewards if not _is_number(r))
-            raise VoidRefresh(wanted % f"a reward {odd!r:.80} of type {type(odd).__name__}") from None
+            rewards = list(islice(result, expected + 1))
+        except (Exception, SystemExit) as error:
+            _heed_signals(error)
+            raise refused(f"{type(result).__name__}, which raised {describe_error(error)}") from None
+        if len(rewards) != expected:
+            raise refused(f"{len(rewards) if len(rewards) < expected else _length(result)} rewards")
+        numbers = [_number(reward) for reward in rewards]
+        if odd := [reward for reward, number in zip(rewards, numbers, strict=True) if number is None]:
+            raise refused(f"a reward {brief(odd[0])} of type {type(odd[0]).__name__}")
+        return [number for number in numbers if number is not None]
 
     def _arguments(self, rollouts: Rollouts, picked: list[int], trainer_state: Any) -> dict[str, Any]:
         rows = [copy.deepcopy(dict(rollouts.rows[i])) for i in picked]
@@ -250,20 +259,24 @@ def _heed_signals(error: BaseException) -> None:
         raise error
 
 
-def _number(reward: Any) -> float:
+def _number(reward: Any) -> float | None:
+    """NaN for None; None for what is no number."""
     if reward is None:
         return math.nan
-    if isinstance(reward, (str, bytes)):  # float("1.0") would pass
-        raise TypeError(reward)
-    return float(reward)
-
-
-def _is_number(reward: Any) -> bool:
+    if isinstance(reward, (str, bytes, bytearray)):  # float("1.0") would pass
+        return None
     try:
-        _number(reward)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return False
-    return True
+        return float(reward)
+    except (Exception, SystemExit) as error:
+        _heed_signals(error)
+        return None
+
+
+def _length(result: Any) -> Any:
+    try:
+        return len(result)
+    except Exception:
+        return "more"
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

@@ -17,6 +17,7 @@ from passk_guard.errors import VoidRefresh
 from passk_guard.mitigation import ProjectionResult, plan_projection
 from passk_guard.ranks import Ranks
 from passk_guard.sketch import TokenBatch, filler_batch
+from passk_guard.telling import describe_error
 from passk_guard.token_budget import halved, largest, until_it_fits
 from passk_guard.whole_file import save_whole
 
@@ -129,7 +130,7 @@ class StepGuard:
             self._turn(self.protected)
         except Exception as error:  # on every rank alike: a version of the engine that is not what it was taken for
             self.open = False
-            reason = str(error) if isinstance(error, VoidRefresh) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, VoidRefresh) else describe_error(error)
             self._fail(f"steps are left unguarded until the next refresh: {reason}")
 
     def _turn(self, protected: list[Tensor]) -> None:

@@ -20,8 +20,11 @@ LEAVES = {
     "rollout_checks",
     "whole_file",
     "private_api",
+    "telling",
 }
 MATHEMATICS = {
+    "arguments",
+    "gram_checks",
     "passk",
     "pkpo",
     "objectives",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from passk_guard.errors import GuardError
+from passk_guard.telling import describe_error
 
 
 def import_function(name: str) -> Callable[..., Any]:
@@ -32,7 +33,7 @@ def import_function(name: str) -> Callable[..., Any]:
     except Exception as error:  # the user's module can raise anything
         raise GuardError(
             f"Expected a module {module_name!r} that can be imported, for `--correct {name}`; it raised "
-            f"{type(error).__name__}: {error}. The current directory {os.getcwd()!r} is on the path."
+            f"{describe_error(error)}. The current directory {os.getcwd()!r} is on the path."
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):

@@ -128,7 +128,7 @@ def _loaded(loader: Any, place: Path, what: str, **options: Any) -> Any:
 
 
 def _said(error: Exception) -> str:
-    return f"it raised {type(error).__name__}: {str(error).strip()[:500]}"
+    return f"it raised {type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from passk_guard.arguments import as_real
 from passk_guard.errors import GuardError
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -78,6 +79,7 @@ def plan_projection(inner: float, norm_g_sq: float, norm_p_sq: float, gamma: flo
     c scales with |g| / |p|, the cosines do not scale: g may come multiplied by a loss scale, and the coefficient then
     is the one for that g.
     """
+    gamma = as_real(gamma, "gamma")
     if not 0.0 <= gamma < 1.0:
         raise GuardError(f"Expected `gamma` in [0, 1); found {gamma}. The usual value is 0.2.")
     reason = _no_answer(inner, norm_g_sq, norm_p_sq)

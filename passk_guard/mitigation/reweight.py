@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from passk_guard.agreement import mean_positive_and_negative
+from passk_guard.arguments import as_real
 from passk_guard.errors import GuardError
+from passk_guard.gram_checks import checked_probe
 from passk_guard.types import ProbeGram
 from passk_guard.ustatistics import Moments, coefficients, pooled_moments
 
@@ -92,9 +94,13 @@ def solve_floor(
         cap: of the weights, where there is one; the floor stays below it.
 
     Raises:
-        GuardError: no refresh, or gamma, largest or cap outside their bounds.
+        GuardError: no refresh, a probe that is none (`gram_checks.checked_probe`), or gamma, largest or cap outside
+            their bounds.
     """
+    gamma, largest = as_real(gamma, "gamma"), as_real(largest, "largest")
+    cap = None if cap is None else as_real(cap, "cap")
     _check(probes, k, gamma, largest, cap)
+    probes = [checked_probe(probe, k) for probe in probes]
     largest = min(largest, cap) if cap is not None else largest
     if min(p.num_samples.numel() for p in probes) < 3:
         return FloorSolution("undetermined", "fewer than 3 prompts")
@@ -134,10 +140,11 @@ def smooth_floor(
     Raises:
         GuardError: average or caution outside its bounds.
     """
+    average, caution = as_real(average, "average"), as_real(caution, "caution")
     if not 0 <= average < 1:
         raise GuardError(f"Expected `average` in [0, 1); found {average}. The usual value is 0.8.")
-    if caution < 0:
-        raise GuardError(f"Expected `caution` >= 0; found {caution}.")
+    if not 0 <= caution < math.inf:
+        raise GuardError(f"Expected a finite `caution` >= 0; found {caution}.")
     if solution.floor is None:
         return state
     error = solution.standard_error or 0.0
@@ -153,7 +160,7 @@ def _check(probes: Sequence[ProbeGram], k: int, gamma: float, largest: float, ca
         raise GuardError(f"Expected `gamma` in [0, 1); found {gamma}.")
     if not 0.0 < largest <= k:
         raise GuardError(f"Expected 0 < `largest` <= k = {k}; found {largest}: at k all prompts weigh the same.")
-    if cap is not None and cap <= 0:
+    if cap is not None and not cap > 0:
         raise GuardError(f"Expected `cap` > 0; found {cap}.")
 
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
+_LARGEST, _SMALLEST = 1e300, 1e-300
+_TELLS_APART = 1e-12  # of its ends, the least width of an axis: ticks are computed in float64
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -61,9 +64,9 @@ def make_axis(
         whole: ticks at whole numbers only.
         count: about so many ticks.
     """
-    finite = [v for v in values if is_number(v) and (v > 0 or not log)]
+    finite = [v for v in values if is_number(v) and (v > _SMALLEST or not log)]
     low, high = bounds or (min(finite, default=0.0), max(finite, default=1.0))
-    if low == high:
+    if high - low <= max(_SMALLEST, _TELLS_APART * max(abs(low), abs(high))):
         low, high = (low / 2, high * 2) if log else (low - _slack(low), high + _slack(high))
     if log:
         chosen = ticks or [2.0**e for e in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
@@ -110,8 +113,8 @@ def write_number(value: float | None, gap: float | None = None) -> str:
 
 
 def is_number(value: float | None) -> TypeGuard[float]:
-    """Whether there is a finite number."""
-    return value is not None and math.isfinite(value)
+    """Whether there is a number that a chart can place: finite, and not so large that a range of two would not be."""
+    return value is not None and abs(value) <= _LARGEST  # False of NaN; whole numbers may be beyond any float
 
 
 def _slack(value: float) -> float:

@@ -77,10 +77,7 @@ def number(value: Any) -> float | None:
     """The value where it is a finite number; None else: a journal is a file that anything may have written."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return value if is_number(value) else None
-    except OverflowError:  # a whole number beyond any float
-        return None
+    return value if is_number(value) else None
 
 
 def verdict_of(event: Event) -> str:

@@ -6,6 +6,8 @@ import logging
 import sys
 from collections.abc import Collection
 
+from passk_guard.telling import describe_error
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,7 +35,7 @@ def send_alert(title: str, text: str, trackers: Collection[str]) -> list[str]:
             tracker.alert(title=title, text=text, level=tracker.AlertLevel.WARN)
             reached.append(name)
         except Exception as error:
-            logger.warning("passk_guard: %s did not take the alert: %s: %s", name, type(error).__name__, error)
+            logger.warning("passk_guard: %s did not take the alert: %s", name, describe_error(error))
     return reached
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from passk_guard.reporting.metrics import PREFIX
 from passk_guard.reporting.pictures import curve_picture, kernel_picture
+from passk_guard.telling import describe_error
 from passk_guard.types import ConflictEstimate, ProbeGram
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Images:
     def _tell(self, what: str, error: Exception) -> None:
         if what not in self._failed:
             self._failed.add(what)
-            logger.warning("passk_guard: %s: %s: %s", what, type(error).__name__, error)
+            logger.warning("passk_guard: %s: %s", what, describe_error(error))
 
     def _trackers(self) -> dict[str, Callable[[dict[str, Tensor], int], None]]:
         names = self._trainer.args.report_to or ()

@@ -8,6 +8,7 @@ from typing import Any
 
 from passk_guard.patch import MethodPatch
 from passk_guard.reporting.metrics import Metrics, log_row
+from passk_guard.telling import describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,5 @@ class LogRows:
         except Exception as error:
             if not self._told:
                 self._told = True
-                logger.warning(
-                    "passk_guard: numbers of the last steps are missing: %s: %s", type(error).__name__, error
-                )
+                logger.warning("passk_guard: numbers of the last steps are missing: %s", describe_error(error))
             return {}

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from passk_guard.errors import GuardError
+from passk_guard.telling import describe_error
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def quietly(method: Method) -> Method:
         except GuardError:
             raise
         except Exception as error:
-            reason = f"{method.__name__}: {type(error).__name__}: {error}"
+            reason = f"{method.__name__}: {describe_error(error)}"
             told: set[str] = vars(self).setdefault(_TOLD, set())
             if reason not in told:
                 told.add(reason)

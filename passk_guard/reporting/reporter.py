@@ -15,6 +15,7 @@ from passk_guard.reporting.log_rows import LogRows
 from passk_guard.reporting.message import blind, state_change, void_refresh
 from passk_guard.reporting.metrics import Metrics, estimate_metrics
 from passk_guard.reporting.quiet import quietly
+from passk_guard.telling import one_line
 from passk_guard.types import ConflictEstimate, ProbeGram, Status
 
 logger = logging.getLogger("passk_guard")
@@ -146,18 +147,18 @@ class Reporter:
     def warn(self, message: str) -> None:
         """One line of warning."""
         if self._speaks:
-            logger.warning("%s", message)
+            logger.warning("%s", one_line(message))
 
     @quietly
     def info(self, message: str) -> None:
         """One line for those who ask for it."""
         if self._speaks:
-            logger.info("%s", message)
+            logger.info("%s", one_line(message))
 
     def _alert(self, title: str, message: str) -> None:
         self.warn(message)
         if self._speaks:
-            send_alert(title, message, self._trainer.args.report_to or ())
+            send_alert(title, one_line(message), self._trainer.args.report_to or ())
 
     @property
     def _speaks(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.patch import Method, MethodPatch
 from passk_guard.private_api import check, is_trl, seams
+from passk_guard.telling import describe_error, one_line
 from passk_guard.types import Rollouts
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class BatchTap:
         try:
             self.on_rollouts(*self._collect(inputs, output))
         except Exception as error:
-            reason = str(error) if isinstance(error, VoidRefresh) else f"{type(error).__name__}: {error}"
+            reason = one_line(str(error)) if isinstance(error, VoidRefresh) else describe_error(error)
             if reason not in self._reasons:
                 self._reasons.add(reason)
                 logger.warning("passk_guard: no estimate from the training batch: %s", reason)
