@@ -18,7 +18,7 @@ ROWS = passk_rows(torch.tensor([8]))
 
 
 def probe_of(m=16, seed=0):
-    return draw(population(-0.3), m, 16, torch.Generator().manual_seed(seed))
+    return draw(population(-0.3), m, 32, torch.Generator().manual_seed(seed))
 
 
 def at(cosine):
@@ -30,7 +30,8 @@ def by_loops(probe, moments, cosine):
     m = probe.num_samples.numel()
     one, many = (coefficients(probe, torch.tensor([k]))[0] for k in (1, 8))
     norms = [float(x) for x in moments.value[0, 1:]]
-    root = (norms[0] * norms[1]) ** 0.5 if min(norms) > 0 else 0.0
+    assert min(norms) > 0
+    root = (norms[0] * norms[1]) ** 0.5
     kernel = (prompt_kernel(probe, many, one) + prompt_kernel(probe, one, many)) / 2
     kernel -= cosine * root / 2 * prompt_kernel(probe, one, one) / norms[0]
     kernel -= cosine * root / 2 * prompt_kernel(probe, many, many) / norms[1]
@@ -90,9 +91,12 @@ def test_degrees_know_no_units_and_no_norm_that_is_not_positive():
 
 def test_a_prompt_met_twice_brings_its_shares_together():
     probes = [probe_of(m=6, seed=seed) for seed in (0, 1)]
-    named = [ProbeGram(p.gram, p.num_samples, p.num_correct, list("abcdef")) for p in probes]
+    named = [
+        ProbeGram(p.gram, p.num_samples, p.num_correct, list(names))
+        for p, names in zip(probes, ("abcdef", "fedcba"), strict=True)
+    ]
     alone, shared = pooled_moments(probes, ROWS), pooled_moments(named, ROWS)
     assert alone.overshoots.shape == (12, 1, 3, 3)
-    assert torch.allclose(shared.overshoots, alone.overshoots[:6] + alone.overshoots[6:])
+    assert torch.allclose(shared.overshoots, alone.overshoots[:6] + alone.overshoots[6:].flip(0))
     each = [refresh_moments(probe, ROWS).overshoots.sum(0) / 4 for probe in probes]
     assert torch.allclose(alone.overshoots.sum(0), each[0] + each[1])
