@@ -64,8 +64,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A record for each statistic: bias, coverage and the share of runs that a one-sided 95% test calls a conflict.
 
-    Every repetition counts in `conflict`; `covered_*` and `bias` are of those in which some cosine can be ruled out,
-    `determined`, since no number is shown in the others.
+    Every repetition counts in `conflict` and in `below_truth`, the share in which a one-sided 95% test at a threshold
+    that equals the true cosine calls the cosine lower; `covered_*` and `bias` are of those in which some cosine can be
+    ruled out, `determined`, since no number is shown in the others.
     """
     truth = population.cosine(cell.k)
     generator = torch.Generator().manual_seed(seed)
@@ -85,13 +86,14 @@ def measure(
 
 
 def _summary(chunks: list[Moments], truth: float, as_shipped: bool) -> dict[str, Any]:
-    looks = [look for chunk in chunks for look in _looks(chunk, as_shipped)]
+    looks = [look for chunk in chunks for look in _looks(chunk, truth, as_shipped)]
     shown = [look for look in looks if look["determined"]]
     cosine = torch.tensor([look["cosine"] for look in shown], dtype=torch.float64)
     record = {
         "repetitions": len(looks),
         "determined": len(shown) / len(looks),
         "conflict": sum(look["conflict"] for look in looks) / len(looks),
+        "below_truth": sum(look["below_truth"] for look in looks) / len(looks),
     }
     if shown:
         record |= {"bias": float(cosine.mean()) - truth, "rmse": float((cosine - truth).square().mean().sqrt())}
@@ -101,20 +103,32 @@ def _summary(chunks: list[Moments], truth: float, as_shipped: bool) -> dict[str,
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()}
 
 
-def _looks(moments: Moments, as_shipped: bool) -> Iterator[dict[Any, Any]]:
+def _looks(moments: Moments, truth: float, as_shipped: bool) -> Iterator[dict[Any, Any]]:
     count = len(moments.influence)
-    for value, covariance, degrees in zip(moments.value, moments.covariance, moments.degrees.tolist(), strict=True):
-        freedom = degrees if as_shipped else count - 1
-        look: dict[Any, Any] = {"determined": bool((value[1:] > 0).all())}
-        one_sided = student_t_quantile(0.95, freedom)
-        look["conflict"] = float(value[0]) + one_sided * float(covariance[0, 0]) ** 0.5 < 0 and look["determined"]
-        if look["determined"]:
+    known = (moments.value[:, 1:] > 0).all(1)
+    cosine = torch.zeros(len(known), dtype=torch.float64)
+    for i in known.nonzero().flatten().tolist():
+        cosine[i] = corrected_cosine(moments.value[i], moments.covariance[i])[0] if as_shipped else _ratio(moments, i)
+    if as_shipped:
+        at_zero, at_truth = moments.degrees.tolist(), moments.degrees_at(torch.full_like(cosine, truth)).tolist()
+        at_estimate = moments.degrees_at(cosine).tolist()
+    else:
+        at_zero = at_truth = at_estimate = [count - 1] * len(known)
+    for i, determined in enumerate(known.tolist()):
+        value, covariance = moments.value[i], moments.covariance[i]
+        look: dict[Any, Any] = {"determined": determined, "cosine": float(cosine[i])}
+        one_sided = student_t_quantile(0.95, at_zero[i])
+        look["conflict"] = float(value[0]) + one_sided * float(covariance[0, 0]) ** 0.5 < 0 and determined
+        look["below_truth"] = False
+        if determined:
             for level in LEVELS:
-                look[level] = cosine_bounds(value, covariance, student_t_quantile((1 + level) / 2, freedom))
-            look["cosine"] = corrected_cosine(value, covariance)[0] if as_shipped else _ratio(value)
+                look[level] = cosine_bounds(value, covariance, student_t_quantile((1 + level) / 2, at_estimate[i]))
+            upper = cosine_bounds(value, covariance, student_t_quantile(0.95, at_truth[i]))[1]
+            look["below_truth"] = upper < truth
             look["determined"] = look[0.95] != (-1.0, 1.0)
         yield look
 
 
-def _ratio(value: torch.Tensor) -> float:
-    return max(-1.0, min(1.0, float(value[0] / (value[1] * value[2]).sqrt())))
+def _ratio(moments: Moments, i: int) -> float:
+    inner, one, many = moments.value[i].tolist()
+    return max(-1.0, min(1.0, inner / (one * many) ** 0.5))

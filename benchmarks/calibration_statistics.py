@@ -1,8 +1,9 @@
 """The statistics that the calibration compares, many repetitions at once, from gradients rather than Gram matrices.
 
 Each gives estimates [R, 3] of <grad J_k, grad J_1>, |grad J_1|^2 and |grad J_k|^2, the change [R, m, 3] of each when a
-prompt is left out, and the overshoot [R, 3, 3] of the jackknife. `guard` is the product's, computed another way (sums
-of vectors in place of Gram matrices), which a test holds against `passk_guard.ustatistics`.
+prompt is left out, and the shares [m, R, 3, 3] of the prompts in the overshoot of the jackknife. `guard` is the
+product's, computed another way (sums of vectors in place of Gram matrices), which a test holds against
+`passk_guard.ustatistics`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def guard(draw: Draw, k: int) -> Moments:
     one, many = draw.gradient(1), draw.gradient(k)
     mixed = many @ one.mT
     kernels = torch.stack([(mixed + mixed.mT) / 2, one @ one.mT, many @ many.mT], 1)
-    overshoot = torch.stack([jackknife_overshoot(kernel) for kernel in kernels])
+    overshoot = torch.stack([jackknife_overshoot(kernel) for kernel in kernels], 1)
     return _join(_different(many, one), _different(one, one), _different(many, many), overshoot=overshoot)
 
 
@@ -101,7 +102,7 @@ def _join(*parts: tuple[Tensor, Tensor], overshoot: Tensor | None = None) -> Mom
     """Repetitions stand where the product has its values of k."""
     value = torch.stack([part[0] for part in parts], -1)
     change = torch.stack([part[1] for part in parts], -1)
-    none = value.new_zeros(len(value), 3, 3)
+    none = value.new_zeros(change.shape[1], len(value), 3, 3)
     return Moments(value, change.transpose(0, 1), value, lambda: none if overshoot is None else overshoot)
 
 
@@ -110,7 +111,7 @@ def pool(parts: list[Moments]) -> Moments:
     share = 1 / len(parts)
     value = share * torch.stack([part.value for part in parts]).sum(0)
     change = torch.cat([share * part.influence for part in parts])
-    return Moments(value, change, value, lambda: share**2 * torch.stack([part.overshoot for part in parts]).sum(0))
+    return Moments(value, change, value, lambda: share**2 * torch.cat([part.overshoots for part in parts]))
 
 
 STATISTICS = {

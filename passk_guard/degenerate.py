@@ -16,7 +16,10 @@ _LARGEST_SHARE = 0.5  # a variance that is all degenerate is counted twice, and 
 
 
 def jackknife_overshoot(kernels: Tensor) -> Tensor:
-    """[S, S] expected excess of the jackknife covariance of S U-statistics over their covariance.
+    """[m, S, S] expected excess of the jackknife covariance of S U-statistics over their covariance: prompts' shares.
+
+    The excess is the sum over the prompts, and each one's share is what is in the pairs it is the first of. How the
+    shares differ says how well the sum is known.
 
     Args:
         kernels: [S, m, m] symmetric, one matrix of pair values for each statistic; the diagonals count nowhere.
@@ -26,9 +29,9 @@ def jackknife_overshoot(kernels: Tensor) -> Tensor:
     """
     count, m = kernels.shape[:2]
     if m < 4:
-        return kernels.new_zeros(count, count)
-    residuals = torch.stack([_residuals(kernel) for kernel in kernels]).flatten(1)
-    zeta = residuals @ residuals.T / (m * (m - 3))
+        return kernels.new_zeros(m, count, count)
+    residuals = torch.stack([_residuals(kernel) for kernel in kernels], dim=1)
+    zeta = residuals @ residuals.mT / (m * (m - 3))
     return zeta * (4 / (m * (m - 2)) - 2 / (m * (m - 1)))
 
 

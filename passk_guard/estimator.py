@@ -159,15 +159,21 @@ def _no_signal(name: str, value: Tensor, covariance: Tensor) -> str | None:
     return None
 
 
-def _quantiles(base: ConflictEstimate, degrees: float) -> tuple[float, float]:
-    """Of the two-sided interval and of the one-sided bounds."""
-    return student_t_quantile((1 + base.confidence) / 2, degrees), student_t_quantile(base.confidence, degrees)
+def _quantiles(base: ConflictEstimate, moments: Moments, cosines: Tensor) -> list[tuple[float, float]]:
+    """Of the two-sided intervals, judged at the estimates [K], and of the one-sided bounds, at the threshold."""
+    at_estimate = moments.degrees_at(cosines).tolist()
+    at_threshold = moments.degrees_at(torch.full_like(cosines, base.threshold)).tolist()
+    level = (1 + base.confidence) / 2
+    return [
+        (student_t_quantile(level, here), student_t_quantile(base.confidence, there))
+        for here, there in zip(at_estimate, at_threshold, strict=True)
+    ]
 
 
 def _with_cosine(base: ConflictEstimate, moments: Moments) -> ConflictEstimate:
     value, covariance = moments.value[0], moments.covariance[0]
-    two_sided, one_sided = _quantiles(base, float(moments.degrees[0]))
     cosine, error = corrected_cosine(value, covariance)
+    ((two_sided, one_sided),) = _quantiles(base, moments, torch.tensor([cosine], dtype=torch.float64))
     ci_low, ci_high = cosine_bounds(value, covariance, two_sided)
     lower, upper = cosine_bounds(value, covariance, one_sided)
     if (lower, upper) == (-1.0, 1.0):
@@ -213,12 +219,14 @@ def _naive_cosine(value: Tensor) -> float | None:
 def _curve(moments: Moments, ks: Tensor, base: ConflictEstimate) -> ConflictCurve:
     numbers = torch.full((3, len(ks)), math.nan, dtype=torch.float64)
     established = torch.zeros(len(ks), dtype=torch.bool)
-    for i, (value, covariance) in enumerate(zip(moments.value, moments.covariance, strict=True)):
-        if bool((value[1:] > 0).all()):
-            two_sided, one_sided = _quantiles(base, float(moments.degrees[i]))
-            bounds = cosine_bounds(value, covariance, two_sided)
-            numbers[:, i] = torch.tensor([corrected_cosine(value, covariance)[0], *bounds])
-            established[i] = cosine_bounds(value, covariance, one_sided)[1] < base.threshold
+    known = (moments.value[:, 1:] > 0).all(1).nonzero().flatten().tolist()
+    for i in known:
+        numbers[0, i] = corrected_cosine(moments.value[i], moments.covariance[i])[0]
+    quantiles = _quantiles(base, moments, numbers[0].nan_to_num())
+    for i in known:
+        two_sided, one_sided = quantiles[i]
+        numbers[1:, i] = torch.tensor(cosine_bounds(moments.value[i], moments.covariance[i], two_sided))
+        established[i] = cosine_bounds(moments.value[i], moments.covariance[i], one_sided)[1] < base.threshold
     return ConflictCurve(ks, numbers[0], numbers[1], numbers[2], established)
 
 

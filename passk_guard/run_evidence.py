@@ -102,7 +102,10 @@ def conflict_score(probe: ProbeGram, k: int, *, threshold: float = 0.0) -> float
     error = math.sqrt(max(0.0, float(slope @ covariance @ slope)))
     if error == 0:
         return None
-    return score_of((inner - threshold * length) / error, float(moments.degrees[0]))
+    return score_of(
+        (inner - threshold * length) / error,
+        float(moments.degrees_at(torch.tensor([threshold], dtype=torch.float64))[0]),
+    )
 
 
 def score_of(t: float, degrees: float) -> float:

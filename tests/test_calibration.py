@@ -50,6 +50,7 @@ def test_coverage_false_alarms_and_bias():
     found = {r["statistic"]: r for r in measure(cell, cell.population(), runs, 0, ("guard", "naive"))}
     assert within(found["guard"]["covered_95"], 0.95, runs)
     assert found["guard"]["conflict"] <= 0.06 + 3 * math.sqrt(0.06 * 0.94 / runs)
+    assert found["guard"]["below_truth"] == pytest.approx(found["guard"]["conflict"], abs=0.005), "the same test at 0"
     assert abs(found["guard"]["bias"]) < 0.02 + 3 * found["guard"]["rmse"] / math.sqrt(runs)
     assert found["naive"]["bias"] > 0.08, "the plain average hides conflicts"
     cell = Cell(cosine=-0.4)

@@ -36,12 +36,14 @@ def angle(probe: ProbeGram, left: Coefficients, right: Coefficients, confidence:
     if not bool((value[1:] > 0).all()):
         return Number()
     symmetric = torch.stack([(kernel + kernel.T) / 2 for kernel in kernels])
-    moments = Moments(value[None], influence.T[:, None], value[None], lambda: jackknife_overshoot(symmetric)[None])
-    covariance, degrees = moments.covariance[0], float(moments.degrees[0])
+    moments = Moments(value[None], influence.T[:, None], value[None], lambda: jackknife_overshoot(symmetric)[:, None])
+    covariance = moments.covariance[0]
+    cosine, error = corrected_cosine(value, covariance)
+    degrees = float(moments.degrees_at(torch.tensor([cosine], dtype=torch.float64))[0])
     low, high = cosine_bounds(value, covariance, student_t_quantile((1 + confidence) / 2, degrees))
     if (low, high) == (-1.0, 1.0):
         return Number()
-    return Number(*corrected_cosine(value, covariance), low, high)
+    return Number(cosine, error, low, high)
 
 
 def _statistic(kernel: Tensor) -> tuple[Tensor, Tensor]:
