@@ -15,6 +15,7 @@ class Mutation(NamedTuple):
 
 PROBE, LIFE = "faults/test_probe_faults.py::", "faults/test_life_of_a_trainer.py::"
 MEMORY, REPORT = "faults/test_memory_faults.py::", "faults/test_report_faults.py::"
+KEPT = "test_kept_rollouts.py::"
 MUTATIONS = (
     Mutation(
         "verifier raises",
@@ -162,5 +163,47 @@ MUTATIONS = (
         "size = min(size, len(self))",
         "size = size",
         f"{PROBE}test_a_probe_smaller_than_a_refresh",
+    ),
+    Mutation(
+        "kept rollouts: ratios ignored",
+        "score_sums.py",
+        "scores = scores[:size].mul_(ratios.to(scores)[:, None])",
+        "scores = scores[:size]",
+        f"{KEPT}test_each_score_is_that_of_autograd_at_the_moved_model_times_its_ratio",
+    ),
+    Mutation(
+        "kept rollouts: a baseline that looks at its own sample",
+        "importance.py",
+        "baseline = positive * (num_correct - 1)",
+        "baseline = positive * num_correct",
+        "test_importance.py::test_unbiased_for_the_present_policy_over_all_that_the_earlier_one_can_draw",
+    ),
+    Mutation(
+        "kept rollouts: evidence from samples that have been seen",
+        "decision.py",
+        "    if not fresh:",
+        "    if False:",
+        f"{KEPT}test_no_verdict_comes_of_samples_that_have_been_seen",
+    ),
+    Mutation(
+        "kept rollouts: kept over a checkpoint",
+        "callback.py",
+        "        self._keeper.drop()\n        if state.is_world_process_zero:",
+        "        if state.is_world_process_zero:",
+        f"{KEPT}test_a_resumed_run_is_the_uninterrupted_one[off]",
+    ),
+    Mutation(
+        "kept rollouts: a draw pooled with itself",
+        "memory.py",
+        "self.history[:-1] if probe.reused else self.history",
+        "self.history",
+        f"{KEPT}test_memory_pools_one_look_of_each_draw",
+    ),
+    Mutation(
+        "kept rollouts: a floor from them",
+        "floor_guard.py",
+        "if probes[-1].reused:",
+        "if False:",
+        "test_reweighting.py::test_the_floor_moves_with_fresh_samples_and_stays_with_kept_ones",
     ),
 )
