@@ -18,6 +18,7 @@ benchmarks/calibration_reuse.jsonl --report` those that are kept.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,9 +71,8 @@ def records(parts: Sequence[str], cosines: Sequence[float], repetitions: int, se
     if "fresh" in parts:
         yield measure(-0.4, 0.0, 10 * repetitions, seed + 100)
     for cosine in cosines if "runs" in parts else ():
-        for step in runs.STEPS:
-            for refreshes in runs.REFRESHES:
-                yield runs.measure(cosine, refreshes, step, repetitions, seed + 200 + refreshes)
+        for i, (step, refreshes) in enumerate(itertools.product(runs.STEPS, runs.REFRESHES)):
+            yield runs.measure(cosine, refreshes, step, repetitions, seed + 200 + i)
 
 
 def report(found: Sequence[dict[str, float]]) -> None:

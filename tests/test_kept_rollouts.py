@@ -1,6 +1,8 @@
 """Rollouts kept over refreshes: the whole pipeline against exact gradients, and when they are thrown away."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,17 @@ def test_an_unmoved_model_is_seen_as_by_fresh_samples_and_the_protected_directio
     assert look.probe.reused
     ks = torch.arange(1, 4)
     torch.testing.assert_close(coefficients(look.probe, ks), coefficients(fresh.probe, ks))
+
+
+def test_the_ratios_of_an_unmoved_model_are_exactly_one_in_bf16_too():
+    model = tiny_model().eval()
+    sample, narrow = drawn_from(model, torch.Generator().manual_seed(1)), partial(torch.autocast, "cpu", torch.bfloat16)
+    fresh = replace(refresher(model, "kronecker"), autocast=narrow).run(lambda: sample, (), 3)
+    look, share = look_again(fresh, replace(refresher(model, "kronecker"), autocast=narrow), 4, 0.9)
+    assert share == 1.0
+    assert all(torch.equal(batch.factors, torch.ones_like(batch.factors)) for batch in look.batches)
+    _, share = look_again(fresh, refresher(model, "kronecker"), 4, 0.01)
+    assert share < 1.0, "the precision must not change between a draw and its looks"
 
 
 def direction(model, look):
