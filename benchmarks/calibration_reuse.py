@@ -1,97 +1,47 @@
-"""Is the estimate calibrated where the completions are those of an earlier policy? By how far the policy has moved.
+"""Is the estimate calibrated where the completions are those of an earlier policy?
 
-    python -m benchmarks.calibration_reuse [--repetitions 400] [--results runs/calibration_reuse.jsonl]
+    python -m benchmarks.calibration_reuse [--only draws runs fresh] [--repetitions 400] [--report]
 
 Prompts with 32 possible answers each, log-linear policies exp(phi . theta): the population of 600 prompts, so that the
-cosine of the present policy is exact. Completions are drawn from a policy displaced by `shift` times a random direction
-and reweighted (64 prompts x 16, k = 8, one draw); every cell is about the same present policy, and so the same truth.
-"shift 0" is fresh sampling. JSON lines: the mean effective share, bias, 95% coverage, share called a conflict by the
-one-sided 95% test, and the root mean square error of the inner product.
+cosine of the present policy is exact (64 prompts x 16, k = 8). Every cell is about the same present policy, and so the
+same truth.
+
+draws: one draw, of a policy displaced by `shift` times a random direction, by how far that is; "shift 0" is fresh.
+runs: the policy moves by `step` between refreshes, `resample_refreshes` of them from one draw, three draws pooled. The
+    `lag` is exact: the cosine of the pooled policies less that of the newest.
+fresh: the fresh draw at a cosine of -0.4 alone, ten times as often.
+
+JSON lines are appended to `--results`; `--report` shows them instead, and `--results
+benchmarks/calibration_reuse.jsonl --report` those that are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from benchmarks import calibration_reuse_runs as runs
+from benchmarks.calibration_reuse_draws import DIM, NOW, Draw, K, cosine_of, with_cosine
 from passk_guard.estimator import estimate_pooled
-from passk_guard.importance import effective_share, miss_estimates
-from passk_guard.passk import passk_weight
-from passk_guard.types import ProbeGram
 
-PROMPTS, ANSWERS, DIM, M, N, K = 600, 32, 24, 64, 16, 8
 SHIFTS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 
 
-class LogLinear:
-    """Easy prompts (70%) and hard ones, whose right answers lie along `angle` to those of the easy ones."""
-
-    def __init__(self, angle: float) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.features = torch.randn(PROMPTS, ANSWERS, DIM, generator=generator, dtype=torch.float64)
-        self.right = torch.zeros(PROMPTS, ANSWERS, dtype=torch.bool)
-        hard = torch.arange(PROMPTS) >= 0.7 * PROMPTS
-        self.right[~hard, :24], self.right[hard, :2] = True, True
-        axis = torch.zeros(PROMPTS, DIM, dtype=torch.float64)
-        axis[~hard, 0], axis[hard, 0], axis[hard, 1] = 1.0, math.cos(angle), math.sin(angle)
-        self.features += 2.0 * torch.where(self.right[..., None], axis[:, None], 0.0)
-
-    def policy(self, theta: Tensor) -> Tensor:
-        return (self.features @ theta).softmax(1)
-
-    def scores(self, theta: Tensor) -> Tensor:
-        policy = self.policy(theta)
-        return self.features - (policy[..., None] * self.features).sum(1, keepdim=True)
-
-    def products(self, theta: Tensor) -> tuple[float, float]:
-        """The exact inner product and cosine of grad J_8 and grad J_1."""
-        reward = self.policy(theta) * self.right
-        gradient = (reward[..., None] * self.scores(theta)).sum(1)
-        one = gradient.mean(0)
-        many = (passk_weight(reward.sum(1), K)[:, None] * gradient).mean(0)
-        return float(one @ many), float(one @ many / one.norm() / many.norm())
-
-
-def with_cosine(cosine: float) -> LogLinear:
-    """The population with this angle at theta = 0, by bisection."""
-    low, high = 0.0, math.pi
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (
-            (middle, high) if LogLinear(middle).products(torch.zeros(DIM).double())[1] > cosine else (low, middle)
-        )
-    return LogLinear(low)
-
-
-def look(population: LogLinear, shift: float, generator: torch.Generator) -> tuple[ProbeGram, float]:
-    """One refresh, and what its samples are worth."""
-    now = torch.zeros(DIM, dtype=torch.float64)
-    direction = torch.randn(DIM, generator=generator, dtype=torch.float64)
-    drawn, present = population.policy(now - shift * direction / direction.norm()), population.policy(now)
-    prompt = torch.randint(PROMPTS, (M,), generator=generator)
-    answers = torch.multinomial(drawn[prompt], N, True, generator=generator)
-    right = population.right[prompt[:, None], answers]
-    log_ratios = (present.log() - drawn.log())[prompt[:, None], answers]
-    scores = population.scores(now)[prompt[:, None], answers] * log_ratios.exp()[..., None]
-    sums = torch.cat([(scores * right[..., None]).sum(1), (scores * ~right[..., None]).sum(1)])
-    n, c = torch.full((M,), N), right.sum(1)
-    share = effective_share(log_ratios, torch.ones_like(right))[(c > 0) & (c < n)].mean()
-    misses = miss_estimates(log_ratios, ~right, n) if shift else None
-    return ProbeGram(sums @ sums.T, n, c, prompt.tolist(), misses), float(share)
-
-
 def measure(cosine: float, shift: float, repetitions: int, seed: int) -> dict[str, float]:
-    """One cell."""
+    """One draw."""
     population, generator = with_cosine(cosine), torch.Generator().manual_seed(seed)
-    inner, truth = population.products(torch.zeros(DIM, dtype=torch.float64))
+    exact = population.products(NOW)
+    inner, truth = float(exact[0]), cosine_of(exact)
     shares, errors, cosines, held, conflicts = [], [], [], [], 0
     for _ in range(repetitions):
-        probe, share = look(population, shift, generator)
+        direction = torch.randn(DIM, generator=generator, dtype=torch.float64)
+        drawn = Draw(population, NOW - shift * direction / direction.norm(), generator)
+        probe, share = drawn.look(NOW, fresh=not shift)
         estimate = estimate_pooled([probe], K)
         shares.append(share)
         errors.append((estimate.inner_product or 0.0) - inner)
@@ -114,20 +64,46 @@ def measure(cosine: float, shift: float, repetitions: int, seed: int) -> dict[st
     }
 
 
+def records(parts: Sequence[str], cosines: Sequence[float], repetitions: int, seed: int) -> Iterator[dict[str, float]]:
+    for cosine in cosines if "draws" in parts else ():
+        for i, shift in enumerate(SHIFTS):
+            yield measure(cosine, shift, repetitions, seed + i)
+    if "fresh" in parts:
+        yield measure(-0.4, 0.0, 10 * repetitions, seed + 100)
+    for cosine in cosines if "runs" in parts else ():
+        for i, (step, refreshes) in enumerate(itertools.product(runs.STEPS, runs.REFRESHES)):
+            yield runs.measure(cosine, refreshes, step, repetitions, seed + 200 + i)
+
+
+def report(found: Sequence[dict[str, float]]) -> None:
+    """A table for each kind of record."""
+    for kind in ("shift", "step"):
+        rows = [record for record in found if kind in record]
+        for i, record in enumerate(rows):
+            if i == 0:
+                print("\n| " + " | ".join(record) + " |\n|" + "---|" * len(record))
+            print("| " + " | ".join(f"{value:.4g}" for value in record.values()) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("draws", "runs", "fresh")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--cosines", nargs="+", type=float, default=(0.0, -0.4))
     parser.add_argument("--repetitions", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("runs/calibration_reuse.jsonl"))
+    parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
+    if given.report:
+        report([json.loads(line) for line in given.results.read_text().splitlines()])
+        return
     torch.set_num_threads(1)
     given.results.parent.mkdir(parents=True, exist_ok=True)
-    with given.results.open("w") as file:
-        for cosine in (0.0, -0.4):
-            for i, shift in enumerate(SHIFTS):
-                record = measure(cosine, shift, given.repetitions, i)
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                print(json.dumps(record))
+    with given.results.open("a") as file:
+        for record in records(given.only, given.cosines, given.repetitions, given.seed):
+            print(json.dumps(record), file=file, flush=True)
+            print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,15 @@ def policy(theta):
     return (FEATURES @ torch.tensor(theta, dtype=torch.float64)).softmax(0)
 
 
-def gradient(draw, log_ratios, scores, k):
-    """g_k of one prompt by the product's coefficients, from the samples in `draw`."""
-    n, right = len(draw), RIGHT[draw]
-    misses = miss_estimates(log_ratios[draw][None], ~right[None], torch.tensor([n]))
-    c = right.sum()[None]
-    probe = ProbeGram(torch.zeros(2, 2), torch.tensor([n]), c, misses=misses)
-    positive, negative = coefficients(probe, torch.tensor([k]))[0]
-    weighted = log_ratios[draw].exp()[:, None] * scores[draw]
-    return positive * weighted[right].sum(0) + negative * weighted[~right].sum(0)
+def gradients(draws, log_ratios, scores, ks):
+    """[K, D, 2] g_k by the product's coefficients, of D prompts whose samples are the rows of `draws` [D, n]."""
+    right, n = RIGHT[draws], torch.full((len(draws),), draws.shape[1])
+    misses = miss_estimates(log_ratios[draws], ~right, n)
+    probe = ProbeGram(torch.zeros(2 * len(n), 2 * len(n)), n, right.sum(1), misses=misses)
+    positive, negative = coefficients(probe, ks).chunk(2, dim=1)
+    weighted = log_ratios[draws].exp()[..., None] * scores[draws]
+    plus, minus = (weighted * right[..., None]).sum(1), (weighted * ~right[..., None]).sum(1)
+    return positive[..., None] * plus + negative[..., None] * minus
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -41,11 +41,10 @@ def test_unbiased_for_the_present_policy_over_all_that_the_earlier_one_can_draw(
     then, now = policy([0.3, -0.5]), policy([-0.9, 0.8])
     scores = FEATURES - now @ FEATURES
     p, slope = now[RIGHT].sum(), (now[:, None] * scores)[RIGHT].sum(0)
-    for k in range(1, n + 1):
-        total = torch.zeros(2, dtype=torch.float64)
-        for draw in itertools.product(range(4), repeat=n):
-            total += then[list(draw)].prod() * gradient(torch.tensor(draw), (now / then).log(), scores, k)
-        torch.testing.assert_close(total, passk_weight(p, k) * slope, rtol=1e-12, atol=1e-12)
+    draws, ks = torch.tensor(list(itertools.product(range(4), repeat=n))), torch.arange(1, n + 1)
+    found = (then[draws].prod(1)[:, None] * gradients(draws, (now / then).log(), scores, ks)).sum(1)
+    expected = torch.stack([passk_weight(p, k) * slope for k in ks.tolist()])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_ratios_of_one_give_todays_estimate_and_one_sided_prompts_nothing():

@@ -1,6 +1,8 @@
 """Rollouts kept over refreshes: the whole pipeline against exact gradients, and when they are thrown away."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,15 +37,16 @@ def next_token(model, prompt):
     return model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
 
 
-def drawn_from(model, generator):
-    """One token each: right where it is even; so that p and its gradient are known exactly."""
+def drawn_from(model, generator, times=1):
+    """One token each: right where it is even; so that p and its gradient are known exactly. Of each prompt so often."""
     with torch.no_grad():
         policy = [next_token(model, prompt).exp() for prompt in PROMPTS]
-    tokens = [torch.multinomial(p, N, True, generator=generator).tolist() for p in policy]
+    prompts = [x for _ in range(times) for x in range(len(PROMPTS))]
+    tokens = [torch.multinomial(policy[x], N, True, generator=generator).tolist() for x in prompts]
     flat = [token for row in tokens for token in row]
-    index = [x for x in range(len(PROMPTS)) for _ in range(N)]
-    size = len(flat)
-    rollouts = Rollouts([{}] * size, index, [PROMPTS[x] for x in index], [[t] for t in flat], ["x"] * size, 4)
+    index = [i for i in range(len(prompts)) for _ in range(N)]
+    ids, size = [PROMPTS[prompts[i]] for i in index], len(flat)
+    rollouts = Rollouts([{}] * size, index, ids, [[t] for t in flat], ["x"] * size, len(prompts))
     return rollouts, Outcomes(torch.tensor([t % 2 == 0 for t in flat], dtype=torch.int8))
 
 
@@ -65,28 +68,52 @@ def gradients(model, k):
     return torch.stack(rows)
 
 
+def test_each_score_is_that_of_autograd_at_the_moved_model_times_its_ratio():
+    then, now = tiny_model().double().eval(), tiny_model().double().eval()
+    moved(now, 0.03)
+    sample, seen = drawn_from(then, torch.Generator().manual_seed(0)), []
+    fresh = refresher(then).run(lambda: sample, (), 0)
+    look, _ = look_again(fresh, replace_gram(refresher(now), seen), 0, 0.01)
+    ratios = torch.zeros(4, N, dtype=torch.float64)
+    expected, parameters = torch.zeros_like(seen[0]), list(now.parameters())
+    mixed = (look.probe.num_correct > 0) & (look.probe.num_correct < N)
+    assert mixed.sum() > 1
+    right = torch.tensor(
+        [[token[0] % 2 == 0 for token in sample[0].completion_ids[x * N : (x + 1) * N]] for x in range(4)]
+    )
+    for i, (token,) in enumerate(sample[0].completion_ids):
+        x, y = divmod(i, N)
+        log_p = next_token(now, PROMPTS[x])[token]
+        ratios[x, y] = (log_p - next_token(then, PROMPTS[x])[token]).exp().detach()
+        score = torch.autograd.grad(log_p, parameters, allow_unused=True)
+        parts = zip(score, parameters, strict=True)
+        flat = torch.cat([(torch.zeros_like(q) if g is None else g).flatten() for g, q in parts])
+        expected[x if right[x, y] else 4 + x] += ratios[x, y] * flat * mixed[x]
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-6)  # the norms of the model are in float32
+    wrong = torch.where(right, 0.0, ratios)
+    pairs = (wrong.sum(1).square() - wrong.square().sum(1)) / 2
+    torch.testing.assert_close(look.probe.misses[mixed, 1], (wrong.sum(1) / (N - 1))[mixed])
+    torch.testing.assert_close(look.probe.misses[mixed, 2], (pairs / ((N - 1) * (N - 2) / 2))[mixed])
+
+
+@pytest.mark.slow
 def test_averaged_over_draws_it_is_the_exact_gradient_of_the_moved_model(monkeypatch):
     then, now = tiny_model().double().eval(), tiny_model().double().eval()
     moved(now, 0.03)
-    generator, seen, draws = torch.Generator().manual_seed(0), [], 300
+    generator, seen, draws = torch.Generator().manual_seed(0), [], 200
     gram = Refresher.gram
     monkeypatch.setattr(Refresher, "gram", lambda self, sums, kept: seen.append(sums) or gram(self, sums, kept))
     ks = torch.tensor([1, 3, 6])
-    found = {"reused": [], "as if fresh": []}
     axis = torch.randn(3, gradients(now, 1).shape[1], dtype=torch.float64, generator=generator)
-    for _ in range(draws):
-        sample = drawn_from(then, generator)
-        fresh = refresher(then, max_tokens=1000).run(lambda s=sample: s, (), 0)
-        look, share = look_again(fresh, refresher(now, max_tokens=1000), 0, 0.01)
-        assert 0.3 < share < 1
-        for name, probe, sums in (("reused", look.probe, seen[-1]), ("as if fresh", fresh.probe, seen[-2])):
-            g = (coefficients(probe, ks)[:, :, None] * (sums @ axis.T)[None]).view(3, 2, 4, 3).sum(1)
-            found[name].append(g)
+    sample = drawn_from(then, generator, draws)
+    fresh = refresher(then, max_tokens=1000).run(lambda: sample, (), 0)
+    look, share = look_again(fresh, refresher(now, max_tokens=1000), 0, 0.01)
+    assert 0.3 < share < 1
     exact = torch.stack([gradients(now, int(k)) @ axis.T for k in ks])
     off = {}
-    for name, values in found.items():
-        values = torch.stack(values)
-        off[name] = ((values.mean(0) - exact) / (values.std(0) / draws**0.5)).abs()
+    for name, probe, sums in (("reused", look.probe, seen[1]), ("as if fresh", fresh.probe, seen[0])):
+        found = (coefficients(probe, ks)[:, :, None] * (sums @ axis.T)).view(3, 2, draws, 4, 3).sum(1)
+        off[name] = ((found.mean(1) - exact) / (found.std(1) / draws**0.5)).abs()
     assert off["reused"].square().mean() < 1.6, off["reused"]
     assert off["reused"].max() < 4
     assert off["as if fresh"].max() > 6, "what the ratios are for"
@@ -103,6 +130,17 @@ def test_an_unmoved_model_is_seen_as_by_fresh_samples_and_the_protected_directio
     assert look.probe.reused
     ks = torch.arange(1, 4)
     torch.testing.assert_close(coefficients(look.probe, ks), coefficients(fresh.probe, ks))
+
+
+def test_the_ratios_of_an_unmoved_model_are_exactly_one_in_bf16_too():
+    model = tiny_model().eval()
+    sample, narrow = drawn_from(model, torch.Generator().manual_seed(1)), partial(torch.autocast, "cpu", torch.bfloat16)
+    fresh = replace(refresher(model, "kronecker"), autocast=narrow).run(lambda: sample, (), 3)
+    look, share = look_again(fresh, replace(refresher(model, "kronecker"), autocast=narrow), 4, 0.9)
+    assert share == 1.0
+    assert all(torch.equal(batch.factors, torch.ones_like(batch.factors)) for batch in look.batches)
+    _, share = look_again(fresh, refresher(model, "kronecker"), 4, 0.01)
+    assert share < 1.0, "the precision must not change between a draw and its looks"
 
 
 def direction(model, look):
@@ -205,7 +243,7 @@ def refreshes(folder):
 @pytest.mark.parametrize("make", [tiny_lm_trainer, tiny_grpo_trainer])
 def test_training_is_bit_for_bit_the_same(make, tmp_path):
     weights, rows, seen, _ = run(make, tmp_path / "without", False)
-    settings = {"refresh_steps": 1, "resample_refreshes": 3, "min_effective_samples": 0.01}
+    settings = {"refresh_steps": 1, "resample_refreshes": 3, "min_effective_samples": 0.01, "probe_prompts": 4}
     guarded, guarded_rows, guarded_seen, _ = run(make, tmp_path / "with", True, **settings)
     found = refreshes(tmp_path / "with")
     assert ["pass_at_1" in row and row["pass_at_1"] is not None for row in found] == [True, False, False, True, False]
@@ -217,7 +255,8 @@ def test_training_is_bit_for_bit_the_same(make, tmp_path):
 
 @pytest.mark.parametrize("mitigation", ["off", "project"])
 def test_a_resumed_run_is_the_uninterrupted_one(mitigation, tmp_path):
-    settings = {"refresh_steps": 1, "resample_refreshes": 4, "min_effective_samples": 0.01, "mitigation": mitigation}
+    settings = {"refresh_steps": 1, "resample_refreshes": 4, "min_effective_samples": 0.01, "probe_prompts": 4}
+    settings |= {"mitigation": mitigation}
 
     def attempt(folder, resume=None):
         trainer = tiny_lm_trainer(folder, max_steps=7, learning_rate=1e-3, save_strategy="steps", save_steps=3)

@@ -1,5 +1,6 @@
 """mitigation="reweight", "both" and "auto" in real trainers: what the advantages become, when, and what stays."""
 
+import itertools
 import logging
 import shutil
 
@@ -92,6 +93,17 @@ def test_a_void_refresh_keeps_the_floor(tmp_path):
     assert guard.memory.voids == 1
     assert floors[2], "the fixture must have found a floor"
     assert set(floors[2:]) == {floors[2]}
+
+
+def test_the_floor_moves_with_fresh_samples_and_stays_with_kept_ones(tmp_path):
+    kept = {"refresh_steps": 1, "resample_refreshes": 3, "min_effective_samples": 0.01}
+    _, floors, _, _ = run(tmp_path, guard=REWEIGHT | kept, steps=7)
+    events = [e for e in journal(tmp_path) if e["event"] == "refresh"]
+    fresh = [e["pass_at_1"] is not None for e in events]
+    assert fresh == [True, False, False, True, False, False, True]
+    assert [e["floor"] for e in events] == [f or 0.0 for f in floors]
+    assert [e["floor_solved"] is not None for e in events] == fresh
+    assert [new != old for old, new in itertools.pairwise([0.0, *[e["floor"] for e in events]])] == fresh
 
 
 def test_the_floor_is_resumed(tmp_path):

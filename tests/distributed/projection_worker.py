@@ -20,6 +20,10 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 GUARD = {"k": 4, "num_samples": 8, "probe_prompts": 11, "refresh_steps": 2, "patience": 1, "sketch_dim": 1024}
 PROJECT = GUARD | {"mitigation": "project", "gate": "always", "gamma": 0.9, "max_probe_tokens": 64}
 
+REUSE = {"refresh_steps": 1, "resample_refreshes": 4, "min_effective_samples": 0.01}
+GUARDS = {"project": PROJECT, "observe": GUARD, "rank_1_fails": PROJECT}
+GUARDS |= {"reuse": PROJECT | REUSE, "observe_reuse": GUARD | REUSE}
+
 
 def deepspeed_config(stage):
     return {
@@ -72,19 +76,23 @@ def run(engine, variant, folder):
     trainer = tiny_lm_trainer(folder / f"rank{RANK}", model=tiny_model(initializer_range=0.1), **arguments(engine))
     guard = None
     if variant != "without":
-        config = GuardConfig(**(GUARD if variant == "observe" else PROJECT))
+        config = GuardConfig(**GUARDS[variant])
         sampler = SameEverywhere(trainer.processing_class)
         guard = PassKGuardCallback(trainer, probe_rows(), digit_reward, config, sampler)
         trainer.add_callback(guard)
     with harvest_failing_on_rank_1() if variant == "rank_1_fails" else nullcontext():
         trainer.train()
     rows = [row for row in trainer.state.log_history if "passk_guard/mitigated" in row]
+    newest = guard.memory.history[-1] if guard and guard.memory.history else None
     return {
         "weights": weights(trainer),
         "mitigated": [row["passk_guard/mitigated"] for row in rows],
         "train_cosine": [row["passk_guard/train_cosine"] for row in rows],
         "voids": guard.memory.voids if guard else 0,
         "gram": guard.memory.history[0].gram.tolist() if guard and guard.memory.history else None,
+        "newest_gram": newest and newest.gram.tolist(),
+        "misses": newest.misses.tolist() if newest and newest.reused else None,
+        "kept": guard._keeper.metrics() if guard else {},
         "steps": trainer.state.global_step,
     }
 
@@ -92,7 +100,7 @@ def run(engine, variant, folder):
 def run_all(engine, folder):
     """One start of the processes for all runs: starting them takes longer than running."""
     results = {}
-    for variant in ("without", "project", "observe", "rank_1_fails"):
+    for variant in ("without", *GUARDS):
         unset_hf_deepspeed_config()
         AcceleratorState._reset_state()
         results[variant] = run(engine, variant, folder / variant)

@@ -24,6 +24,14 @@ def plain(tmp_path_factory):
     return found | {"moved": (flat(found["weights"]) - flat(start)).norm()}
 
 
+@pytest.fixture(scope="module")
+def reusing(tmp_path_factory):
+    """The run of one plain process that takes its directions from kept rollouts at all but the first of four looks."""
+    found = run("plain", "reuse", tmp_path_factory.mktemp("reusing"))
+    assert 0.01 < found["kept"]["effective_samples"] < 1, "the newest look of the fixture must reuse its samples"
+    return found
+
+
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request, tmp_path_factory):
     """What each of two ranks found in all runs on one engine."""
@@ -50,6 +58,22 @@ def test_observing_is_bit_for_bit_no_guard(engine):
     for rank in engine:
         assert rank["observe"]["weights"] == rank["without"]["weights"]
         assert (rank["observe"]["voids"], rank["observe"]["steps"]) == (0, 4)
+
+
+def test_kept_rollouts_are_reweighted_and_projected_as_in_one_plain_process(engine, reusing, plain):
+    first, second = (rank["reuse"] for rank in engine)
+    assert first["weights"] == second["weights"]
+    assert first["voids"] == 0
+    assert float((flat(first["weights"]) - flat(reusing["weights"])).norm() / plain["moved"]) < 2e-5
+    assert first["mitigated"] == reusing["mitigated"]
+    assert first["kept"]["effective_samples"] == pytest.approx(reusing["kept"]["effective_samples"], abs=1e-4)
+    assert torch.allclose(torch.tensor(first["misses"]), torch.tensor(reusing["misses"]), rtol=1e-4)
+    gram = torch.tensor(reusing["newest_gram"])
+    assert torch.allclose(torch.tensor(first["newest_gram"]), gram, rtol=1e-4, atol=1e-4 * float(gram.max()))
+    for rank in engine:
+        assert rank["observe_reuse"]["weights"] == rank["without"]["weights"]
+        assert rank["observe_reuse"]["voids"] == 0
+        assert rank["observe_reuse"]["misses"] is not None
 
 
 def test_a_harvest_that_fails_on_one_rank_leaves_all_steps_unguarded(engine):
