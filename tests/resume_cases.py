@@ -31,7 +31,7 @@ MODES = {
     "batch": BATCH,
     "batch_reweight": BATCH | REWEIGHT,
 }
-TIMES = ("probe_seconds", "mitigation_seconds")
+TIMES = ("probe_seconds", "step_seconds", "mitigation_seconds")
 STEPS = 9
 
 

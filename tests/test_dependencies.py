@@ -33,6 +33,8 @@ MATHEMATICS = {
     "estimator",
     "decision",
     "run_evidence",
+    "noise",
+    "power",
     "mitigation",
 }
 ROOMS = {
@@ -64,6 +66,7 @@ WIRING = {
     "compatibility",
     "token_budget",
     "analysis",
+    "planning",
     "config_file",
     "cli",
     "__main__",
