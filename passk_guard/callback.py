@@ -27,6 +27,7 @@ from passk_guard.isolation import seeded, untouched
 from passk_guard.kept_rollouts import RolloutKeeper
 from passk_guard.memory import Memory, load_memory, save_memory
 from passk_guard.mitigator import Mitigator
+from passk_guard.planning import outlook, refresh_noise
 from passk_guard.progress import sampling_bar, wants_bar
 from passk_guard.ranks import Ranks
 from passk_guard.refresh import Refresher
@@ -88,6 +89,7 @@ class PassKGuardCallback(TrainerCallback):
             since_last=self._step_metrics,
             image_refreshes=self.config.image_refreshes,
             settings=asdict(self.config),
+            noise=lambda probe: refresh_noise(probe, self.config.k),
         )
         self._mitigator: Mitigator | None = None
         self._source: HeldOut | None = None
@@ -170,10 +172,13 @@ class PassKGuardCallback(TrainerCallback):
         decision, evidence, verdict = decide(
             memory.decision, memory.evidence, estimate, score, self._rule, fresh=not refresh.probe.reused
         )
+        knows = len(self.memory.history) < self.config.pool_refreshes == len(memory.history)  # once in a run
         self.memory, self.estimate = replace(memory, decision=decision, evidence=evidence), estimate
         extra = self._keeper.metrics() | (self._mitigator.refresh_metrics(memory) if self._mitigator else {})
         extra |= {"run_p_value": evidence.p_value, "probe_seconds": time.perf_counter() - began}
         self._reporter.refresh(step_number, estimate, verdict.status, extra, remark=refresh.remark, probe=refresh.probe)
+        if knows:
+            self._reporter.outlook(step_number, lambda: outlook(memory.history, self.config, extra["probe_seconds"]))
         if verdict.changed:
             self._reporter.change(
                 step_number,

@@ -1,4 +1,4 @@
-"""`passk-guard`: analyse a checkpoint, report a run, check settings."""
+"""`passk-guard`: analyse a checkpoint, report a run, plan its probe, check settings."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_analyze(commands, arguments)
     _add_report(commands)
+    _add_plan(commands)
     schema = commands.add_parser("schema", help="print the JSON schema of the guard's settings")
     schema.set_defaults(func=_schema)
     check = commands.add_parser("check", help="validate a YAML or JSON file of settings")
@@ -79,6 +80,12 @@ def _add_report(commands: Any) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: passk_guard.html in RUN_DIR")
     parser.add_argument("--force", action="store_true", help="write over a file that is not a report")
     parser.set_defaults(func=_report)
+
+
+def _add_plan(commands: Any) -> None:
+    from passk_guard.planning.command import add_parser
+
+    add_parser(commands)
 
 
 def _report(args: argparse.Namespace) -> int:

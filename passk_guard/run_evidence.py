@@ -52,20 +52,24 @@ class RunEvidence:
     @property
     def p_value(self) -> float:
         """Anytime-valid p-value of "no conflict at any look", in (0, 1]: ever below alpha with probability <= alpha."""
-        return math.exp(-max(0.0, self._log_evidence()))
+        return math.exp(-max(0.0, float(log_evidence(torch.tensor(self.scores, dtype=torch.float64), self.before))))
 
-    def _log_evidence(self) -> float:
-        """Log of the mixture over the look a conflict began at; -inf before the first."""
-        if not self.scores:
-            return -math.inf
-        newest_first = torch.tensor(self.scores[::-1], dtype=torch.float64)
-        began = self.before + torch.arange(len(self.scores), 0, -1, dtype=torch.float64)
-        return float(torch.logsumexp(_log_mixture(newest_first.cumsum(0)) - (began * (began + 1)).log(), 0))
+
+def log_evidence(scores: torch.Tensor, before: int = 0) -> torch.Tensor:
+    """[...] log of the mixture over the look a conflict began at, after the last look; -inf before the first.
+
+    Args:
+        scores: [..., t] float64 of t looks in each of any number of runs, oldest first, at most `LARGEST_SCORE`.
+        before: looks before those.
+    """
+    looks = scores.shape[-1]
+    began = before + torch.arange(looks, 0, -1, dtype=torch.float64)
+    return torch.logsumexp(_log_mixture(scores.flip(-1).cumsum(-1)) - (began * (began + 1)).log(), -1)
 
 
 def _log_mixture(sums: torch.Tensor) -> torch.Tensor:
-    r"""Log of $\int e^{\lambda S - n \lambda^2/2}$ under a half-normal prior of scale 1; sums [t] of 1..t scores."""
-    precision = torch.arange(1, len(sums) + 1, dtype=torch.float64) + 1
+    r"""Log of $\int e^{\lambda S - n \lambda^2/2}$, half-normal prior of scale 1, for sums [..., t] of 1..t scores."""
+    precision = torch.arange(1, sums.shape[-1] + 1, dtype=torch.float64) + 1
     return (
         math.log(2)
         - precision.log() / 2

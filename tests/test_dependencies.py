@@ -37,6 +37,8 @@ MATHEMATICS = {
     "estimator",
     "decision",
     "run_evidence",
+    "noise",
+    "power",
     "mitigation",
 }
 ROOMS = {
@@ -69,6 +71,7 @@ WIRING = {
     "compatibility",
     "token_budget",
     "analysis",
+    "planning",
     "config_file",
     "cli",
     "__main__",

@@ -14,6 +14,7 @@ from passk_guard.reporting.journal import Journal
 from passk_guard.reporting.log_rows import LogRows
 from passk_guard.reporting.message import blind, state_change, void_refresh
 from passk_guard.reporting.metrics import Metrics, estimate_metrics
+from passk_guard.reporting.pace import Pace
 from passk_guard.reporting.quiet import quietly
 from passk_guard.telling import one_line
 from passk_guard.types import ConflictEstimate, ProbeGram, Status
@@ -30,6 +31,7 @@ class Reporter:
         since_last: asked at each log row for the numbers of the steps since the row before.
         image_refreshes: refreshes between pictures of the kernel in the trackers; 0 sends none.
         settings: written into the journal when a run starts; None writes nothing then.
+        noise: of a refresh, as numbers that a plan is made from, for the journal; asked on the first rank alone.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Reporter:
         since_last: Callable[[], Metrics] = dict,
         image_refreshes: int = 0,
         settings: Mapping[str, Any] | None = None,
+        noise: Callable[[ProbeGram], Mapping[str, Any] | None] = lambda probe: None,
     ) -> None:
         self._trainer = trainer
         self._held_out = held_out
@@ -48,6 +51,8 @@ class Reporter:
         self._journal = Journal(None)
         self._images = Images(trainer, image_refreshes)
         self._settings = settings
+        self._noise = noise
+        self._pace = Pace()
 
     def open(self) -> None:
         """Start a run: complete log rows from here on, and append to `passk_guard.jsonl` in its output folder.
@@ -56,6 +61,7 @@ class Reporter:
             GuardError: another guard reports on this trainer.
         """
         self._rows.install()
+        self._pace.forget()
         self._open_journal()
 
     @quietly
@@ -87,6 +93,7 @@ class Reporter:
         """
         metrics = estimate_metrics(estimate, verdict) | dict(extra)
         self._rows.put(metrics)
+        step_seconds = self._pace.arrive(step, metrics.get("probe_seconds"))
         self._journal.write(
             "refresh",
             step,
@@ -106,12 +113,15 @@ class Reporter:
             norm1_sq=estimate.norm1_sq,
             normk_sq=estimate.normk_sq,
             weight_agreement_cov=estimate.weight_agreement_cov,
+            step_seconds=step_seconds,
+            noise=self._noise_of(probe),
             **metrics,
         )
         if remark:
             self.warn(f"passk_guard step {step}: {remark}")
         if self._speaks:
             self._images.refresh(step, estimate, probe)
+        self._pace.leave(step)
 
     @quietly
     def change(
@@ -129,6 +139,19 @@ class Reporter:
         self._journal.write("state", step, **{"from": before, "to": after}, message=message)
         self._alert(f"passk_guard: {after.upper()}", message)
 
+    @quietly
+    def outlook(self, step: int, line: Callable[[], str]) -> None:
+        """One line on what this run can see; it is worked out on the first rank alone."""
+        if self._speaks:
+            self.info(f"passk_guard step {step}: {line()}")
+
+    def _noise_of(self, probe: ProbeGram | None) -> Mapping[str, Any] | None:
+        try:
+            return self._noise(probe) if self._speaks and probe is not None else None
+        except Exception as error:  # a plan can do without this refresh, its other numbers cannot
+            self.warn(f"passk_guard: the noise of a refresh is missing in the journal: {type(error).__name__}: {error}")
+            return None
+
     def _steps(self) -> Metrics:
         metrics = self._since_last()
         if metrics:
@@ -138,6 +161,7 @@ class Reporter:
     @quietly
     def void(self, step: int, reason: str, *, streak: int, alert_after: int) -> None:
         """A refresh without an estimate; after `alert_after` in a row an alert says that the guard is blind."""
+        self._pace.forget()
         self._journal.write("void", step, reason=reason, streak=streak, alert=streak == alert_after)
         self.warn(void_refresh(step, reason))
         if streak == alert_after:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("probe_seconds", "mitigation_seconds")
+TIMES = ("probe_seconds", "step_seconds", "mitigation_seconds")
 
 
 def start(config, folder, *more):

@@ -1,0 +1,143 @@
+r"""What a refresh shows of the noise of its own statistic, in parts that say what another size of probe would have.
+
+By Hoeffding (1948) a U-statistic of m prompts with kernel $\theta + h_1(x) + h_1(y) + h_2(x, y)$ has the variance
+$4 \zeta_1/m + 2 \zeta_2/(m(m-1))$, $\zeta_i = Var(h_i)$. Both are known without bias from what the estimate computes
+anyway: the jackknife expects $4 \zeta_1/m + 4 \zeta_2/(m(m-2))$ and its overshoot is a known multiple of $\zeta_2$
+(see `degenerate`). Needs torch alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passk_guard.errors import GuardError
+from passk_guard.types import ProbeGram
+from passk_guard.ustatistics import passk_rows, refresh_moments
+
+_FEWEST_PROMPTS = 4  # below, nothing is left to tell the two parts apart
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Signal and noise of U_k1, U_11, U_kk, in that order, on average over refreshes with prompts of their own.
+
+    Attributes:
+        prompts: m of a refresh. refreshes: how many are averaged.
+        value: [3] float64, estimates of <grad J_k, grad J_1>, |grad J_1|^2, |grad J_k|^2.
+        linear, degenerate: [3, 3] float64, unbiased estimates of zeta_1 and zeta_2; `linear` may be indefinite.
+        degrees: of freedom of the variance of U_k1 in one refresh, see `Moments.degrees`.
+        solved, failed: share of prompts whose samples are all right, or all wrong: they have no gradient.
+    """
+
+    prompts: float
+    refreshes: int
+    value: Tensor
+    linear: Tensor
+    degenerate: Tensor
+    degrees: float
+    solved: float
+    failed: float
+
+    def variance(self, slope: Tensor, prompts: float) -> float:
+        """Of slope . U in one refresh of this many prompts; neither part of it is taken to be negative."""
+        linear, degenerate = (max(0.0, float(slope @ part @ slope)) for part in (self.linear, self.degenerate))
+        return 4 * linear / prompts + 2 * degenerate / (prompts * (prompts - 1))
+
+    def error(self, which: int) -> float:
+        """Standard error of `value[which]`, all refreshes together."""
+        slope = torch.zeros(3, dtype=torch.float64)
+        slope[which] = 1
+        return math.sqrt(self.variance(slope, self.prompts) / self.refreshes)
+
+    def degrees_at(self, prompts: float) -> float:
+        """Degrees of freedom in a refresh of this many prompts: in proportion, in [3, prompts - 1]."""
+        return max(3.0, min(self.degrees * prompts / self.prompts, prompts - 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, for JSON; `noise_from` is the inverse."""
+        return {
+            "prompts": self.prompts,
+            "value": self.value.tolist(),
+            "linear": self.linear.tolist(),
+            "degenerate": self.degenerate.tolist(),
+            "degrees": self.degrees,
+            "solved": self.solved,
+            "failed": self.failed,
+        }
+
+
+def measure_noise(probe: ProbeGram, k: int) -> Noise | None:
+    """The noise of one refresh; None below 4 prompts, or where no prompt has a gradient.
+
+    Args:
+        probe: one refresh, checked, with at least k samples of each prompt.
+    """
+    m = probe.num_samples.numel()
+    moments = refresh_moments(probe, passk_rows(torch.tensor([k]))) if m >= _FEWEST_PROMPTS else None
+    if moments is None or not bool(moments.jackknife[0].any()):
+        return None
+    degenerate = moments.overshoot[0] / (4 / (m * (m - 2)) - 2 / (m * (m - 1)))
+    return Noise(
+        prompts=m,
+        refreshes=1,
+        value=moments.value[0],
+        linear=m / 4 * (moments.jackknife[0] - 4 / (m * (m - 2)) * degenerate),
+        degenerate=degenerate,
+        degrees=float(moments.degrees[0]),
+        solved=float((probe.num_correct == probe.num_samples).double().mean()),
+        failed=float((probe.num_correct == 0).double().mean()),
+    )
+
+
+def noise_from(data: Mapping[str, Any]) -> Noise:
+    """The record of `Noise.to_dict` of one refresh, also after JSON.
+
+    Raises:
+        GuardError: fields that are missing, or that hold anything but finite numbers in the right shapes.
+    """
+    try:
+        value, linear, degenerate = (
+            torch.tensor(data[name], dtype=torch.float64) for name in ("value", "linear", "degenerate")
+        )
+        numbers = [float(data[name]) for name in ("prompts", "degrees", "solved", "failed")]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise GuardError(f"Expected the noise of a refresh as a run writes it; found {error!r}.") from error
+    every = torch.cat([value.flatten(), linear.flatten(), degenerate.flatten(), torch.tensor(numbers)])
+    shapes = (value.shape, linear.shape, degenerate.shape)
+    if shapes != ((3,), (3, 3), (3, 3)) or not bool(every.isfinite().all()) or numbers[0] < _FEWEST_PROMPTS:
+        raise GuardError("Expected the noise of a refresh as a run writes it; found other shapes or no finite numbers.")
+    prompts, degrees, solved, failed = numbers
+    return Noise(prompts, 1, value, linear, degenerate, degrees, solved, failed)
+
+
+def average_noise(parts: Sequence[Noise]) -> Noise:
+    """The mean of several, each with the weight of its prompts.
+
+    Raises:
+        GuardError: of none.
+    """
+    if not parts:
+        raise GuardError("Expected the noise of at least one refresh; found none.")
+    weights = torch.tensor([part.prompts * part.refreshes for part in parts], dtype=torch.float64)
+    weights = weights / weights.sum()
+
+    def mean(name: str) -> Tensor:
+        values = torch.stack([torch.as_tensor(getattr(part, name), dtype=torch.float64) for part in parts])
+        return torch.tensordot(weights, values, dims=1)
+
+    return Noise(
+        prompts=float(mean("prompts")),
+        refreshes=sum(part.refreshes for part in parts),
+        value=mean("value"),
+        linear=mean("linear"),
+        degenerate=mean("degenerate"),
+        degrees=float(mean("degrees")),
+        solved=float(mean("solved")),
+        failed=float(mean("failed")),
+    )

@@ -1,0 +1,190 @@
+"""What a probe of each size would see, and what it would cost: the record behind the table and the JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from passk_guard.config import GuardConfig
+from passk_guard.decision import DecisionRule
+from passk_guard.errors import GuardError
+from passk_guard.noise import Noise
+from passk_guard.power import Signal, fewest_prompts, look_of, looks_until_called, signal_of
+
+PROMPTS = (32, 64, 128, 256, 512)
+USUAL_GAP = 0.2
+"""How far below the threshold the cosine is that is planned for, where none is named."""
+
+_MOST_POWER = 0.99  # as far as the simulated runs reach
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the run has shown to cost.
+
+    Attributes:
+        probe_seconds: of a refresh at the size of probe it had; None where unknown.
+        step_seconds: of a training step without its probe; None where unknown.
+    """
+
+    probe_seconds: float | None = None
+    step_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One size of probe.
+
+    Attributes:
+        prompts: m, of each refresh.
+        refreshes: within which the conflict is called with the power asked for; None where it takes more than
+            `power.MOST_LOOKS`, or where no number can be stated.
+        fewest, most: the same where signal over noise is one standard error larger, or smaller, than measured. Where
+            the signal is not established, `fewest` is at what it can be at most, and nothing else is stated.
+        steps: `refreshes` times `refresh_steps`.
+        seconds: of probing for each training step, in proportion to the prompts; None where unknown.
+        share: of the time of a training step without a probe; None where unknown.
+    """
+
+    prompts: int
+    refreshes: int | None
+    fewest: int | None
+    most: int | None
+    steps: int | None
+    seconds: float | None
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer to "what would this guard see?".
+
+    Attributes:
+        config: the run's settings; cosine, power: asked for.
+        noise: it rests on; signal: in it. `signal.size` is None where the probe holds no signal.
+        options: by rising prompts, the run's own size among them.
+        single: refreshes pooled -> prompts of each with which that one estimate has the power, None above
+            `power.MOST_PROMPTS`; empty without a signal.
+        cost: of the run.
+    """
+
+    config: GuardConfig
+    cosine: float
+    power: float
+    noise: Noise
+    signal: Signal
+    options: list[Option]
+    single: dict[int, int | None] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of a refresh in the run."""
+        return round(self.noise.prompts)
+
+    @property
+    def refreshes_for_signal(self) -> int | None:
+        """How many refreshes like these would establish both norms if they are as measured; None where one is not
+        even positive, or where both are established."""
+        norms = self.noise.value[1:].tolist()
+        if self.signal.size is not None or min(norms) <= 0:
+            return None
+        worst = max(self.noise.error(i) / norm for i, norm in enumerate(norms, 1))
+        return math.ceil(self.noise.refreshes * (1.645 * worst) ** 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested mappings and lists of what JSON knows; a signal that is not established has the error null."""
+        config = self.config
+        return {
+            "k": config.k,
+            "num_samples": config.num_samples,
+            "alert_rule": config.alert_rule,
+            "confidence": config.confidence,
+            "threshold": config.threshold,
+            "refresh_steps": config.refresh_steps,
+            "cosine": self.cosine,
+            "power": self.power,
+            "noise": self.noise.to_dict() | {"refreshes": self.noise.refreshes},
+            "signal": asdict(self.signal) | ({"error": None} if self.signal.size is None else {}),
+            "refreshes_for_signal": self.refreshes_for_signal,
+            "cost": asdict(self.cost),
+            "options": [asdict(option) for option in self.options],
+            "single": [{"refreshes": pool, "prompts": m} for pool, m in self.single.items()],
+        }
+
+
+def make_plan(
+    noise: Noise,
+    config: GuardConfig,
+    *,
+    cosine: float | None = None,
+    power: float = 0.9,
+    prompts: Sequence[int] = PROMPTS,
+    cost: Cost | None = None,
+) -> Plan:
+    """Plan for a conflict that is there from the start of a run, with the run's own n, k and rule.
+
+    Args:
+        noise: as measured.
+        config: of the run.
+        cosine: to be called a conflict; by default 0.2 below the threshold.
+        power: chance that it is.
+        prompts: sizes of probe to look at, beside the run's own.
+        cost: what the run has shown to cost.
+
+    Raises:
+        GuardError: a cosine that is no conflict, a power or a number of prompts outside its range.
+    """
+    cosine = max(-1.0, config.threshold - USUAL_GAP) if cosine is None else cosine
+    if not -1 <= cosine < config.threshold:
+        raise GuardError(
+            f"Expected -1 <= `cosine` < threshold; found cosine={cosine}, threshold={config.threshold:g}. Only a "
+            "cosine below the threshold is a conflict."
+        )
+    if not 0 < power <= _MOST_POWER:
+        raise GuardError(f"Expected 0 < `power` <= {_MOST_POWER}; found {power}.")
+    if any(m < 4 for m in prompts):
+        raise GuardError(f"Expected `prompts` >= 4; found {min(prompts)}.")
+    cost, own = cost or Cost(), round(noise.prompts)
+    signal = signal_of(noise, config.confidence)
+
+    def option(m: int) -> Option:
+        seconds = None
+        if cost.probe_seconds is not None:
+            seconds = cost.probe_seconds * m / noise.prompts / config.refresh_steps
+        share = seconds / cost.step_seconds if seconds is not None and cost.step_seconds else None
+
+        def within(size: float) -> int | None:
+            look = look_of(noise, size, cosine, m, config.threshold)
+            return looks_until_called(
+                look, _rule(config), power, confidence=config.confidence, pool=config.pool_refreshes
+            )
+
+        if signal.size is None:
+            return Option(m, None, within(signal.most) if signal.most > 0 else None, None, None, seconds, share)
+        found = within(signal.size)
+        low, high = (within(signal.size * math.exp(sign * signal.error)) for sign in (1, -1))
+        steps = None if found is None else found * config.refresh_steps
+        return Option(m, found, low, high, steps, seconds, share)
+
+    single = {}
+    if signal.size is not None:
+        for pool in sorted({1, config.pool_refreshes}):
+            single[pool] = fewest_prompts(
+                noise,
+                signal.size,
+                cosine,
+                power,
+                refreshes=pool,
+                threshold=config.threshold,
+                confidence=config.confidence,
+            )
+    options = [option(m) for m in sorted({*prompts, own})]
+    return Plan(config, cosine, power, noise, signal, options, single, cost)
+
+
+def _rule(config: GuardConfig) -> DecisionRule:
+    over_the_run = config.alert_rule == "whole_run"
+    return DecisionRule(config.patience, config.cooldown, 1 - config.confidence if over_the_run else None)
