@@ -97,3 +97,10 @@ def limits_of(model: Any) -> dict[str, int | None]:
     except (AttributeError, NotImplementedError):
         vocabulary = None
     return {"vocabulary": vocabulary, "context": context_length(model) if hasattr(model, "config") else None}
+
+
+def padding_token(processing_class: Any) -> int:
+    """What batches of the sketch are filled up with; a processor's is its tokenizer's."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    candidates = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
+    return next(token for token in candidates if token is not None)

@@ -6,7 +6,6 @@ probe set --sample--> rollouts --score--> outcomes --sketch--> Gram matrix --est
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, replace
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from passk_guard.assembly import check_groups, choose_verifier, held_out_source, limits_of
+from passk_guard.assembly import check_groups, choose_verifier, held_out_source, limits_of, padding_token
 from passk_guard.attachment import Attachment
 from passk_guard.compatibility import check_compatibility
 from passk_guard.config import GuardConfig
@@ -39,8 +38,6 @@ from passk_guard.sketch import ScoreSketcher
 from passk_guard.sources import HeldOut
 from passk_guard.telling import describe_error
 from passk_guard.types import ConflictEstimate, Outcomes, Rollouts
-
-logger = logging.getLogger(__name__)
 
 
 class PassKGuardCallback(TrainerCallback):
@@ -241,11 +238,8 @@ class PassKGuardCallback(TrainerCallback):
 
     def _announce(self) -> None:
         config, remark = self.config, self._mitigator.remark if self._mitigator is not None else None
-        what = "the training batch (not held out)"
-        if self._source is not None:
-            size = min(self._source.size, len(self._source.probe))
-            what = f"{size} of {len(self._source.probe)} held-out prompts x {config.num_samples} samples"
-            what += f", drawn anew every {config.resample_refreshes} refreshes" if config.resample_refreshes > 1 else ""
+        what = "the training batch (not held out)" if self._source is None else self._source.summary
+        what += f", drawn anew every {config.resample_refreshes} refreshes" if config.resample_refreshes > 1 else ""
         self._reporter.info(
             f"passk_guard watches cos(pass@1, pass@{config.k}) every {config.refresh_steps} steps on {what}; "
             f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "
@@ -253,14 +247,12 @@ class PassKGuardCallback(TrainerCallback):
         )
 
     def _refresher(self) -> Refresher:
-        tokenizer = getattr(self._trainer.processing_class, "tokenizer", self._trainer.processing_class)
-        candidates = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
         return Refresher(
             sketcher=self._sketcher,
             ranks=self._ranks,
             k=self.config.k,
             max_tokens=self._max_tokens,
-            pad_token_id=next(token for token in candidates if token is not None),
+            pad_token_id=padding_token(self._trainer.processing_class),
             autocast=self._trainer.accelerator.autocast,
             sample_fewer=getattr(getattr(self._source, "sampler", None), "sample_fewer", lambda: False),
             on_less_memory=self._use_fewer_tokens,

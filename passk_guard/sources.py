@@ -29,6 +29,12 @@ class HeldOut:
     num_samples: int
     seed: int
 
+    @property
+    def summary(self) -> str:
+        """For a log line: how much is sampled of how many prompts."""
+        size = min(self.size, len(self.probe))
+        return f"{size} of {len(self.probe)} held-out prompts x {self.num_samples} samples"
+
     def keys(self, refresh: int) -> list[Hashable]:
         """Identities of the m prompts of a refresh, in order."""
         return [self.probe.key(i) for i in self.probe.draw(refresh, self.size, self.seed)]
