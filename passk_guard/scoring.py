@@ -99,17 +99,18 @@ class Verifier:
             result = _settle(self.function(**self._arguments(rollouts, scored, trainer_state)))
         except (Exception, SystemExit) as error:
             _heed_signals(error)
-            # One bad completion must not void the others: find out which.
-            single = [self._attempt(self._arguments(rollouts, [i], trainer_state)) for i in scored]
-            return self._merge(_settle_all(single))
-        return self._numbers(result, len(scored)), 0, None
+        else:
+            return self._numbers(result, len(scored)), 0, None
+        # One bad completion must not void the others: find out which.
+        single = [self._attempt(self._arguments(rollouts, [i], trainer_state)) for i in scored]
+        return self._merge(_settle_all(single))
 
     def _attempt(self, arguments: dict[str, Any]) -> Any:
         try:
             return self.function(**arguments)
         except (Exception, SystemExit) as error:
             _heed_signals(error)
-            return error
+            return error.with_traceback(None)  # whose frames would keep this refresh until the collector comes
 
     def _merge(self, results: list[Any]) -> tuple[list[float], int, str | None]:
         errors = [f"{type(r).__name__}: {r}" for r in results if isinstance(r, BaseException)]

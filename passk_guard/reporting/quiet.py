@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from passk_guard.errors import GuardError
+from passk_guard.once import Once
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,8 @@ def quietly(method: Method) -> Method:
             raise
         except Exception as error:
             reason = f"{method.__name__}: {type(error).__name__}: {error}"
-            told: set[str] = vars(self).setdefault(_TOLD, set())
-            if reason not in told:
-                told.add(reason)
+            told: Once = vars(self).setdefault(_TOLD, Once())
+            if told.new(reason):
                 with suppress(Exception):
                     logger.warning("passk_guard: part of a report is missing (%s)", reason)
 
