@@ -28,8 +28,10 @@ def alive():
 
 
 def fails_after(original):
-    def failing(self, *args, **kwargs):
-        made = original(self, *args, **kwargs)
+    def failing(*args, **kwargs):
+        made = original(*args, **kwargs)
+        if isinstance(args[-1], TokenBatch) and int(args[-1].slots[0]) == -1:
+            return made  # the filler that a rank runs in its place
         raise ArithmeticError(f"not foreseen, with {made.numel()} numbers at hand")
 
     return failing
