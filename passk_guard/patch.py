@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Hashable
 from types import TracebackType
 from typing import Any
@@ -105,14 +106,16 @@ class _Layer:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return (replacement if self.active else original)(*args, **kwargs)
 
-        self.wrapper = wrapper
+        # Not held: in a cycle, what the wrapper refers to would outlive its removal until the collector comes.
+        self.wrapper = weakref.ref(wrapper)
         setattr(wrapper, _LAYER, self)
         setattr(obj, name, wrapper)
 
     def remove(self) -> None:
         self.active = False
-        if vars(self.obj).get(self.name) is not self.wrapper:
-            return  # something lies on top and calls through
+        current = vars(self.obj).get(self.name)
+        if current is None or current is not self.wrapper():
+            return  # something lies on top and calls through, or others took it off
         below = self.below
         while (layer := _layer_of(below)) is not None and not layer.active:
             below = layer.below
@@ -125,4 +128,4 @@ class _Layer:
 def _layer_of(method: Method | None) -> _Layer | None:
     """The layer that `method` is the wrapper of; functools.wraps copies the mark to others, hence the check."""
     layer = getattr(method, _LAYER, None)
-    return layer if isinstance(layer, _Layer) and layer.wrapper is method else None
+    return layer if isinstance(layer, _Layer) and layer.wrapper() is method else None

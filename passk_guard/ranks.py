@@ -75,5 +75,8 @@ class Ranks:
             failed = next(rank for rank, text in enumerate(reasons) if text is not None)
             reason = f"rank {failed}: {reasons[failed]}"
         if reason is not None:
-            raise VoidRefresh(reason) from cause
+            try:
+                raise VoidRefresh(reason) from cause
+            finally:
+                del cause  # in a cycle with its traceback, the tensors of the stage would wait for the collector
         return result  # type: ignore[return-value]

@@ -102,17 +102,18 @@ class Verifier:
             result = _settle(self.function(**self._arguments(rollouts, scored, trainer_state)))
         except (Exception, SystemExit) as error:
             _heed_signals(error)
-            # One bad completion must not void the others: find out which.
-            single = [self._attempt(rollouts, i, trainer_state) for i in scored]
-            return self._merge(_settle_all(single))
-        return self._numbers(result, len(scored)), 0, None
+        else:
+            return self._numbers(result, len(scored)), 0, None
+        # One bad completion must not void the others: find out which.
+        single = [self._attempt(rollouts, i, trainer_state) for i in scored]
+        return self._merge(_settle_all(single))
 
     def _attempt(self, rollouts: Rollouts, picked: int, trainer_state: Any) -> Any:
         try:
             return self.function(**self._arguments(rollouts, [picked], trainer_state))
         except (Exception, SystemExit) as error:
             _heed_signals(error)
-            return error
+            return error.with_traceback(None)  # whose frames would keep this refresh until the collector comes
 
     def _merge(self, results: list[Any]) -> tuple[list[float], int, str | None]:
         errors = [describe_error(r) for r in results if isinstance(r, BaseException)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from passk_guard.engines import GradientEngine
 from passk_guard.errors import VoidRefresh
 from passk_guard.mitigation import ProjectionResult, plan_projection
+from passk_guard.once import Once
 from passk_guard.ranks import Ranks
 from passk_guard.sketch import TokenBatch, filler_batch
 from passk_guard.telling import describe_error
@@ -63,7 +64,7 @@ class StepGuard:
         self._ranks, self._gamma, self._average, self._dtype = ranks, gamma, average, dtype
         self._on_failure, self._wanted = on_failure, wanted
         self._halvings = 0  # of the probe's batches, until the backward pass fits into memory
-        self._told: set[str] = set()
+        self._told = Once()
         self._sums: dict[str, float] = {}  # of the numbers of the steps since the last log row
         self._measured = 0
 
@@ -154,8 +155,7 @@ class StepGuard:
         self._measured += 1
 
     def _fail(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
+        if self._told.new(reason):
             self._on_failure(reason)
 
     # Across a checkpoint
@@ -236,5 +236,9 @@ class _KeepInStep:
 
     def raise_failure(self) -> None:
         """What went wrong, once all ranks are through."""
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # or its traceback would keep the gradient until the collector comes

@@ -86,7 +86,7 @@ class Aside(Generic[T]):
         return not self._done.is_set()
 
     def result(self, seconds: float | None = None) -> T:
-        """Its value, once it is there.
+        """Its value, once it is there; to be asked for once.
 
         Raises:
             Overdue: it is not there after `seconds`.
@@ -94,8 +94,12 @@ class Aside(Generic[T]):
         """
         if not self._done.wait(seconds):
             raise Overdue(f"was still running after {seconds:g} s")
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # in a cycle with its traceback, what the call held would wait for the collector
         return self._value  # type: ignore[return-value]
 
     def stop(self) -> None:
@@ -106,6 +110,8 @@ class Aside(Generic[T]):
     def _run(self) -> None:
         try:
             self._value = self._function()
+        except _Stop:
+            pass  # nobody waits any more
         except BaseException as error:
             self._error = error
         finally:

@@ -36,12 +36,12 @@ def until_it_fits(ranks: Ranks, attempt: Callable[[], T], smaller: Callable[[], 
             return attempt()
         except VoidRefresh as error:
             # Without its traceback, in whose frames the tensors of the attempt live on.
-            void, short = VoidRefresh(str(error)), out_of_memory(error)
+            reason, short = str(error), out_of_memory(error)
         if not ranks.max(int(short)):
-            raise void
+            raise VoidRefresh(reason)
         free_memory()
         if not smaller():
-            raise void
+            raise VoidRefresh(reason)
 
 
 def out_of_memory(error: BaseException | None) -> bool:

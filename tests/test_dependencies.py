@@ -17,6 +17,7 @@ LEAVES = {
     "pixels",
     "journal_file",
     "timeouts",
+    "once",
     "rollout_checks",
     "whole_file",
     "private_api",

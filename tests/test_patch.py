@@ -89,6 +89,14 @@ def test_removing_twice_or_without_installing_does_nothing():
     assert vars(greeter) == {}
 
 
+def test_removal_after_others_took_it_off_does_nothing():
+    greeter = Greeter()
+    patch = MethodPatch(greeter, "greet", adding("!")).install()
+    del greeter.greet
+    patch.remove()
+    assert vars(greeter) == {}
+
+
 def test_a_missing_method_is_named():
     with pytest.raises(GuardError, match="method `wave`; found Greeter"):
         MethodPatch(Greeter(), "wave", adding("!"))

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from passk_guard.errors import GuardError
+from passk_guard.once import Once
 from passk_guard.telling import describe_error
 
 logger = logging.getLogger(__name__)
@@ -31,9 +32,8 @@ def quietly(method: Method) -> Method:
             raise
         except Exception as error:
             reason = f"{method.__name__}: {describe_error(error)}"
-            told: set[str] = vars(self).setdefault(_TOLD, set())
-            if reason not in told:
-                told.add(reason)
+            told: Once = vars(self).setdefault(_TOLD, Once())
+            if told.new(reason):
                 with suppress(Exception):
                     logger.warning("passk_guard: part of a report is missing (%s)", reason)
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.once import Once
 from passk_guard.patch import Method, MethodPatch
 from passk_guard.private_api import check, is_trl, seams
 from passk_guard.telling import describe_error, one_line
@@ -48,7 +49,7 @@ class BatchTap:
         self.trainer = trainer
         self.on_rollouts = on_rollouts
         self._scored: tuple[Sequence[Any], Sequence[Sequence[int]], Tensor] | None = None
-        self._reasons: set[str] = set()
+        self._told = Once()
         self._patches = [
             MethodPatch(trainer, "_calculate_rewards", self._around_rewards, owner="BatchTap"),
             MethodPatch(trainer, "_generate_and_score_completions", self._around_generation, owner="BatchTap"),
@@ -99,8 +100,7 @@ class BatchTap:
             self.on_rollouts(*self._collect(inputs, output))
         except Exception as error:
             reason = one_line(str(error)) if isinstance(error, VoidRefresh) else describe_error(error)
-            if reason not in self._reasons:
-                self._reasons.add(reason)
+            if self._told.new(reason):
                 logger.warning("passk_guard: no estimate from the training batch: %s", reason)
 
     def _collect(self, inputs: Sequence[Mapping[str, Any]], output: Mapping[str, Any]) -> tuple[Rollouts, Tensor]:
