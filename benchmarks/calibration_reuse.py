@@ -1,6 +1,6 @@
 """Is the estimate calibrated where the completions are those of an earlier policy?
 
-    python -m benchmarks.calibration_reuse [--only draws runs fresh] [--repetitions 400] [--report]
+    python -m benchmarks.calibration_reuse [--only draws runs inner] [--repetitions 400] [--report]
 
 Prompts with 32 possible answers each, log-linear policies exp(phi . theta): the population of 600 prompts, so that the
 cosine of the present policy is exact (64 prompts x 16, k = 8). Every cell is about the same present policy, and so the
@@ -9,7 +9,7 @@ same truth.
 draws: one draw, of a policy displaced by `shift` times a random direction, by how far that is; "shift 0" is fresh.
 runs: the policy moves by `step` between refreshes, `resample_refreshes` of them from one draw, three draws pooled. The
     `lag` is exact: the cosine of the pooled policies less that of the newest.
-fresh: the fresh draw at a cosine of -0.4 alone, ten times as often.
+inner: bias of the inner product alone at a cosine of -0.4, fresh and reweighted, five times as often.
 
 JSON lines are appended to `--results`; `--report` shows them instead, and `--results
 benchmarks/calibration_reuse.jsonl --report` those that are kept.
@@ -28,6 +28,7 @@ import torch
 from benchmarks import calibration_reuse_runs as runs
 from benchmarks.calibration_reuse_draws import DIM, NOW, Draw, K, cosine_of, with_cosine
 from passk_guard.estimator import estimate_pooled
+from passk_guard.ustatistics import coefficients, prompt_kernel
 
 SHIFTS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 
@@ -64,12 +65,37 @@ def measure(cosine: float, shift: float, repetitions: int, seed: int) -> dict[st
     }
 
 
+def inner_bias(cosine: float, shift: float, repetitions: int, seed: int) -> dict[str, float]:
+    """The inner product of one draw alone, without the interval, so that many repetitions are cheap."""
+    population, generator = with_cosine(cosine), torch.Generator().manual_seed(seed)
+    exact, found = float(population.products(NOW)[0]), []
+    for _ in range(repetitions):
+        direction = torch.randn(DIM, generator=generator, dtype=torch.float64)
+        drawn = Draw(population, NOW - shift * direction / direction.norm(), generator)
+        probe, _ = drawn.look(NOW, fresh=not shift)
+        one, many = coefficients(probe, torch.tensor([1, K]))
+        kernel = prompt_kernel(probe, one, many)
+        found.append(float(kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1)))
+    off = torch.tensor(found, dtype=torch.float64) - exact
+    error = float(off.std()) / repetitions**0.5
+    return {
+        "cosine": cosine,
+        "shift_of_inner": shift,
+        "repetitions": repetitions,
+        "inner": exact,
+        "inner_bias": float(off.mean()),
+        "inner_bias_error": error,
+        "inner_bias_in_errors": round(float(off.mean()) / error, 2),
+    }
+
+
 def records(parts: Sequence[str], cosines: Sequence[float], repetitions: int, seed: int) -> Iterator[dict[str, float]]:
     for cosine in cosines if "draws" in parts else ():
         for i, shift in enumerate(SHIFTS):
             yield measure(cosine, shift, repetitions, seed + i)
-    if "fresh" in parts:
-        yield measure(-0.4, 0.0, 10 * repetitions, seed + 100)
+    if "inner" in parts:
+        for i, shift in enumerate((0.0, 0.3)):
+            yield inner_bias(-0.4, shift, 5 * repetitions, seed + 100 + i)
     for cosine in cosines if "runs" in parts else ():
         for i, (step, refreshes) in enumerate(itertools.product(runs.STEPS, runs.REFRESHES)):
             yield runs.measure(cosine, refreshes, step, repetitions, seed + 200 + i)
@@ -77,7 +103,7 @@ def records(parts: Sequence[str], cosines: Sequence[float], repetitions: int, se
 
 def report(found: Sequence[dict[str, float]]) -> None:
     """A table for each kind of record."""
-    for kind in ("shift", "step"):
+    for kind in ("shift", "step", "shift_of_inner"):
         rows = [record for record in found if kind in record]
         for i, record in enumerate(rows):
             if i == 0:
@@ -87,7 +113,7 @@ def report(found: Sequence[dict[str, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("draws", "runs", "fresh")
+    parts = ("draws", "runs", "inner")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--cosines", nargs="+", type=float, default=(0.0, -0.4))
     parser.add_argument("--repetitions", type=int, default=400)

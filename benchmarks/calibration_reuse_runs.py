@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.calibration_reuse_draws import NOW, Draw, K, LogLinear, cosine_of, with_cosine
 from passk_guard.config import GuardConfig
 from passk_guard.estimator import estimate_pooled
+from passk_guard.intervals import student_t_quantile
 from passk_guard.memory import Memory
 
 POOL = 3
@@ -67,7 +68,7 @@ def measure(cosine: float, refreshes: int, step: float, repetitions: int, seed: 
         lags, shares, early = lags + pooled - truth, shares + run.share, early + run.early
         estimate = estimate_pooled(run.memory.history, K)
         conflicts += estimate.status == "conflict"
-        half = 1.96 * (estimate.inner_product_se or 0.0)
+        half = student_t_quantile(0.975, estimate.degrees or 1.0) * (estimate.inner_product_se or 0.0)
         held_inner.append(abs((estimate.inner_product or 0.0) - inner) <= half)
         if estimate.cosine is not None:
             cosines.append(estimate.cosine - truth)
