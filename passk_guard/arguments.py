@@ -38,6 +38,8 @@ def as_real(value: Any, name: str) -> float:
     Raises:
         GuardError: no real number, or a whole one beyond any float.
     """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
     try:
         if isinstance(value, Real) and not isinstance(value, bool):
             return float(value)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from passk_guard.arguments import as_real
 from passk_guard.errors import GuardError
 from passk_guard.run_evidence import RunEvidence
+from passk_guard.telling import brief
 from passk_guard.types import ConflictEstimate, Status
 
 
@@ -27,9 +29,10 @@ class DecisionRule:
 
     def __post_init__(self) -> None:
         for name in ("patience", "cooldown"):
-            if getattr(self, name) < 1:
-                raise GuardError(f"Expected `{name}` >= 1; found {getattr(self, name)}.")
-        if self.false_alarms is not None and not 0 < self.false_alarms < 1:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise GuardError(f"Expected a whole number `{name}` >= 1; found {brief(value)}.")
+        if self.false_alarms is not None and not 0 < as_real(self.false_alarms, "false_alarms") < 1:
             raise GuardError(f"Expected 0 < `false_alarms` < 1, or None; found {self.false_alarms}.")
 
 

@@ -16,17 +16,23 @@ from dataclasses import dataclass
 import torch
 
 from passk_guard.agreement import informative
+from passk_guard.arguments import as_real
+from passk_guard.errors import GuardError
 from passk_guard.types import ProbeGram
 from passk_guard.ustatistics import passk_rows, refresh_moments
 
 LARGEST_SCORE = 3.0
 """Scores are cut here: the calibration vouches for p-values down to 0.001, not for what lies beyond."""
 
+SMALLEST_SCORE = -1000.0
+"""And here: no p-value tells lower ones apart, and the squares of far lower ones would leave only rounding."""
+
 HANDICAP = 0.1
 """Taken off every score: in the calibration their mean is up to 0.07 above 0 where there is no conflict, since the
 variance of a skewed average goes with its value, and over hundreds of looks that would add up."""
 
 _FEWEST_PROMPTS = 3
+_LARGEST_T = 1e100  # its square is finite
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,17 @@ class RunEvidence:
     before: int = 0
 
     def with_score(self, score: float | None) -> RunEvidence:
-        """One look more; None, a look without a score, changes nothing."""
-        return self if score is None else RunEvidence((*self.scores, min(score, LARGEST_SCORE)), self.before)
+        """One look more; None, a look without a score, changes nothing.
+
+        Raises:
+            GuardError: the score is NaN, or no number.
+        """
+        if score is None:
+            return self
+        score = as_real(score, "score")
+        if math.isnan(score):
+            raise GuardError("Expected a score, or None for a look without one; found NaN.")
+        return RunEvidence((*self.scores, max(SMALLEST_SCORE, min(score, LARGEST_SCORE))), self.before)
 
     def restarted(self) -> RunEvidence:
         """Forget the scores, not how many there were: another alarm needs evidence of its own."""
@@ -123,5 +138,6 @@ def normal_score(t: float, degrees: float) -> float:
     Args:
         degrees: of freedom, >= 2. At most 0.06 above the exact score for |t| <= 8, 0.02 from 10 degrees on.
     """
+    t = max(-_LARGEST_T, min(t, _LARGEST_T))
     size = math.sqrt(degrees * math.log1p(t * t / degrees)) * (8 * degrees + 1) / (8 * degrees + 3)
     return math.copysign(size, t)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.telling import brief
 
 Weighting = Callable[[Tensor], Tensor]
 
@@ -45,15 +47,33 @@ def combine(gramian: Tensor, method: str | Weighting) -> Tensor:
         GuardError: an unknown method, torchjd not installed, or a matrix of another shape.
         VoidRefresh: a matrix with NaN or inf, or whose diagonal is not positive; or weights that are not finite.
     """
-    if tuple(gramian.shape) != (2, 2):
-        raise GuardError(f"Expected a [2, 2] Gram matrix [[gg, gp], [gp, pp]]; found the shape {list(gramian.shape)}.")
+    if not isinstance(gramian, Tensor) or gramian.is_complex() or tuple(gramian.shape) != (2, 2):
+        found = list(gramian.shape) if isinstance(gramian, Tensor) else type(gramian).__name__
+        raise GuardError(f"Expected a real [2, 2] Gram matrix [[gg, gp], [gp, pp]]; found {found}.")
     wide = gramian.detach().double()
-    if not bool(torch.isfinite(wide).all()) or not bool((wide.diagonal() > 0).all()):
+    if not bool(torch.isfinite(wide).all()) or not bool((wide.diagonal() > 0).all()) or not _possible(wide):
         raise VoidRefresh(f"no weights follow from the Gram matrix {wide.tolist()}")
-    weights = _weighting(method)(wide * (2.0 / wide.trace())) if isinstance(method, str) else method(wide)
+    chosen = _weighting(method) if isinstance(method, str) else method
+    if not callable(chosen):
+        raise GuardError(f"Expected `method` to be a name or a weighting of torchjd; found {brief(method)}.")
+    weights = chosen(_of_trace_2(wide) if isinstance(method, str) else wide)
+    if not isinstance(weights, Tensor) or weights.shape != (2,):
+        raise GuardError(f"Expected a weighting that returns 2 weights; {brief(method)} gave {brief(weights)}.")
     if not bool(torch.isfinite(weights).all()):
         raise VoidRefresh(f"{method} gave the weights {weights.tolist()} for the Gram matrix {wide.tolist()}")
     return weights.detach().to(wide)
+
+
+def _possible(gramian: Tensor) -> bool:
+    """Symmetric, and |<g, p>| <= |g||p|, up to rounding."""
+    (gg, gp), (pg, pp) = gramian.tolist()
+    length = math.sqrt(gg) * math.sqrt(pp)
+    return abs(gp - pg) <= 1e-3 * length and max(abs(gp), abs(pg)) <= 1.001 * length
+
+
+def _of_trace_2(gramian: Tensor) -> Tensor:
+    halved = gramian / gramian.diagonal().max()  # the sum of two large numbers may be infinite
+    return halved * (2.0 / halved.trace())
 
 
 def _weighting(name: str) -> Weighting:

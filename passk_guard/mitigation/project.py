@@ -35,8 +35,9 @@ from torch import Tensor
 
 from passk_guard.arguments import as_real
 from passk_guard.errors import GuardError
+from passk_guard.telling import brief
 
-_LARGEST = torch.finfo(torch.float32).max
+_LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def plan_projection(inner: float, norm_g_sq: float, norm_p_sq: float, gamma: flo
     c scales with |g| / |p|, the cosines do not scale: g may come multiplied by a loss scale, and the coefficient then
     is the one for that g.
     """
-    gamma = as_real(gamma, "gamma")
+    gamma, inner = as_real(gamma, "gamma"), as_real(inner, "inner")
+    norm_g_sq, norm_p_sq = as_real(norm_g_sq, "norm_g_sq"), as_real(norm_p_sq, "norm_p_sq")
     if not 0.0 <= gamma < 1.0:
         raise GuardError(f"Expected `gamma` in [0, 1); found {gamma}. The usual value is 0.2.")
     reason = _no_answer(inner, norm_g_sq, norm_p_sq)
@@ -91,8 +93,9 @@ def plan_projection(inner: float, norm_g_sq: float, norm_p_sq: float, gamma: flo
     if cosine >= gamma:
         return ProjectionResult(0.0, cosine, cosine, norm_g, norm_g)
     coefficient = (gamma - cosine) * (norm_g / norm_p)
-    if coefficient > _LARGEST:
-        return ProjectionResult(0.0, cosine, cosine, norm_g, norm_g, "the coefficient overflows float32")
+    if not _SMALLEST <= coefficient <= _LARGEST:  # the sum would take it for infinite or for zero
+        reason = f"the coefficient {'over' if coefficient > 1 else 'under'}flows float32"
+        return ProjectionResult(0.0, cosine, cosine, norm_g, norm_g, reason)
     growth = math.sqrt(1.0 + gamma * gamma - cosine * cosine)
     after = gamma / growth if growth > 0.0 else None  # gamma = 0 and opposite vectors: nothing is left
     return ProjectionResult(coefficient, cosine, after, norm_g, norm_g * growth)
@@ -141,11 +144,17 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 def _check_match(grads: Sequence[Tensor], protected: Sequence[Tensor]) -> None:
+    for name, given in (("grads", grads), ("protected", protected)):
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise GuardError(f"Expected `{name}` to be a list of tensors; found {brief(given)}.")
     if len(grads) != len(protected):
         raise GuardError(f"Expected `protected` as long as `grads`; found {len(protected)} and {len(grads)}.")
     for i, (g, p) in enumerate(zip(grads, protected, strict=True)):
         if g is None or p is None:
             raise GuardError(f"Expected tensors; found None at {i}. Leave such a parameter out of both lists.")
+        for part in (g, p):
+            if not isinstance(part, Tensor) or not part.is_floating_point():
+                raise GuardError(f"Expected tensors of floating dtypes; found {brief(part)} at {i}.")
         if g.shape != p.shape:
             raise GuardError(
                 f"Expected equal shapes; found {tuple(g.shape)} in `grads` and {tuple(p.shape)} in `protected` at {i}. "
