@@ -21,6 +21,7 @@ from passk_guard.attachment import Attachment
 from passk_guard.compatibility import check_compatibility
 from passk_guard.config import GuardConfig
 from passk_guard.decision import DecisionRule, decide
+from passk_guard.engines import untraced
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.estimator import estimate_pooled
 from passk_guard.isolation import seeded, untouched
@@ -152,7 +153,11 @@ class PassKGuardCallback(TrainerCallback):
         began = time.perf_counter()
         try:
             seed = self.config.probe_seed * 1_000_003 + step_number
-            with untouched(self._trainer.model, self._trainer.processing_class), seeded(seed):
+            with (
+                untouched(self._trainer.model, self._trainer.processing_class),
+                untraced(self._trainer.model_wrapped),
+                seeded(seed),
+            ):
                 refresh = self._refresher().run(sample, keys, seed)
                 memory = self.memory.with_refresh(refresh.probe, self.config.pool_refreshes, step_number)
                 estimate = self._ranks.together(lambda: self._estimate(memory))
