@@ -32,9 +32,14 @@ class Sharder:
 
 def test_what_the_body_recorded_is_forgotten_also_when_it_raises():
     coordinator = Coordinator(order=False)
-    with pytest.raises(ZeroDivisionError), untraced(engine(coordinator)):
-        coordinator.order = True
-        raise ZeroDivisionError
+
+    def probe():
+        with untraced(engine(coordinator)):
+            coordinator.order = True
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        probe()
     assert not coordinator.order
 
 
