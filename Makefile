@@ -60,7 +60,8 @@ test-distributed: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not distributed and not gpu"
 
-# Runs that are killed and resumed, on one process and under ZeRO: long, and not part of CI yet.
+# Runs that are killed at drawn moments and resumed: one process, and two ranks of DDP, ZeRO-2 and ZeRO-3. Not part of CI
+# until it has been timed there and passed several times in a row.
 test-resume: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m resume
 

@@ -20,6 +20,7 @@ from passk_guard.attachment import Attachment
 from passk_guard.compatibility import check_compatibility
 from passk_guard.config import GuardConfig
 from passk_guard.decision import DecisionRule, decide
+from passk_guard.engines import untraced
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.estimator import estimate_pooled
 from passk_guard.isolation import seeded, untouched
@@ -154,8 +155,8 @@ class PassKGuardCallback(TrainerCallback):
     ) -> None:
         began = time.perf_counter()
         try:
-            seed = self.config.probe_seed * 1_000_003 + step_number
-            with untouched(self._trainer.model, self._trainer.processing_class), seeded(seed):
+            trainer, seed = self._trainer, self.config.probe_seed * 1_000_003 + step_number
+            with untouched(trainer.model, trainer.processing_class), untraced(trainer.model_wrapped), seeded(seed):
                 refresh = self._keeper.refresh(self._refresher(), sample, keys, seed)
                 memory = self.memory.with_refresh(refresh.probe, self.config.pool_refreshes, step_number)
                 estimate = self._ranks.together(lambda: self._estimate(memory))
@@ -163,8 +164,7 @@ class PassKGuardCallback(TrainerCallback):
                 if self._mitigator is not None:
                     memory = self._mitigator.react(refresh, estimate, memory)
         except Exception as error:  # whatever it was, training goes on
-            reason = str(error) if isinstance(error, VoidRefresh) else describe_error(error)
-            self._void(step_number, reason)
+            self._void(step_number, str(error) if isinstance(error, VoidRefresh) else describe_error(error))
             return
         decision, evidence, verdict = decide(
             memory.decision, memory.evidence, estimate, score, self._rule, fresh=not refresh.probe.reused

@@ -94,7 +94,8 @@ def test_where_the_trainer_itself_does_not_resume_exactly(where, tmp_path):
     whole, cut = (events(tmp_path / "observe" / folder) for folder in ("whole", "cut"))
     first = [event for event in whole if event["step"] <= kill.step]
     assert cut[: len(first)] == first
-    assert first[-1]["refreshes"] == 3, "pooled with refreshes from before the kill"
+    newest = [event for event in first if event["event"] == "refresh"][-1]
+    assert (newest["step"], newest["refreshes"]) == (kill.step, 3), "pooled with refreshes from before the kill"
     steps = [[event["step"] for event in events if event["event"] == "refresh"] for events in (cut, whole)]
     assert steps[0] == steps[1], "of other weights, so the verdicts may differ"
     drawn = [list(probe[3]) for probe in watched["memory"]["history"]]
