@@ -50,7 +50,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_analyze(commands, arguments)
     _add_report(commands)
-    _add_plan(commands)
+    _add_plan(commands, arguments)
     schema = commands.add_parser("schema", help="print the JSON schema of the guard's settings")
     schema.set_defaults(func=_schema)
     check = commands.add_parser("check", help="validate a YAML or JSON file of settings")
@@ -82,7 +82,10 @@ def _add_report(commands: Any) -> None:
     parser.set_defaults(func=_report)
 
 
-def _add_plan(commands: Any) -> None:
+def _add_plan(commands: Any, arguments: Sequence[str]) -> None:
+    if "plan" not in arguments:
+        commands.add_parser("plan", help="how many prompts and refreshes it takes to see a conflict", add_help=False)
+        return
     from passk_guard.planning.command import add_parser
 
     add_parser(commands)

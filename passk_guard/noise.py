@@ -82,7 +82,7 @@ def measure_noise(probe: ProbeGram, k: int) -> Noise | None:
     moments = refresh_moments(probe, passk_rows(torch.tensor([k]))) if m >= _FEWEST_PROMPTS else None
     if moments is None or not bool(moments.jackknife[0].any()):
         return None
-    degenerate = moments.overshoot[0] / (4 / (m * (m - 2)) - 2 / (m * (m - 1)))
+    degenerate = moments.overshoots.sum(0)[0] / (4 / (m * (m - 2)) - 2 / (m * (m - 1)))
     return Noise(
         prompts=m,
         refreshes=1,

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from passk_guard import GuardConfig, ProbeGram
+from passk_guard.analysis import Analysis
+from passk_guard.analysis.folder import JSON_NAME
 from passk_guard.cli import main
 from passk_guard.errors import GuardError
 from passk_guard.journal_file import read_journal
@@ -15,6 +17,7 @@ from passk_guard.planning import Cost, make_plan, outlook, refresh_noise
 from passk_guard.planning.past import past_of
 from passk_guard.reporting import Journal
 from passk_guard.reporting.pace import Pace
+from tests.analysis.cases import synthetic
 from tests.populations import draw, population
 from tests.test_callback import FixedSampler, conflicted, guard_of
 from tests.tiny import tiny_lm_trainer
@@ -120,7 +123,7 @@ def test_prompts_that_are_always_solved_are_named():
 def test_the_newest_refreshes_alone(run_dir, capsys):
     folder = run_dir([*probes(3, noise=1.0), *probes(3)])
     past = past_of(read_journal(folder), 3)
-    assert (past.first, past.last, past.noise.refreshes) == (15, 25, 3)
+    assert (past.where, past.noise.refreshes) == (f"{folder}, 3 refreshes, steps 15 to 25", 3)
     assert "steps 15 to 25" in call(capsys, folder, "--last", 3)[1]
 
 
@@ -172,6 +175,23 @@ def test_settings_that_no_run_has(run_dir, capsys):
 
 def test_settings_of_a_later_version_are_left_out(run_dir):
     assert past_of(read_journal(run_dir(probes(3), {"novelty": 1}))).config == GuardConfig()
+
+
+def test_from_an_analysis(tmp_path, capsys):
+    analysis = synthetic(60)
+    path = tmp_path / JSON_NAME
+    path.write_text(json.dumps(analysis.to_dict()))
+    for where in (tmp_path, path):
+        status, out, _ = call(capsys, where, "--cosine", -0.4)
+        assert status == 0
+        assert f"{path}: cos(pass@1, pass@{max(analysis.settings['ks'])}) on 60 prompts" in out
+    old = {name: value for name, value in analysis.to_dict().items() if name != "noise"}
+    assert Analysis.from_dict(old).noise is None
+    for content, words in ((json.dumps(old), "writes it anew"), ("[]", "Expected an analysis"), ("{", "an analysis")):
+        path.write_text(content)
+        status, out, err = call(capsys, tmp_path)
+        assert (status, out) == (1, "")
+        assert words in err
 
 
 def test_the_line_of_a_run():

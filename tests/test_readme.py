@@ -90,7 +90,7 @@ def test_numbers_of_the_mitigations_are_documented():
 def test_commands_and_pictures_exist():
     from passk_guard.cli import main
 
-    for command in ("report", "analyze", "check", "schema"):
+    for command in ("report", "plan", "analyze", "check", "schema"):
         assert f"passk-guard {command}" in README
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])

@@ -12,6 +12,7 @@ from passk_guard.analysis.prompts import prompt_records, prompt_text
 from passk_guard.analysis.record import Analysis, AtK, Number, Sketch
 from passk_guard.analysis.settings import Settings
 from passk_guard.estimator import estimate_pooled
+from passk_guard.noise import measure_noise
 from passk_guard.probe import ProbeSet
 from passk_guard.refresh import Refresh
 from passk_guard.types import ProbeGram
@@ -48,6 +49,7 @@ def conclude(
     at_k = [measure_at(probe, k, estimates.get(k), settings.confidence) for k in settings.ks]
     texts = [prompt_text(prompts[i]) for i in names]
     constant = ~mixed(probe)
+    noise = measure_noise(probe, settings.k)
     grams = {what: one.probe for what, one in measured.refreshes.items()}
     return Analysis(
         model=model,
@@ -67,6 +69,7 @@ def conclude(
         predictions=predictions(probe, estimates, settings),
         paper=paper_table(grams, settings) if settings.protocol == "paper" else None,
         sketch=measured.sketch,
+        noise=None if noise is None else noise.to_dict(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -20,6 +20,9 @@ def analysis_from(data: Mapping[str, Any]) -> record.Analysis:
 
 def _record(kind: type[T], data: Any) -> T:
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if isinstance(data, Mapping):  # what came later has a default, and is not in older files
+        later = {field.name for field in fields(kind) if field.default is not MISSING} - data.keys()  # type: ignore[arg-type]
+        names -= later
     if not isinstance(data, Mapping) or data.keys() != names:
         found = sorted(data.keys() ^ names) if isinstance(data, Mapping) else type(data).__name__
         raise GuardError(f"Expected the fields of {kind.__name__} in an analysis; found a difference: {found}.")

@@ -219,6 +219,8 @@ class Analysis:
             that of E[w_k a] alone.
         prompts, kernel, predictions, paper, sketch: see there. `paper` is None without `protocol="paper"`.
         version: of this layout.
+        noise: at the largest k, for `passk-guard plan`: `Noise.to_dict`; None below 4 prompts or without a gradient,
+            and in analyses of before it was written.
     """
 
     model: dict[str, str]
@@ -239,6 +241,7 @@ class Analysis:
     paper: PaperTable | None
     sketch: Sketch
     version: int = field(default=VERSION)
+    noise: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Nested mappings and lists of what JSON knows; the layout of `analysis.json`."""

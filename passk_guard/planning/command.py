@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from passk_guard.journal_file import read_journal
-from passk_guard.planning.past import past_of
+from passk_guard.planning.past import read_past
 from passk_guard.planning.plan import PROMPTS, make_plan
 from passk_guard.planning.words import describe_plan
 
@@ -18,11 +17,12 @@ def add_parser(subparsers: Any) -> None:
     """Add `plan` to an `argparse` subparsers object; its `func` default is `run`."""
     parser = subparsers.add_parser(
         "plan",
-        help="how many prompts and refreshes it takes to see a conflict, and what they cost",
+        help="how many prompts and refreshes it takes to see a conflict",
         description="From the noise in `passk_guard.jsonl`: within how many refreshes a conflict of a given size would "
-        "be called, on a probe of this and of other sizes, and the cost of each. Also while the run goes on.",
+        "be called, on a probe of this and of other sizes, and the cost of each. Also while the run goes on. From "
+        "`analysis.json` for a run with the guard's defaults, without cost.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="output folder of a guarded run")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="output folder of a guarded run, or of analyze")
     parser.add_argument("--cosine", type=float, help="of the conflict; default: 0.2 below the run's threshold")
     parser.add_argument("--power", type=float, default=0.9, help="chance that it is called; default: 0.9")
     parser.add_argument(
@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         GuardError: nothing to plan from, or numbers outside their range; says what to do.
     """
-    journal = read_journal(args.run_dir)
-    past = past_of(journal, args.last)
+    past = read_past(args.run_dir, args.last)
     plan = make_plan(
         past.noise, past.config, cosine=args.cosine, power=args.power, prompts=args.prompts, cost=past.cost
     )
@@ -52,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign still gets the table
-    steps = f"steps {past.first} to {past.last}" if past.first != past.last else f"step {past.first}"
-    for line in describe_plan(plan, f"{args.run_dir}, {past.noise.refreshes} refreshes, {steps}"):
+    for line in describe_plan(plan, past.where):
         print(line)
     return 0

@@ -1,37 +1,53 @@
-"""What the journal of a run holds to plan from: its noise, its settings, its costs."""
+"""What a run or an analysis has left to plan from: its noise, its settings, its costs."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 from pydantic import ValidationError
 
 from passk_guard.config import GuardConfig
 from passk_guard.errors import GuardError
-from passk_guard.journal_file import Event, RunJournal
+from passk_guard.journal_file import JOURNAL_NAME, Event, RunJournal, read_journal
 from passk_guard.noise import Noise, average_noise, noise_from
 from passk_guard.planning.plan import Cost
+
+ANALYSIS_NAME = "analysis.json"  # `analysis.folder` has it too, and takes seconds to import
 
 
 @dataclass(frozen=True)
 class Past:
-    """A run, as far as a plan needs it.
+    """A run or an analysis, as far as a plan needs it.
 
     Attributes:
         noise: on average over its refreshes.
         config: its settings.
         cost: medians over those refreshes.
-        first, last: their steps.
+        where: in words, what the noise was measured in.
     """
 
     noise: Noise
     config: GuardConfig
     cost: Cost
-    first: int
-    last: int
+    where: str
+
+
+def read_past(folder: Path, newest: int | None = None) -> Past:
+    """Of the output folder of a run or of an analysis, or of the file itself.
+
+    Raises:
+        GuardError: as `past_of` or `past_of_analysis`, or nothing there.
+    """
+    analysis = folder / ANALYSIS_NAME if folder.is_dir() else folder
+    if analysis.name == ANALYSIS_NAME and analysis.exists() and not (folder / JOURNAL_NAME).exists():
+        return past_of_analysis(analysis)
+    return past_of(read_journal(folder), newest)
 
 
 def past_of(journal: RunJournal, newest: int | None = None) -> Past:
@@ -53,11 +69,38 @@ def past_of(journal: RunJournal, newest: int | None = None) -> Past:
     chosen = measured[-newest:] if newest else measured
     return Past(
         noise=average_noise([noise_from(event["noise"]) for event in chosen]),
-        config=_settings(journal),
+        config=_config(journal.path, journal.settings),
         cost=Cost(_median(chosen, "probe_seconds"), _median(chosen, "step_seconds")),
-        first=chosen[0]["step"],
-        last=chosen[-1]["step"],
+        where=_where(journal, chosen),
     )
+
+
+def past_of_analysis(path: Path) -> Past:
+    """Read `analysis.json` for a plan: of a run with the defaults of the guard, and of no known cost.
+
+    Raises:
+        GuardError: no analysis that can be read, or one without noise, and what to run.
+    """
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        settings, noise = data["settings"], data.get("noise")
+        known = {name: settings[name] for name in ("num_samples", "threshold", "confidence")}
+        k = max(settings["ks"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise GuardError(f"Expected an analysis in {path}; found {error!r}.") from error
+    if not isinstance(noise, dict):
+        raise GuardError(
+            f"Expected the noise of the probe in {path}; found none: fewer than 4 prompts, none with a gradient, or an "
+            "analysis of an earlier version. The command that made it writes it anew without sampling again."
+        )
+    return Past(average_noise([noise_from(noise)]), _config(path, known | {"k": k}), Cost(), str(path))
+
+
+def _where(journal: RunJournal, events: Sequence[Event]) -> str:
+    first, last = events[0]["step"], events[-1]["step"]
+    if first == last:
+        return f"{journal.path.parent}, 1 refresh, step {first}"
+    return f"{journal.path.parent}, {len(events)} refreshes, steps {first} to {last}"
 
 
 def _nothing(journal: RunJournal, events: Sequence[Event]) -> str:
@@ -74,12 +117,12 @@ def _nothing(journal: RunJournal, events: Sequence[Event]) -> str:
     )
 
 
-def _settings(journal: RunJournal) -> GuardConfig:
-    known = {name: journal.settings[name] for name in GuardConfig.__dataclass_fields__ if name in journal.settings}
+def _config(path: Path, settings: Mapping[str, Any]) -> GuardConfig:
+    """Those that this version knows."""
     try:
-        return GuardConfig(**known)
+        return GuardConfig(**{name: settings[name] for name in GuardConfig.__dataclass_fields__ if name in settings})
     except ValidationError as error:
-        raise GuardError(f"Settings in {journal.path}: {error}") from error
+        raise GuardError(f"Settings in {path}: {error}") from error
 
 
 def _median(events: Sequence[Event], name: str) -> float | None:
