@@ -103,7 +103,8 @@ def measure(model_dir: Path, source: str, steps: int, setting: Setting = SHORT) 
         trainer.add_callback(guard)
         with PassKObjective(trainer, k=8):
             trainer.train()
-        spent = [row["passk_guard/probe_seconds"] for row in trainer.state.log_history if "passk_guard/probe_seconds" in row]
+        name = "passk_guard/probe_seconds"
+        spent = [row[name] for row in trainer.state.log_history if name in row]
     every = config.refresh_steps
     unguarded = [seconds for step, seconds in enumerate(clock.seconds) if step % every and step > 0]
     floor = frozen_pass(trainer.model, setting, guard, source)
