@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from passk_guard.checkpoint_values import listed, mapping, one_of, real, whole
 from passk_guard.decision import DecisionState
+from passk_guard.gram_checks import checked_probe
 from passk_guard.mitigation import FloorState
-from passk_guard.run_evidence import RunEvidence
-from passk_guard.types import ProbeGram
+from passk_guard.run_evidence import LARGEST_SCORE, SMALLEST_SCORE, RunEvidence
+from passk_guard.types import ProbeGram, Status
 from passk_guard.whole_file import save_whole
 
 FILE_NAME = "passk_guard.pt"
 _FORMAT = 1
+_STATUSES = get_args(Status)
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,37 @@ def load_memory(folder: Path) -> Memory | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):
+        return _restored(torch.load(path, weights_only=True, map_location="cpu"))
+    except Exception:  # of a damaged file torch raises whatever its reader stumbles over
         return None
-    if content.get("format") != _FORMAT:
-        return None
+
+
+def _restored(content: Any) -> Memory:
+    """Raises ValueError, KeyError, TypeError or GuardError for what `save_memory` never wrote."""
+    content = mapping(content)
+    one_of(content.get("format"), _FORMAT)
+    decision = mapping(content["decision"])
+    floor = mapping(content.get("floor", {}))  # this and the next are absent in the first versions
+    evidence = mapping(content.get("evidence", {}))
     return Memory(
-        decision=DecisionState(**content["decision"]),
-        history=tuple(ProbeGram(**probe) for probe in content["history"]),
-        voids=content["voids"],
-        step=content["step"],
-        floor=FloorState(**content.get("floor", {})),  # this and the next are absent in the first versions
-        evidence=RunEvidence(**content.get("evidence", {})),
+        decision=DecisionState(
+            verdict=one_of(decision["verdict"], *_STATUSES),
+            candidate=one_of(decision["candidate"], *_STATUSES, None),
+            streak=whole(decision["streak"]),
+        ),
+        history=tuple(_probe(mapping(probe)) for probe in listed(content["history"])),
+        voids=whole(content["voids"]),
+        step=whole(content["step"], -1),
+        floor=FloorState(real(floor.get("floor", 0.0), 0.0), real(floor.get("precision", 0.0), 0.0)),
+        evidence=RunEvidence(
+            tuple(real(score, SMALLEST_SCORE, LARGEST_SCORE) for score in listed(evidence.get("scores", ()))),
+            whole(evidence.get("before", 0)),
+        ),
     )
+
+
+def _probe(content: dict[str, Any]) -> ProbeGram:
+    probe = checked_probe(ProbeGram(**content), 1)
+    if not all(isinstance(key, str) for key in probe.prompt_keys):
+        raise ValueError("keys of prompts were expected")
+    return probe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ from passk_guard.engines import GradientEngine
 from passk_guard.errors import VoidRefresh
 from passk_guard.mitigation import ProjectionResult, plan_projection
 from passk_guard.once import Once
+from passk_guard.protected_share import Share, share_of
 from passk_guard.ranks import Ranks
 from passk_guard.sketch import TokenBatch, filler_batch
-from passk_guard.telling import describe_error
+from passk_guard.telling import brief, describe_error, one_line
 from passk_guard.token_budget import halved, largest, until_it_fits
 from passk_guard.whole_file import save_whole
 
@@ -61,6 +61,7 @@ class StepGuard:
         self.engine, self.open = engine, False
         self.protected: list[Tensor] | None = None
         self._norm_sq: float | None = None  # of the protected direction; the same for all its steps
+        self._proven = True  # whether the protected direction is known to be of this model
         self._ranks, self._gamma, self._average, self._dtype = ranks, gamma, average, dtype
         self._on_failure, self._wanted = on_failure, wanted
         self._halvings = 0  # of the probe's batches, until the backward pass fits into memory
@@ -102,6 +103,7 @@ class StepGuard:
             self._halvings += 1
             return True
 
+        self._proven = True
         new = until_it_fits(self._ranks, lambda: self._ranks.together(probe), smaller)
         norm_sq = self.engine.inner_products([(new, new)])[0]
         if not math.isfinite(norm_sq):
@@ -137,6 +139,9 @@ class StepGuard:
     def _turn(self, protected: list[Tensor]) -> None:
         began = time.perf_counter()
         gradient, scale = self._ranks.together(lambda: (self.engine.gradient(), self.engine.loss_scale()))
+        if not self._proven and [part.shape for part in gradient] != [part.shape for part in protected]:
+            raise VoidRefresh("the protected direction in the checkpoint is of another model")
+        self._proven = True
         pairs = [(gradient, protected), (gradient, gradient)]
         if self._norm_sq is None:
             pairs.append((protected, protected))
@@ -178,13 +183,19 @@ class StepGuard:
     def load(self, folder: Path) -> str | None:
         """Take it up again, on all ranks or on none; returns why not, None when it was taken."""
         content, reason = self._read(folder / self._file_name())
+        share: Share | None = None
+        if reason is None:
+            try:
+                share = share_of(content)
+            except (ValueError, TypeError, KeyError) as error:
+                reason = f"{self._file_name()} is none of the guard's: {describe_error(error)}"
         if self._ranks.max(int(reason is not None)):
             return reason or "another rank could not read its share"
-        self.open = bool(content["open"])
-        self._sums, self._measured = content.get("sums", {}), content.get("measured", 0)  # not in the first versions
-        if content["protected"] is not None:
-            parts = zip(content["protected"], content["on_cpu"], strict=True)
-            self._norm_sq = content.get("norm_sq")
+        assert share is not None  # where it is, there is a reason
+        self.open, self._sums, self._measured = share.open, share.sums, share.measured
+        if share.protected is not None:
+            parts = zip(share.protected, share.on_cpu, strict=True)
+            self._norm_sq, self._proven = share.norm_sq, False
             self.protected = [part if on_cpu else part.to(self._ranks.device) for part, on_cpu in parts]
         return None
 
@@ -193,13 +204,15 @@ class StepGuard:
             return {}, "the checkpoint has no protected direction"
         try:
             content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            return {}, f"{path.name} cannot be read: {error}"
-        found = (content.get("format"), content.get("engine"), content.get("ranks"))
-        if found != (_FORMAT, self.engine.name, self._ranks.count):
+        except Exception as error:  # of a damaged file torch raises whatever its reader stumbles over
+            return {}, f"{path.name} cannot be read: {describe_error(error)}"
+        if not isinstance(content, dict):
+            return {}, f"{path.name} cannot be read: it holds no mapping"
+        wanted = {"format": _FORMAT, "engine": self.engine.name, "ranks": self._ranks.count}
+        if any(type(content.get(name)) is not type(one) or content[name] != one for name, one in wanted.items()):
             return {}, (
-                f"it was saved on {content.get('ranks')} ranks of {content.get('engine')}, and this run has "
-                f"{self._ranks.count} of {self.engine.name}"
+                f"it was saved on {brief(content.get('ranks'))} ranks of {one_line(str(content.get('engine')), 40)}, "
+                f"and this run has {self._ranks.count} of {self.engine.name}"
             )
         return content, None
 

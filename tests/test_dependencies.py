@@ -22,6 +22,7 @@ LEAVES = {
     "whole_file",
     "private_api",
     "telling",
+    "checkpoint_values",
 }
 MATHEMATICS = {
     "arguments",
@@ -66,6 +67,7 @@ WIRING = {
     "score_sums",
     "kept_rollouts",
     "step_guard",
+    "protected_share",
     "floor_guard",
     "mitigator",
     "attachment",
