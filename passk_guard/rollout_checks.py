@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 from passk_guard.errors import VoidRefresh
+from passk_guard.telling import brief
 from passk_guard.types import Rollouts
+
+_LARGEST = 2**31  # above the vocabulary of any model
 
 
 def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int | None) -> None:
@@ -15,33 +21,45 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
         context: tokens the model has positions for; None for unknown.
 
     Raises:
-        VoidRefresh: lists of different lengths, no token in any completion, a token id that the model does not have,
-            or a prompt with its completion longer than the context.
+        VoidRefresh: lists of different lengths or none at all, no token in any completion, a token id that is no whole
+            number or that the model does not have, or a prompt with its completion longer than the context.
     """
     counts = {
-        "prompts": len(rollouts.prompt_ids),
-        "completions": len(rollouts.completions),
-        "lists of completion tokens": len(rollouts.completion_ids),
+        "prompts": _length(rollouts.prompt_ids),
+        "completions": _length(rollouts.completions),
+        "lists of completion tokens": _length(rollouts.completion_ids),
     }
     if set(counts.values()) != {len(rollouts)}:
-        found = ", ".join(f"{count} {name}" for name, count in counts.items())
+        found = ", ".join(f"{'no list of' if count is None else count} {name}" for name, count in counts.items())
         raise VoidRefresh(f"the sampler returned {found}; expected {len(rollouts)} of each")
-    if len(rollouts) and not any(len(ids) for ids in rollouts.completion_ids):
-        raise VoidRefresh(f"the sampler returned no token in any of {len(rollouts)} completions")
+    some, limit = False, _LARGEST if vocabulary is None else vocabulary
     for number, (prompt, completion) in enumerate(zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)):
-        length = len(prompt) + len(completion)
-        if context is not None and length > context:
+        ids = [*_tokens(prompt, number), *_tokens(completion, number)]
+        some = some or len(completion) > 0
+        if context is not None and len(ids) > context:
             raise VoidRefresh(
                 f"sample {number} has {len(prompt)} + {len(completion)} tokens; the model has positions for {context}"
             )
-        if not length:
-            continue
-        lowest, highest = _extremes(prompt, completion)
-        if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
+        lowest, highest = min(ids, default=0), max(ids, default=0)
+        if ids and (lowest < 0 or highest >= limit):
             odd = lowest if lowest < 0 else highest
-            raise VoidRefresh(f"sample {number} has the token id {odd}; the model has ids from 0 to {vocabulary}")
+            raise VoidRefresh(
+                f"sample {number} has the token id {brief(odd)}; the model has ids from 0 to {vocabulary}"
+            )
+    if len(rollouts) and not some:
+        raise VoidRefresh(f"the sampler returned no token in any of {len(rollouts)} completions")
 
 
-def _extremes(*parts: object) -> tuple[int, int]:
-    ids = [token for part in parts for token in part]  # type: ignore[attr-defined]
-    return min(ids), max(ids)
+def _length(value: Any) -> int | None:
+    try:
+        return len(value)
+    except Exception:
+        return None
+
+
+def _tokens(ids: Any, number: int) -> list[int]:
+    """The ids of one text as whole numbers; a tensor or an array of them is a list of them."""
+    try:
+        return [operator.index(token) for token in ids]
+    except Exception:
+        raise VoidRefresh(f"sample {number} has the tokens {brief(ids)}; expected a list of whole numbers") from None

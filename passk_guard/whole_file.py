@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from passk_guard.own_file import replacing
 
 
 def save_whole(content: Any, path: Path) -> None:
@@ -15,9 +16,5 @@ def save_whole(content: Any, path: Path) -> None:
     Raises:
         OSError, RuntimeError: it cannot be written; torch reports a full disk as a RuntimeError.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path, path.with_name(path.name + ".partial")) as partial:
         torch.save(content, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ LEAVES = {
     "whole_file",
     "private_api",
     "telling",
+    "own_file",
     "checkpoint_values",
 }
 MATHEMATICS = {

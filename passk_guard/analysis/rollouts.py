@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from passk_guard.errors import GuardError
+from passk_guard.own_file import cut_unfinished, refuse_links
 from passk_guard.pages.saving import write_whole
 
 _SETTINGS = "settings.json"
@@ -86,9 +87,9 @@ class RolloutStore:
         if self._own is None:
             return
         lines = "".join(json.dumps(asdict(one)) + "\n" for one in rollouts)
+        refuse_links(self._own)
+        cut_unfinished(self._own)  # what a crash left of a line would otherwise run into the first one written here
         with self._own.open("ab") as file:
-            # What a crash left of a line would otherwise run into the first line written here.
-            file.truncate(_end_of_whole_lines(self._own))
             file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -111,10 +112,6 @@ def _difference(name: str, kept: Any, wanted: Any) -> str:
     if name in ("model", "probe"):
         return {"model": "another model", "probe": "other prompts"}[name]
     return f"{name} {kept} and not {wanted}"
-
-
-def _end_of_whole_lines(path: Path) -> int:
-    return path.read_bytes().rfind(b"\n") + 1
 
 
 def _read(path: Path) -> Iterator[PromptRollouts]:

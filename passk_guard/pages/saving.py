@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from passk_guard.errors import GuardError
+from passk_guard.own_file import replacing
 from passk_guard.pages.document import page_kind
 
 
@@ -35,13 +36,10 @@ def save_page(page: str, path: str | Path, *, kind: str, force: bool = False) ->
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that a reader never sees half a file."""
+    """Write under a temporary name and rename: a reader never sees half a file, and a link there is replaced."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path, partial):
         partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _beginning(path: Path) -> str:

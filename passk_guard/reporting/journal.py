@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from passk_guard.own_file import cut_unfinished, refuse_links
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Journal:
         line = json.dumps({"event": event, "step": step} | {k: _plain(v) for k, v in fields.items()})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_links(self.path)
             if not self._whole:
                 cut_unfinished(self.path)
             self._whole = False
@@ -47,28 +49,6 @@ class Journal:
             with suppress(OSError):
                 cut_unfinished(self.path)
         self._refused = not self._whole
-
-
-def cut_unfinished(path: Path) -> None:
-    """Shorten the file to its last whole line, where it does not end in one.
-
-    Raises:
-        OSError: it cannot be read or written.
-    """
-    if not path.is_file():
-        return
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        whole = end
-        while whole and _byte_before(file, whole) != b"\n":
-            whole -= 1
-        if whole < end:
-            file.truncate(whole)
-
-
-def _byte_before(file: BinaryIO, place: int) -> bytes:
-    file.seek(place - 1)
-    return file.read(1)
 
 
 def _plain(value: Any) -> Any:

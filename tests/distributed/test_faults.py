@@ -28,7 +28,7 @@ WORDS = {
 }
 TOLD = {
     "journal_on_a_full_disk": "takes no more events, metrics go to the log only: [Errno 28]",
-    "checkpoint_on_a_full_disk": "the checkpoint holds no memory of the guard: PytorchStreamWriter",
+    "checkpoint_on_a_full_disk": "the checkpoint holds no memory of the guard: RuntimeError: PytorchStreamWriter",
     "tracker_takes_no_pictures": "trackio did not take the pictures of the kernel: ConnectionError",
     "tracker_takes_no_alerts": "trackio did not take the alert: ConnectionError",
     "gradient_is_infinite_in_training": "steps are left to the optimizer as they are where",

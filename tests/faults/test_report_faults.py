@@ -18,9 +18,18 @@ FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
 
 
+def fill_the_disk(monkeypatch):
+    """What is appended to a journal meets a disk that is full."""
+    opened = Path.open
+    full = "passk_guard.jsonl"
+    monkeypatch.setattr(
+        Path, "open", lambda p, mode="r", **k: opened(FULL if p.name == full and mode == "a" else p, mode, **k)
+    )
+
+
 @needs_full
-def test_a_full_disk_at_the_journal(references, tmp_path, caplog):
-    tmp_path.joinpath("passk_guard.jsonl").symlink_to(FULL)
+def test_a_full_disk_at_the_journal(references, tmp_path, caplog, monkeypatch):
+    fill_the_disk(monkeypatch)
     trainer = make("lm", tmp_path)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), refresh_steps=1))
     assert caplog.text.count("takes no more events") == 1

@@ -1,0 +1,75 @@
+"""Files of ours in a folder of the user's: written whole or line by line, and never through a link.
+
+A run's folder may have come from elsewhere, as an archive or on a shared disk. A link in it, in the place of a file of
+ours, would turn what we write into a change of whatever it points to. Folders may be links: those the user chose.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_BLOCK = 1 << 16
+_LONGEST_LINE = 1 << 24
+
+
+@contextmanager
+def replacing(path: Path, partial: Path) -> Iterator[Path]:
+    """The name under which a file grows that at the end takes the place of `path`, or of a link there.
+
+    After an error nothing is left of it. What lies under that name before, of an earlier attempt or a link, is removed.
+
+    Args:
+        path: of the file; partial: beside it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        partial.unlink(missing_ok=True)
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def refuse_links(path: Path) -> None:
+    """Before a file of ours is appended to.
+
+    Raises:
+        OSError: what is there is a link, or no regular file: a pipe may have no reader, and a device no end.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a link" if stat.S_ISLNK(mode) else "no regular file"
+        raise OSError(f"it is {kind}, and the guard writes to files of its own only")
+
+
+def cut_unfinished(path: Path) -> None:
+    """Shorten the file to its last whole line, where it does not end in one.
+
+    Raises:
+        OSError: it cannot be read or written, or what would be cut is no line but a file of something else.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        start = end
+        while start > 0:
+            start = max(0, start - _BLOCK)
+            file.seek(start)
+            found = file.read(min(_BLOCK, end - start)).rfind(b"\n")
+            if found >= 0:
+                start += found + 1
+                break
+            if end - start > _LONGEST_LINE:
+                raise OSError("the file has no lines: it is none of the guard's")
+        if start < end:
+            file.truncate(start)
