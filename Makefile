@@ -10,8 +10,9 @@ TEST_ENV = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 TORCH
 
 PEERS := .venv-peers
 OLDEST := .venv-oldest
+AUDIT := .venv-audit
 
-.PHONY: venv demo benchmark bench-peers test test-oldest test-distributed test-slow test-resume test-browser browser lint format toy clean
+.PHONY: venv demo benchmark bench-peers test test-oldest test-distributed test-slow test-resume fuzz audit test-browser browser lint format toy clean
 
 venv: $(INSTALLED)
 
@@ -62,6 +63,19 @@ test-distributed: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not distributed and not gpu"
 
+# The tests of tests/fuzz on cases drawn anew, twenty times as many: look for what the repeatable ones do not meet.
+fuzz: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --hypothesis-profile=fuzz tests/fuzz
+
+# Known vulnerabilities of the pinned versions, from the advisories on the package index; an environment of its own.
+$(AUDIT)/.installed: Makefile
+	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet "pip-audit>=2.7"
+	touch $@
+
+audit: $(AUDIT)/.installed
+	$(PYTHON) .ci/audit.py $(AUDIT)/bin/pip-audit constraints.txt
+
 # Runs that are killed at drawn moments and resumed: one process, and two ranks of DDP, ZeRO-2 and ZeRO-3. Not part of CI
 # until it has been timed there and passed several times in a row.
 test-resume: $(INSTALLED)
@@ -84,4 +98,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(OLDEST) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

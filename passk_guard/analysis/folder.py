@@ -54,7 +54,7 @@ def _check_finished(path: Path, fingerprint: str, settings: dict[str, Any]) -> N
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(name for name in settings if found["settings"].get(name) != settings[name])
         differing += ["the model"] if found["model"]["fingerprint"] != fingerprint else []
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         differing = ["everything: it is no analysis that can be read"]
     if differing:
         raise GuardError(

@@ -17,6 +17,7 @@ from passk_guard.errors import GuardError
 from passk_guard.pages import in_a_frame
 from passk_guard.pages.analysis_page import analysis_page
 from passk_guard.pages.saving import write_whole
+from passk_guard.telling import brief
 
 VERSION = 1
 
@@ -252,12 +253,13 @@ class Analysis:
         """The inverse of `to_dict`, also after JSON.
 
         Raises:
-            GuardError: another version, or fields that are missing or unknown.
+            GuardError: another version, fields that are missing or unknown, or values of another type.
         """
         from passk_guard.analysis.reading import analysis_from
 
-        if data.get("version") != VERSION:
-            raise GuardError(f"Expected an analysis of version {VERSION}; found {data.get('version')!r}.")
+        version = data.get("version") if isinstance(data, Mapping) else None
+        if version != VERSION:
+            raise GuardError(f"Expected an analysis of version {VERSION}; found {brief(version)}.")
         return analysis_from(data)
 
     def save(self, folder: str | Path, *, force: bool = False) -> None:

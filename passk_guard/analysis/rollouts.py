@@ -12,6 +12,7 @@ from typing import Any
 from passk_guard.errors import GuardError
 from passk_guard.own_file import cut_unfinished, refuse_links
 from passk_guard.pages.saving import write_whole
+from passk_guard.telling import one_line
 
 _SETTINGS = "settings.json"
 
@@ -104,7 +105,7 @@ class RolloutStore:
         try:
             kept = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
             return [_difference(name, kept[name], value) for name, value in settings.items() if kept[name] != value]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return [f"{_SETTINGS}, which says what they are of, is missing or unreadable"]
 
 
@@ -114,16 +115,33 @@ def _difference(name: str, kept: Any, wanted: Any) -> str:
     return f"{name} {kept} and not {wanted}"
 
 
+def _check(kept: PromptRollouts) -> None:
+    """Raises ValueError for what was never written; the ids themselves are checked against the model."""
+    lists = (kept.prompt_ids, kept.completion_ids, kept.completions)
+    if type(kept.place) is not int or not all(isinstance(one, list) for one in lists):
+        raise ValueError("values of another kind")
+    if len(kept.completion_ids) != len(kept.completions):
+        raise ValueError("counts that do not fit")
+    for ids in (kept.prompt_ids, *kept.completion_ids):
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise ValueError("tokens that are no whole numbers")
+    if not all(isinstance(text, str) or _is_a_message(text) for text in kept.completions):
+        raise ValueError("completions that are no texts")
+
+
+def _is_a_message(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(message, dict) for message in value)
+
+
 def _read(path: Path) -> Iterator[PromptRollouts]:
     data = path.read_bytes()
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             kept = PromptRollouts(**json.loads(line))
-            if len(kept.completion_ids) != len(kept.completions) or not isinstance(kept.place, int):
-                raise ValueError("counts that do not fit")
-        except (ValueError, TypeError) as error:
+            _check(kept)
+        except (ValueError, TypeError, RecursionError) as error:
             raise GuardError(
-                f"Expected one prompt's completions a line; found a damaged line {number} in {str(path)!r}: {error}. "
-                "Remove the line (its prompt is sampled again), or the file."
+                f"Expected one prompt's completions a line; found a damaged line {number} in {str(path)!r}: "
+                f"{one_line(str(error), 200)}. Remove the line (its prompt is sampled again), or the file."
             ) from None
         yield kept

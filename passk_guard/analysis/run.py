@@ -18,11 +18,13 @@ from passk_guard.analysis.record import Analysis, Sketch
 from passk_guard.analysis.rollouts import RolloutStore
 from passk_guard.analysis.sampling import SharedSampling
 from passk_guard.analysis.settings import Settings
+from passk_guard.assembly import limits_of
 from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.isolation import seeded, untouched
 from passk_guard.probe import ProbeSet
 from passk_guard.ranks import Ranks
 from passk_guard.refresh import Refresh, Refresher
+from passk_guard.rollout_checks import check_rollouts
 from passk_guard.sampling import GenerateSampler, Sampler
 from passk_guard.scoring import Verifier, resolve_verifier
 from passk_guard.types import Outcomes, Rollouts
@@ -117,7 +119,7 @@ class _Job:
     def measure(self, store: RolloutStore) -> Measured:
         """Samples, verdicts and Gram matrices; the model is left as it was found."""
         with untouched(self.model, self.tokenizer), seeded(self.settings.seed):
-            rollouts = self.ranks.together(lambda: self._sample(store))
+            rollouts = self.ranks.together(lambda: self._checked(self._sample(store)))
             outcomes = self.ranks.together(lambda: self.verifier.score(rollouts))
             sketched: dict[str, tuple[Refresh, Sketch]] = {}
             if not self.settings.last_layer:
@@ -126,6 +128,11 @@ class _Job:
                 with only_last_hidden_layer(self.model):
                     sketched[LAST] = self._sketch(rollouts, outcomes, LAST)
         return Measured({what: refresh for what, (refresh, _) in sketched.items()}, next(iter(sketched.values()))[1])
+
+    def _checked(self, rollouts: Rollouts) -> Rollouts:
+        # Kept ones may have been edited, and a sampler be the user's own: an unknown id would end a process on a GPU.
+        check_rollouts(rollouts, **limits_of(self.model))
+        return rollouts
 
     def _sample(self, store: RolloutStore) -> Rollouts:
         chosen = self.settings

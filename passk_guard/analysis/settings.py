@@ -8,7 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from passk_guard.errors import GuardError
+from passk_guard.telling import brief
 
+_COUNTS = ("num_samples", "max_new_tokens", "batch_size", "sketch_dim", "max_tokens")
+_REALS = ("temperature", "threshold", "confidence", "correct_threshold", "gamma", "floor_gamma", "delta_1", "delta_2")
+_METHODS = ("kronecker", "countsketch", "identity")
+_LARGEST = 1e300
 _OF_THE_SAMPLES = ("num_samples", "prompts", "temperature", "max_new_tokens", "batch_size", "seed")
 
 
@@ -60,6 +65,7 @@ class Settings:
     delta_2: float = 0.75
 
     def __post_init__(self) -> None:
+        self._check_types()
         object.__setattr__(self, "ks", tuple(sorted({1, *self.ks})))
         self._check_ks()
         if self.prompts is not None and self.prompts < 3:
@@ -75,13 +81,35 @@ class Settings:
                 "defaults are 0.2 and 0."
             )
         if self.protocol not in (None, "paper"):
-            raise GuardError(f"Expected `protocol` 'paper' or None; found {self.protocol!r}.")
+            raise GuardError(f"Expected `protocol` 'paper' or None; found {brief(self.protocol)}.")
         if not 0 <= self.delta_1 < self.delta_2 <= 1:
             raise GuardError(
                 f"Expected 0 <= `delta_1` < `delta_2` <= 1; found delta_1={self.delta_1}, delta_2={self.delta_2}."
             )
         if not math.isfinite(self.temperature) or self.temperature <= 0:
             raise GuardError(f"Expected `temperature` > 0; found {self.temperature}. Pass the one of training.")
+
+    def _check_types(self) -> None:
+        if not isinstance(self.ks, (list, tuple, range)) or not all(type(k) is int for k in self.ks):
+            raise GuardError(f"Expected `ks` to be a list of whole numbers; found {brief(self.ks)}.")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise GuardError(f"Expected `{name}` to be a whole number >= 1; found {brief(value)}.")
+        for name, value in (("seed", self.seed), ("prompts", self.prompts)):
+            if type(value) is not int and (name, value) != ("prompts", None):
+                raise GuardError(f"Expected `{name}` to be a whole number; found {brief(value)}.")
+        if abs(self.seed) >= 2**53:
+            raise GuardError(f"Expected `seed` below 2^53; found {brief(self.seed)}.")
+        for name in _REALS:
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not -_LARGEST < value < _LARGEST:
+                raise GuardError(f"Expected `{name}` to be a finite number; found {brief(value)}.")
+        if type(self.last_layer) is not bool or self.sketch_method not in _METHODS:
+            raise GuardError(
+                f"Expected `last_layer` true or false and `sketch_method` one of {', '.join(_METHODS)}; found "
+                f"{brief(self.last_layer)} and {brief(self.sketch_method)}."
+            )
 
     def _check_ks(self) -> None:
         if self.ks[0] < 1:
