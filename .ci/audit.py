@@ -16,7 +16,16 @@ import sys
 
 def main(tool: str, requirements: str) -> int:
     """Run it and say in one sentence what came of it."""
-    options = ["--requirement", requirements, "--no-deps", "--disable-pip", "--format", "json", "--progress-spinner", "off"]
+    options = [
+        "--requirement",
+        requirements,
+        "--no-deps",
+        "--disable-pip",
+        "--format",
+        "json",
+        "--progress-spinner",
+        "off",
+    ]
     run = subprocess.run([tool, *options], capture_output=True, text=True, check=False)
     try:
         found = json.loads(run.stdout)["dependencies"]
@@ -37,7 +46,9 @@ def verdict(dependencies: list[dict[str, object]]) -> int:
         return 0
     for one in bad:
         for known in one["vulns"]:  # type: ignore[attr-defined]
-            print(f"{one['name']} {one['version']}: {known['id']}, mended in {', '.join(known['fix_versions']) or 'no version'}")
+            print(
+                f"{one['name']} {one['version']}: {known['id']}, mended in {', '.join(known['fix_versions']) or 'no version'}"
+            )
     rest = f"; not known there: {', '.join(skipped)}" if skipped else ""
     print(f"{len(answered)} packages audited, {len(bad)} with a known vulnerability{rest}.")
     return 1 if bad else 0

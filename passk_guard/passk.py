@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from passk_guard.arguments import as_counts, together
+from passk_guard.arguments import as_counts, as_real, together
 from passk_guard.errors import GuardError
 from passk_guard.telling import brief
 
@@ -210,6 +210,7 @@ def _counts(
 
 def _check_bounds(floor: float | Tensor | None, cap: float | None) -> None:
     highest = 0.0 if floor is None else _highest(floor)
+    cap = None if cap is None else as_real(cap, "cap")
     if math.isnan(highest) or (cap is not None and not cap >= 0):
         raise GuardError(f"Expected `floor` to be a number and `cap` >= 0; found floor={brief(floor)}, cap={cap}.")
     if floor is not None and cap is not None and highest > cap:
@@ -217,5 +218,5 @@ def _check_bounds(floor: float | Tensor | None, cap: float | None) -> None:
 
 
 def _highest(floor: float | Tensor) -> float:
-    values = torch.as_tensor(floor)
+    values = floor if isinstance(floor, Tensor) else torch.tensor(as_real(floor, "floor"))
     return float(values.max()) if values.numel() else math.nan  # NaN of any is NaN
