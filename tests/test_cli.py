@@ -1,11 +1,9 @@
 """`passk-guard` as a user meets it: what it prints, what it writes, how it ends."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -217,17 +215,19 @@ def test_as_a_module_with_a_reader_that_leaves(tmp_path):
     process.stderr.close()
 
 
+READS_FOR_EVER = """
+import sys, time
+from passk_guard.cli import main
+from passk_guard.pages import run_report
+run_report.read_journal = lambda *_: print("reading", flush=True) or time.sleep(60)
+sys.exit(main(["report", sys.argv[1]]))
+"""
+
+
 def test_ctrl_c_of_a_real_process(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    os.mkfifo(folder / "passk_guard.jsonl")  # a read that waits for ever
-    process = subprocess.Popen(
-        [sys.executable, "-m", "passk_guard", "report", str(folder)], stderr=subprocess.PIPE, text=True
-    )
-    descriptor = os.open(folder / "passk_guard.jsonl", os.O_WRONLY)  # returns when the command has begun to read
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.read() == "passk-guard: interrupted\n"
-    assert process.wait(60) == 130
-    os.close(descriptor)
-    process.stderr.close()
+    command = [sys.executable, "-c", READS_FOR_EVER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "reading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "passk-guard: interrupted\n"
+        assert process.wait(60) == 130

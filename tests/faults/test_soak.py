@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import math
 import signal
 from pathlib import Path
@@ -17,9 +18,15 @@ LONG = {"gradient_accumulation_steps": 1, "logging_steps": 20}
 CHEAP = {"k": 2, "probe_prompts": 3, "num_samples": 4, "refresh_steps": 2, "sketch_dim": 256, "verifier_timeout": 0.05}
 MB = 2**20
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.soak,
     pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc here, where handles and memory are read"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_records_kept(monkeypatch):
+    """pytest's handlers keep every record of a test, with all that its arguments hold."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
 
 
 class Soak:
