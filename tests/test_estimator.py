@@ -274,7 +274,7 @@ def bad(gram=None, n=None, c=None, k=4, **more):
         (lambda: bad(gram=torch.randn(16, 16, dtype=torch.float64)), "symmetric"),
         (lambda: bad(gram=torch.eye(8)), r"(8, 8)"),
         (lambda: bad(c=torch.full((8,), 9)), "num_correct"),
-        (lambda: bad(prompt_keys=["a"]), "8 of them"),
+        (lambda: bad(prompt_keys=["a"]), "a list of 8"),
         (lambda: bad(confidence=1.5), "confidence"),
         (lambda: estimate_pooled([], 4), "at least one refresh"),
     ],

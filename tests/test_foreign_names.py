@@ -64,6 +64,10 @@ ALLOWED = {
     "wandb's and trackio's documented functions; what raises there is caught": ("alert", "Image", "AlertLevel"),
     "words of our own settings and of messages, beside names in a variable": (
         *("auto", "both", "reweight", "cooldown", "patience", "pcgrad", "meta", "muon", "nvme", "passk_guard"),
+        *("false_alarms", "ks", "paper", "prompts", "degenerate", "solved", "failed", "before"),
+    ),
+    "documented: of pydantic's validation, torch's finfo and the standard library's reprlib": (
+        *("field_name", "tiny", "maxlevel", "maxlong", "maxother", "maxstring"),
     ),
 }
 """Names that are not in the table, by why they need not be."""

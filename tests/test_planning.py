@@ -93,7 +93,7 @@ def test_the_rule_of_the_run_decides():
     each = make_plan(noise, GuardConfig(alert_rule="each_look"), cosine=-0.4, prompts=(64,)).options[0]
     strict = make_plan(noise, GuardConfig(alert_rule="each_look", patience=6), cosine=-0.4, prompts=(64,)).options[0]
     whole = make_plan(noise, GuardConfig(), cosine=-0.4, prompts=(64,)).options[0]
-    surer = make_plan(noise, GuardConfig(confidence=0.999), cosine=-0.4, prompts=(64,)).options[0]
+    surer = make_plan(noise, GuardConfig(confidence=0.99), cosine=-0.4, prompts=(64,)).options[0]
     assert each.refreshes < strict.refreshes
     assert each.refreshes < whole.refreshes < surer.refreshes
 

@@ -146,9 +146,15 @@ OF_DEEPSPEED = (
         {"ds_status": "whether it is gathered at rest", "all_gather": "after a probe that broke off"},
     ),
     *rows(seams.ZERO3_SHAPE, "sketch/plan.py", {"ds_shape": "the shape of a weight that is empty outside a forward"}),
+    *rows(
+        seams.ZERO3_UNLESS,
+        "engines/zero3_trace.py",
+        optional={
+            "optimizer": "other engines have none, or another",
+            "parameter_offload": "other optimizers have none",
+        },
+    ),
     *rows(seams.ZERO3_TRACER, "engines/zero3_trace.py", {"get_param_coordinator": "the order it gathers weights in"}),
-    *rows(seams.ENGINE, "engines/zero3_trace.py", optional={"optimizer": "other engines have none, or another"}),
-    *rows(seams.ZERO3, "engines/zero3_trace.py", optional={"parameter_offload": "other optimizers have none"}),
     *rows(
         seams.ZERO3_TRACE,
         "engines/zero3_trace.py",

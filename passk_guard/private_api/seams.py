@@ -49,5 +49,6 @@ ZERO3_SHARDER = Seam("deepspeed", "DeepSpeedZeRoOffload", "turning gradients und
 ZERO3_PARAMETER = Seam("deepspeed", "sharded parameter", "turning gradients under ZeRO-3", _REWEIGHT)
 ZERO3_SHAPE = Seam("deepspeed", "sharded parameter", "any trainer under ZeRO-3", "use ZeRO-2")
 ZERO3_TRACER = Seam("deepspeed", "DeepSpeedZeRoOffload", "any trainer under ZeRO-3", "use ZeRO-2")
+ZERO3_UNLESS = Seam("deepspeed", "DeepSpeedEngine and its optimizer", "any trainer under ZeRO-3", "use ZeRO-2")
 ZERO3_TRACE = Seam("deepspeed", "PartitionedParameterCoordinator", "any trainer under ZeRO-3", "use ZeRO-2")
 ZERO3_PARAMETERS = Seam("deepspeed", "ZeROOrderedDict", "turning gradients under ZeRO-3", _REWEIGHT)

@@ -24,8 +24,8 @@ TWO_RANKS = (
         "logits are NaN on one rank",
         "void on both",
         "refresh.py",
-        "total = self.ranks.together(partial(plus, total, batch))",
-        "total = plus(total, batch)",
+        "total = self.ranks.together(partial(plus, total, i))",
+        "total = plus(total, i)",
         f"{DDP}logits_are_nan]",
     ),
     Mutation(
