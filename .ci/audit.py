@@ -46,9 +46,8 @@ def verdict(dependencies: list[dict[str, object]]) -> int:
         return 0
     for one in bad:
         for known in one["vulns"]:  # type: ignore[attr-defined]
-            print(
-                f"{one['name']} {one['version']}: {known['id']}, mended in {', '.join(known['fix_versions']) or 'no version'}"
-            )
+            mended = ", ".join(known["fix_versions"]) or "no version"
+            print(f"{one['name']} {one['version']}: {known['id']}, mended in {mended}")
     rest = f"; not known there: {', '.join(skipped)}" if skipped else ""
     print(f"{len(answered)} packages audited, {len(bad)} with a known vulnerability{rest}.")
     return 1 if bad else 0
