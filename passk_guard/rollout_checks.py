@@ -22,8 +22,8 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
 
     Raises:
         VoidRefresh: lists of different lengths or none at all, no token in any completion, a token id that is no whole
-            number or that the model does not have, a completion without a prompt, or a prompt with its completion longer than the
-            context.
+            number or that the model does not have, a completion without a prompt, or a prompt with its
+            completion longer than the context.
     """
     counts = {
         "prompts": _length(rollouts.prompt_ids),
