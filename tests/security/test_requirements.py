@@ -18,11 +18,19 @@ READ_BY_HAND = {"zss": "BSD-3-Clause, in its repository; the package names none"
 INSTALLERS = {"passk-guard", "pip", "setuptools", "wheel"}
 
 
+def asked_for(name, extras):
+    """What an installed package with these extras asks for here."""
+    for line in importlib.metadata.requires(name) or ():
+        wanted = Requirement(line)
+        if wanted.marker is None or any(wanted.marker.evaluate({"extra": e}) for e in ("", *extras)):
+            yield wanted
+
+
 def closure(name, extras, seen=None):
-    """Every installed package that passk_guard with these extras asks for, directly or not."""
+    """Every installed package that passk_guard with these extras asks for, directly or not, with its extras."""
     seen = {} if seen is None else seen
     try:
-        found = importlib.metadata.distribution(name)
+        importlib.metadata.distribution(name)
     except (
         importlib.metadata.PackageNotFoundError
     ):  # for another platform, or an extra of a package that is not asked for
@@ -32,14 +40,13 @@ def closure(name, extras, seen=None):
     if name in seen and not new:
         return seen
     seen.setdefault(name, set()).update(extras)
-    for line in found.requires or ():
-        wanted = Requirement(line)
-        if wanted.marker is None or any(wanted.marker.evaluate({"extra": e}) for e in ("", *seen[name])):
-            closure(wanted.name, wanted.extras, seen)
+    for wanted in asked_for(name, seen[name]):
+        closure(wanted.name, wanted.extras, seen)
     return seen
 
 
-PACKAGES = sorted(set(closure("passk-guard", {"test"})) - INSTALLERS)
+CLOSURE = closure("passk-guard", {"test"})
+PACKAGES = sorted(set(CLOSURE) - INSTALLERS)
 
 
 def pins(file):
@@ -64,6 +71,13 @@ def test_there_is_something_to_look_at():
 @pytest.mark.parametrize("name", PACKAGES)
 def test_every_package_is_pinned_at_what_is_installed(name):
     assert chosen().get(name) == installed(name)
+
+
+@pytest.mark.parametrize("name", sorted(CLOSURE))
+def test_every_package_finds_what_it_asks_for(name):
+    for wanted in asked_for(name, CLOSURE[name]):
+        if canonicalize_name(wanted.name) in CLOSURE:
+            assert wanted.specifier.contains(importlib.metadata.version(wanted.name), prereleases=True), wanted
 
 
 def test_nothing_is_pinned_that_nothing_asks_for():
