@@ -55,9 +55,11 @@ def cut_unfinished(path: Path) -> None:
     """Shorten the file to its last whole line, where it does not end in one.
 
     Raises:
-        OSError: it cannot be read or written, or what would be cut is no line but a file of something else.
+        OSError: it is a link or no regular file, it cannot be read or written, or it has no line to keep and is so long
+            that it must be something else.
     """
-    if not path.is_file():
+    refuse_links(path)
+    if not path.exists():
         return
     with path.open("rb+") as file:
         end = file.seek(0, os.SEEK_END)

@@ -34,7 +34,7 @@ def pass_at_k(num_samples: Tensor | int, num_correct: Tensor | int, k: Tensor | 
         GuardError: k > n (no unbiased estimate exists there), k < 1, or c outside 0..n.
     """
     n, c, k = _counts(num_samples, num_correct, k)
-    return -torch.expm1(_log_miss(n, c, k))
+    return torch.expm1(_log_miss(n, c, k)).abs()  # and no -0.0
 
 
 def passk_weight(pass_rate: Tensor, k: int | float | Tensor) -> Tensor:
@@ -51,8 +51,10 @@ def passk_weight(pass_rate: Tensor, k: int | float | Tensor) -> Tensor:
         GuardError: a rate outside [0, 1] by more than rounding, or k < 1.
     """
     p = pass_rate
-    if not bool(((p >= -_ROUNDING) & (p <= 1 + _ROUNDING)).all()) or not bool((torch.as_tensor(k) >= 1).all()):
-        raise GuardError(f"Expected `pass_rate` in [0, 1] and k >= 1; found {brief(pass_rate)} and {brief(k)}.")
+    if not bool(((p >= -_ROUNDING) & (p <= 1 + _ROUNDING)).all()) or not _at_least_1(k):
+        raise GuardError(
+            f"Expected `pass_rate` in [0, 1] and a finite k >= 1; found {brief(pass_rate)} and {brief(k)}."
+        )
     return k * (1 - p).clamp(0, 1) ** (k - 1)
 
 
@@ -103,7 +105,7 @@ def sample_coefficients(
     Raises:
         GuardError: k > n for some n > 0, k < 1, c outside 0..n, or floor > cap.
     """
-    _check_bounds(floor, cap)
+    cap = _checked_cap(floor, cap)
     n, c, wanted = _counts(num_samples, num_correct, k, empty_ok=True)
     others = (n - 1).clamp(min=0)
 
@@ -208,13 +210,19 @@ def _counts(
     return n, c, k
 
 
-def _check_bounds(floor: float | Tensor | None, cap: float | None) -> None:
+def _checked_cap(floor: float | Tensor | None, cap: float | None) -> float | None:
     highest = 0.0 if floor is None else _highest(floor)
     cap = None if cap is None else as_real(cap, "cap")
     if math.isnan(highest) or (cap is not None and not cap >= 0):
         raise GuardError(f"Expected `floor` to be a number and `cap` >= 0; found floor={brief(floor)}, cap={cap}.")
     if floor is not None and cap is not None and highest > cap:
         raise GuardError(f"Expected `floor` <= `cap`; found floor={highest}, cap={cap}.")
+    return cap
+
+
+def _at_least_1(k: int | float | Tensor) -> bool:
+    values = k if isinstance(k, Tensor) else torch.tensor(as_real(k, "k"))
+    return bool(((values >= 1) & values.isfinite()).all())
 
 
 def _highest(floor: float | Tensor) -> float:

@@ -12,6 +12,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER_CONFIG = "adapter_config.json"
+_NAME_MODULES = ("megatron_config", "auto_mapping")
 
 
 def load_model(directory: str | Path, *, adapter: str | Path | None = None, base: str | Path | None = None) -> Any:
@@ -86,6 +87,12 @@ def _adapter(adapter: str | Path) -> Path:
         raise GuardError(
             f"Expected a PEFT adapter, {_ADAPTER_CONFIG} and its weights; found {_listed(place)} in {str(place)!r}."
         )
+    config = _read_config(place / _ADAPTER_CONFIG)
+    if named := [name for name in _NAME_MODULES if config.get(name)]:
+        raise GuardError(
+            f"Expected an adapter whose config names no Python module; found {named[0]!r} in {str(place)!r}, which "
+            "PEFT would import. Take it out where it is not needed."
+        )
     return place
 
 
@@ -122,7 +129,8 @@ def _with_adapter(model: Any, place: Path) -> Any:
 
 def _loaded(loader: Any, place: Path, what: str, **options: Any) -> Any:
     try:
-        return loader.from_pretrained(str(place), local_files_only=True, **options)
+        # Said outright: asked without it, transformers would ask on the terminal whether to run code of the model's.
+        return loader.from_pretrained(str(place), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds, of which none says more than its text
         raise GuardError(f"Expected {what} that transformers can load from {str(place)!r}; {_said(error)}.") from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from passk_guard.errors import GuardError
-from passk_guard.own_file import cut_unfinished, refuse_links
+from passk_guard.own_file import cut_unfinished
 from passk_guard.pages.saving import write_whole
 from passk_guard.telling import one_line
 
@@ -88,7 +88,6 @@ class RolloutStore:
         if self._own is None:
             return
         lines = "".join(json.dumps(asdict(one)) + "\n" for one in rollouts)
-        refuse_links(self._own)
         cut_unfinished(self._own)  # what a crash left of a line would otherwise run into the first one written here
         with self._own.open("ab") as file:
             file.write(lines.encode())

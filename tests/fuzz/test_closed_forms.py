@@ -79,7 +79,7 @@ def test_against_rational_arithmetic(counts):
 def test_many_at_once_are_each_alone(rows):
     n, c, k = (torch.tensor([row[0][i] for row in rows]) for i in range(3))
     together = pass_at_k(n, c, k)
-    assert together.tolist() == [float(pass_at_k(*row[0])) for row in rows]
+    assert together.tolist() == pytest.approx([float(pass_at_k(*row[0])) for row in rows], rel=1e-12)
 
 
 @given(st.one_of(st.integers(1, 200), st.sampled_from([20_000])), st.data())
@@ -94,7 +94,7 @@ def test_pkpo_on_zeros_and_ones_is_passk(n, data):
     for values in (advantages, transformed):
         for group in (right, wrong):
             if group.any():
-                assert float(values[group].std(correction=0)) <= 1e-8 * max(1.0, float(values.abs().max()))
+                assert float(values[group].std(correction=0)) <= 1e-6 * max(1.0, float(values.abs().max()))
 
 
 def as_tensor(values):

@@ -1,0 +1,234 @@
+"""Prompts, completions and reasons are data: on a page, in a terminal and in a log they are shown and never heeded."""
+
+import html
+import io
+import json
+import logging
+import re
+import types
+from html.parser import HTMLParser
+
+import pytest
+
+from passk_guard.analysis import analyze
+from passk_guard.analysis.terminal import print_analysis
+from passk_guard.cli import main
+from passk_guard.errors import VoidRefresh
+from passk_guard.pages.analysis_page import analysis_page
+from passk_guard.pages.script import SCRIPT
+from passk_guard.ranks import Ranks
+from passk_guard.reporting import Reporter
+from passk_guard.scoring import Verifier
+from tests.analysis.cases import QUICK, PromptSampler
+from tests.pages.journals import HOSTILE, write_run
+from tests.test_scoring import rollouts
+from tests.tiny import digit_reward, tiny_model, tiny_tokenizer
+
+PAYLOADS = [
+    "</script><script>document.title='broken'</script>",
+    "<img src=x onerror=\"document.title='broken'\">",
+    "</title><svg onload=alert(1)>",
+    "\" onmouseover=alert(1) x=\"' autofocus onfocus='",
+    "<iframe src=javascript:alert(1)></iframe><meta http-equiv=refresh content='0;url=http://evil'>",
+    "\x1b[2J\x1b]0;title\x07\x9b31m\x1b]8;;http://evil\x1b\\link",
+    "a\r\n2026 ERROR passk_guard: forged\nline",
+    "[bold red]x[/] [link=http://evil]y[/link] {0.__class__} %s {prompt} ${x} {{ 7*7 }} {% raw %}",
+    "\u202ereversed\u2066 \x00nul\x7f",
+    "<!-- --> ]]> <![CDATA[ &lt;script&gt; &#x3c;script&#x3e;",
+]
+ALLOWED = frozenset(
+    [
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "main",
+        "h1",
+        "h2",
+        "h3",
+        "p",
+        "nav",
+        "ul",
+        "li",
+        "a",
+        "section",
+        "div",
+        "dl",
+        "dt",
+        "dd",
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "button",
+        "span",
+        "details",
+        "summary",
+        "figure",
+        "figcaption",
+        "svg",
+        "text",
+        "line",
+        "rect",
+        "path",
+        "circle",
+        "desc",
+        "image",
+        "script",
+    ]
+)
+ATTRIBUTES = frozenset(
+    [
+        "charset",
+        "http-equiv",
+        "content",
+        "name",
+        "lang",
+        "class",
+        "id",
+        "href",
+        "role",
+        "aria-label",
+        "aria-hidden",
+        "tabindex",
+        "scope",
+        "type",
+        "data-sort",
+        "viewbox",
+        "x",
+        "y",
+        "x1",
+        "x2",
+        "y1",
+        "y2",
+        "cx",
+        "cy",
+        "r",
+        "d",
+        "width",
+        "height",
+        "text-anchor",
+        "transform",
+        "preserveaspectratio",
+    ]
+)
+
+
+class Page(HTMLParser):
+    """Every element and attribute of a page, and what its script holds."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.attributes, self.links, self.scripts, self.text = [], set(), [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, name, attributes):
+        self.elements.append(name)
+        self.attributes |= {key for key, _ in attributes}
+        self.links += [value for key, value in attributes if key in ("href", "src", "action", "srcdoc")]
+
+    def handle_data(self, data):
+        (self.scripts if self.lasttag == "script" else self.text).append(data)
+
+
+def check(text):
+    """Only our own elements, our own script, and no control characters; returns what is shown."""
+    page = Page(text)
+    assert set(page.elements) <= ALLOWED, set(page.elements) - ALLOWED
+    assert page.attributes <= ATTRIBUTES, page.attributes - ATTRIBUTES
+    assert page.elements.count("script") == 1
+    assert "".join(page.scripts).strip() == SCRIPT.strip()
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+    assert "default-src &#x27;none&#x27;" in text
+    return "".join(page.text)
+
+
+@pytest.fixture(scope="module")
+def analysis(tmp_path_factory):
+    """From a probe file, through sampling and scoring, as `analyze` does it."""
+    probe = tmp_path_factory.mktemp("hostile") / "probe.jsonl"
+    rows = [{"prompt": f"{payload} {i}"[:60] or "x"} for i, payload in enumerate(PAYLOADS)]
+    probe.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tiny_model(max_position_embeddings=256)
+    return analyze(
+        model,
+        tiny_tokenizer(),
+        probe,
+        digit_reward,
+        sampler=PromptSampler(),
+        name=PAYLOADS[0] + PAYLOADS[5] + PAYLOADS[7],
+        **QUICK,
+    )
+
+
+def test_the_page_of_an_analysis(analysis, tmp_path):
+    shown = check(analysis_page(analysis.to_dict()))
+    assert "<img src=x onerror=" in shown
+    assert html.unescape("[bold red]x[/]") in shown
+    analysis.save(tmp_path)
+    check((tmp_path / "analysis.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_of_a_run(tmp_path):
+    settings = {payload: payload for payload in PAYLOADS}
+    write_run(tmp_path / PAYLOADS[1].replace("/", "_")[:40], hostile=True, guarded=True, settings=settings)
+    run = next(path for path in tmp_path.iterdir() if path.is_dir())
+    assert main(["report", str(run), str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert "document.title='broken'" in check((tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
+def test_the_terminal(analysis):
+    out = io.StringIO()
+    print_analysis(analysis, out)
+    said = out.getvalue()
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", said)
+    assert "[bold red]" in said
+    assert "{0.__class__}" in re.sub(r"\s|[│┃]", "", said)
+
+
+def test_an_error_on_the_command_line_is_one_line(tmp_path, capsys):
+    path = tmp_path / "guard.json"
+    path.write_text(json.dumps({payload: payload for payload in PAYLOADS}))
+    assert main(["check", str(path)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(PAYLOADS)
+    assert all(line.startswith("passk-guard: error: ") and line.isprintable() for line in lines)
+    probe = tmp_path / "probe.jsonl"
+    probe.write_text("".join(json.dumps({payload: payload}) + "\n" for payload in PAYLOADS))
+    given = ["--probe", str(probe), "--correct", "tests.tiny:digit_reward", "--out", str(tmp_path / "out")]
+    assert main(["analyze", str(tmp_path), *given]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
+
+
+@pytest.fixture
+def reporter(tmp_path):
+    state = types.SimpleNamespace(global_step=0, is_world_process_zero=True)
+    args = types.SimpleNamespace(output_dir=str(tmp_path), report_to=[])
+    made = Reporter(types.SimpleNamespace(log=print, state=state, args=args), held_out=True)
+    made.open()
+    return made
+
+
+@pytest.mark.parametrize("payload", [*PAYLOADS, HOSTILE])
+def test_a_log_line_is_one_line(payload, reporter, caplog, tmp_path):
+    def raises(completions, **_):
+        raise ValueError(payload)
+
+    with pytest.raises(VoidRefresh) as void:
+        Ranks(__import__("torch").device("cpu")).together(lambda: Verifier(raises).score(rollouts([payload, payload])))
+    with caplog.at_level(logging.INFO):
+        reporter.void(0, str(void.value), streak=1, alert_after=1)
+        reporter.warn(payload)
+        reporter.info(payload)
+    for record in caplog.records:
+        assert record.getMessage().isprintable()
+    events = [json.loads(line) for line in (tmp_path / "passk_guard.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["void"]

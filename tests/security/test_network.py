@@ -1,0 +1,51 @@
+"""Nothing is fetched and nothing is sent: neither by the commands nor by their pages."""
+
+import re
+import socket
+
+import pytest
+
+from passk_guard import GuardConfig
+from passk_guard.cli import main
+from passk_guard.pages.analysis_page import analysis_page
+from passk_guard.pages.script import SCRIPT
+from passk_guard.pages.style import STYLE
+from tests.analysis.cases import command, save_model, synthetic, write_probe
+from tests.pages.journals import write_run
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every way out raises, and is counted."""
+    tried = []
+
+    def refuse(*arguments, **_):
+        tried.append(arguments)
+        raise OSError("no network here")
+
+    for name in ("connect", "connect_ex", "sendto", "bind"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    return tried
+
+
+def test_the_commands_reach_for_no_network(no_network, tmp_path):
+    model = save_model(tmp_path / "model")
+    assert command(model, write_probe(tmp_path / "probe.jsonl"), tmp_path / "out") == 0
+    assert main(["report", str(write_run(tmp_path / "run"))]) == 0
+    (tmp_path / "guard.yaml").write_text("k: 4\n")
+    assert main(["check", str(tmp_path / "guard.yaml")]) == 0
+    assert main(["schema"]) == 0
+    assert GuardConfig.from_yaml(tmp_path / "guard.yaml").k == 4
+    assert no_network == []
+
+
+def test_the_pages_name_no_address(tmp_path):
+    assert main(["report", str(write_run(tmp_path / "run", settings={"k": 8}))]) == 0
+    pages = [(tmp_path / "run" / "passk_guard.html").read_text(), analysis_page(synthetic(6).to_dict())]
+    for page in pages:
+        assert not re.search(r"https?:|//[a-z0-9.-]+\.[a-z]{2,}|url\(|@import", page)
+        assert re.search(r'http-equiv="Content-Security-Policy" content="default-src &#x27;none&#x27;', page)
+    assert not re.search(r"fetch|XMLHttpRequest|WebSocket|sendBeacon|import\(|innerHTML|eval|document\.write", SCRIPT)
+    assert "url(" not in STYLE
