@@ -37,9 +37,7 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
     for number, (prompt, completion) in enumerate(zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)):
         ids = [*_tokens(prompt, number), *_tokens(completion, number)]
         some = some or len(completion) > 0
-        if len(completion) > 0 and not len(
-            prompt
-        ):  # the first token of a completion is predicted from the last before it
+        if len(completion) > 0 and len(prompt) == 0:  # its first token is predicted from the last one of the prompt
             raise VoidRefresh(f"sample {number} has a completion and no prompt token; start prompts with a BOS token")
         if context is not None and len(ids) > context:
             raise VoidRefresh(
