@@ -12,7 +12,7 @@ PEERS := .venv-peers
 OLDEST := .venv-oldest
 AUDIT := .venv-audit
 
-.PHONY: venv demo benchmark bench-peers test test-oldest test-distributed test-slow test-resume fuzz audit test-browser browser lint format toy clean
+.PHONY: venv demo benchmark bench-peers test test-oldest test-distributed test-slow test-resume test-soak fuzz audit test-browser browser lint format toy clean
 
 venv: $(INSTALLED)
 
@@ -62,6 +62,10 @@ test-distributed: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not distributed and not gpu"
+
+# Thousands of steps with faults all the way: long, and not part of CI until it has passed whole.
+test-soak: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest -m soak
 
 # The tests of tests/fuzz on cases drawn anew, twenty times as many: look for what the repeatable ones do not meet.
 fuzz: $(INSTALLED)
