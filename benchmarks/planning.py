@@ -9,8 +9,9 @@ how often its range holds what a plan from 400 refreshes says. `cost`: seconds o
 demo's GRPO run (needs its warm start; the others take minutes of one core, seconds with `--quick`).
 
 Noise for the first two is measured at 64 prompts: "at c" in the population itself, "at 0" in one whose cosine is 0, as
-in a run that plans ahead of a conflict. The claim is for "at c", and for "at 0" down to -0.3: within 0.1, for power;
-for looks, that at least 0.8 of the runs are called by then. Exits with 1 where it does not hold.
+in a run that plans ahead of a conflict, "at -0.8" in a stronger conflict, which is noisier. The claim is for
+power: within 0.1 "at c", within 0.15 "at 0" down to -0.2; for looks, of both: at least 0.8 of the runs are called by
+then. Exits with 1 where it does not hold.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ COSINES = (-0.1, -0.2, -0.3, -0.5)
 PROMPTS = (32, 64, 128, 256)
 POWER = 0.9
 RULE = DecisionRule(false_alarms=0.05)
-TOLERANCE = 0.1
-FAR = -0.3
+TOLERANCE, TOLERANCE_AHEAD = 0.1, 0.15
+FAR = -0.2
 """Down to here noise that was measured at a cosine of 0 is claimed to do."""
 
 
@@ -105,27 +106,29 @@ def power_table(cosines: tuple[float, ...], prompts: tuple[int, ...], runs: int,
             for refreshes in (1, 3):
                 got = achieved_power(cosine, m, refreshes, runs, generator)
                 print(f"| {cosine} | {m} | {refreshes} | {at_c[refreshes]:.2f} | {at_0[refreshes]:.2f} | {got:.2f} |")
-                claimed = [at_c[refreshes]] + [at_0[refreshes]] * (cosine >= FAR)
-                if max(abs(value - got) for value in claimed) > TOLERANCE:
+                ahead_of_it = cosine >= FAR and abs(at_0[refreshes] - got) > TOLERANCE_AHEAD
+                if abs(at_c[refreshes] - got) > TOLERANCE or ahead_of_it:
                     missed.append(f"power at {cosine}, {m} prompts, {refreshes} pooled")
     return missed
 
 
 def looks_table(cosines: tuple[float, ...], prompts: tuple[int, ...], runs: int, seed: int = 1) -> list[str]:
-    """Prints the table; what the plan missed. Plans of more than 60 looks are left out."""
+    """Prints the table; what the plan missed. Plans of more than 40 looks are left out."""
     generator, missed = torch.Generator().manual_seed(seed), []
     ahead = measured(0.0, 400, generator)
-    print("| cosine | prompts | looks, noise at c | called by then | looks, noise at 0 | called by then |")
-    print("|---|---|---|---|---|---|")
+    strong = measured(-0.8, 400, generator)
+    print("| cosine | prompts | looks, noise at c | called by then | at 0 | called by then | at -0.8 |")
+    print("|---|---|---|---|---|---|---|")
     for cosine in cosines:
         there = measured(cosine, 400, generator)
         for m in prompts:
             looks = [predicted(noise, cosine, m)[1] for noise in (there, ahead)]
-            if any(count is None or count > 60 for count in looks):
+            if any(count is None or count > 40 for count in looks):
                 continue
+            far = predicted(strong, cosine, m)[1] or "> 200"
             got = [called_by(cosine, m, count or 0, runs, generator) for count in looks]
-            print(f"| {cosine} | {m} | {looks[0]} | {got[0]:.2f} | {looks[1]} | {got[1]:.2f} |")
-            if got[0] < POWER - TOLERANCE or (cosine > FAR and got[1] < POWER - TOLERANCE):
+            print(f"| {cosine} | {m} | {looks[0]} | {got[0]:.2f} | {looks[1]} | {got[1]:.2f} | {far} |")
+            if got[0] < POWER - TOLERANCE or (cosine >= FAR and got[1] < POWER - TOLERANCE):
                 missed.append(f"looks at {cosine}, {m} prompts")
     return missed
 
@@ -188,9 +191,9 @@ def main() -> int:
     torch.set_num_threads(1)
     cosines, prompts = (COSINES[1:3], PROMPTS[1:3]) if given.quick else (COSINES, PROMPTS)
     parts = {
-        "power": lambda: power_table(cosines, prompts, 100 if given.quick else 1000),
-        "looks": lambda: looks_table(cosines, prompts, 50 if given.quick else 300),
-        "spread": lambda: spread_table(10 if given.quick else 100),
+        "power": lambda: power_table(cosines, prompts, 100 if given.quick else 500),
+        "looks": lambda: looks_table(cosines, prompts, 50 if given.quick else 120),
+        "spread": lambda: spread_table(10 if given.quick else 60),
         "cost": lambda: cost_table(given.cache),
     }
     missed = []

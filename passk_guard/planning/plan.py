@@ -85,6 +85,12 @@ class Plan:
         return round(self.noise.prompts)
 
     @property
+    def own_cosine(self) -> float:
+        """The cosine of the refreshes that were measured, in [-1, 1]; 0 without a signal."""
+        inner, size = float(self.noise.value[0]), self.signal.size
+        return 0.0 if size is None else max(-1.0, min(1.0, inner / size))
+
+    @property
     def refreshes_for_signal(self) -> int | None:
         """How many refreshes like these would establish both norms if they are as measured; None where one is not
         even positive, or where both are established."""
@@ -106,6 +112,7 @@ class Plan:
             "refresh_steps": config.refresh_steps,
             "cosine": self.cosine,
             "power": self.power,
+            "own_cosine": None if self.signal.size is None else self.own_cosine,
             "noise": self.noise.to_dict() | {"refreshes": self.noise.refreshes},
             "signal": asdict(self.signal) | ({"error": None} if self.signal.size is None else {}),
             "refreshes_for_signal": self.refreshes_for_signal,

@@ -81,6 +81,11 @@ def describe_plan(plan: Plan, where: str) -> Iterator[str]:
             for pool, m in plan.single.items()
         )
         yield "Range: signal over noise one standard error larger or smaller than measured."
+    if plan.signal.size is not None and plan.own_cosine < 2 * plan.cosine - config.threshold:
+        yield (
+            f"The noise was measured at a cosine of {plan.own_cosine:+.2f}: a stronger conflict is noisier, so that "
+            f"one of {plan.cosine:+.2f} may well be called sooner."
+        )
     yield "Taken for granted: the noise stays as it is, prompts are new in each refresh, probing costs in proportion."
     yield "More samples of each prompt are not planned for: at equal cost more prompts see more."
 
@@ -93,7 +98,7 @@ def _table(plan: Plan) -> Iterator[str]:
         seconds = "-" if option.seconds is None else f"{option.seconds:.2g}"
         share = "-" if option.share is None else f"{option.share:.0%}"
         steps = "-" if option.steps is None else str(option.steps)
-        found, span = _looks(option.refreshes), f"{_looks(option.fewest)} to {_looks(option.most)}"
+        found, span = _looks(option.refreshes), _range(option)
         if plan.signal.size is None:
             found, span = "-", "" if option.fewest is None else f"{option.fewest} or more"
         yield f"{mark} {option.prompts:>8}  {found:>10}  {span:>14}  {steps:>7}  {seconds:>18}  {share:>9}"
@@ -102,7 +107,11 @@ def _table(plan: Plan) -> Iterator[str]:
 def _within(option: Option) -> str:
     if option.refreshes is None:
         return f"not within {MOST_LOOKS} refreshes"
-    return f"within {option.refreshes} refreshes ({_looks(option.fewest)} to {_looks(option.most)})"
+    return f"within {option.refreshes} refreshes ({_range(option)})"
+
+
+def _range(option: Option) -> str:
+    return f"{_looks(option.fewest)} to {_looks(option.most)}" if option.fewest is not None else _looks(None)
 
 
 def _looks(count: int | None) -> str:
