@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from passk_guard.errors import GuardError
+from passk_guard.telling import describe_error
 from passk_guard.types import ProbeGram
 from passk_guard.ustatistics import passk_rows, refresh_moments
 
+_LARGEST, _MOST_PROMPTS = 1e150, 10_000_000  # products of two such numbers are finite
 _FEWEST_PROMPTS = 4  # below, nothing is left to tell the two parts apart
 
 
@@ -106,13 +108,25 @@ def noise_from(data: Mapping[str, Any]) -> Noise:
             torch.tensor(data[name], dtype=torch.float64) for name in ("value", "linear", "degenerate")
         )
         numbers = [float(data[name]) for name in ("prompts", "degrees", "solved", "failed")]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise GuardError(f"Expected the noise of a refresh as a run writes it; found {error!r}.") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise GuardError(
+            f"Expected the noise of a refresh as a run writes it; found {describe_error(error)}."
+        ) from error
     every = torch.cat([value.flatten(), linear.flatten(), degenerate.flatten(), torch.tensor(numbers)])
     shapes = (value.shape, linear.shape, degenerate.shape)
-    if shapes != ((3,), (3, 3), (3, 3)) or not bool(every.isfinite().all()) or numbers[0] < _FEWEST_PROMPTS:
+    if shapes != ((3,), (3, 3), (3, 3)) or not bool((every.abs() <= _LARGEST).all()):
         raise GuardError("Expected the noise of a refresh as a run writes it; found other shapes or no finite numbers.")
     prompts, degrees, solved, failed = numbers
+    if (
+        not _FEWEST_PROMPTS <= prompts <= _MOST_PROMPTS
+        or degrees < 1
+        or min(solved, failed) < 0
+        or solved + failed > 1.001
+    ):
+        raise GuardError(
+            f"Expected the noise of a refresh as a run writes it; found {prompts=:g}, {degrees=:g}, {solved=:g} and "
+            f"{failed=:g}."
+        )
     return Noise(prompts, 1, value, linear, degenerate, degrees, solved, failed)
 
 

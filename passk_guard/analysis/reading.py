@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from passk_guard.analysis import record
 from passk_guard.analysis.settings import Settings
 from passk_guard.errors import GuardError
+from passk_guard.noise import noise_from
 from passk_guard.telling import brief, one_line
 
 T = TypeVar("T")
@@ -23,6 +24,8 @@ def analysis_from(data: Mapping[str, Any]) -> record.Analysis:
     if analysis.settings.keys() != Settings.__dataclass_fields__.keys():
         raise _difference("settings", analysis.settings)
     Settings(**analysis.settings)
+    if analysis.noise is not None:
+        noise_from(analysis.noise)
     for what, holds in _RELATIONS.items():
         if not holds(analysis):
             raise GuardError(f"Expected an analysis in which {what}; found others. Make it anew.")

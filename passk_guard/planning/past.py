@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from passk_guard.errors import GuardError
 from passk_guard.journal_file import JOURNAL_NAME, Event, RunJournal, read_journal
 from passk_guard.noise import Noise, average_noise, noise_from
 from passk_guard.planning.plan import Cost
+from passk_guard.telling import describe_error
 
+_LONGEST = 1e9  # seconds
 ANALYSIS_NAME = "analysis.json"  # `analysis.folder` has it too, and takes seconds to import
 
 
@@ -86,8 +87,8 @@ def past_of_analysis(path: Path) -> Past:
         settings, noise = data["settings"], data.get("noise")
         known = {name: settings[name] for name in ("num_samples", "threshold", "confidence")}
         k = max(settings["ks"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise GuardError(f"Expected an analysis in {path}; found {error!r}.") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise GuardError(f"Expected an analysis in {path}; found {describe_error(error)}.") from error
     if not isinstance(noise, dict):
         raise GuardError(
             f"Expected the noise of the probe in {path}; found none: fewer than 4 prompts, none with a gradient, or an "
@@ -127,5 +128,5 @@ def _config(path: Path, settings: Mapping[str, Any]) -> GuardConfig:
 
 def _median(events: Sequence[Event], name: str) -> float | None:
     values = [event[name] for event in events if isinstance(event.get(name), float | int)]
-    known = [float(value) for value in values if math.isfinite(value) and value > 0]
+    known = [float(value) for value in values if 0 < value <= _LONGEST]
     return median(known) if known else None
