@@ -22,7 +22,7 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
 
     Raises:
         VoidRefresh: lists of different lengths or none at all, no token in any completion, a token id that is no whole
-            number or that the model does not have, a completion without a prompt, or a prompt with its
+            number or that the model does not have, no token in a prompt, or a prompt with its
             completion longer than the context.
     """
     counts = {
@@ -37,8 +37,8 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
     for number, (prompt, completion) in enumerate(zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)):
         ids = [*_tokens(prompt, number), *_tokens(completion, number)]
         some = some or len(completion) > 0
-        if len(completion) > 0 and len(prompt) == 0:  # its first token is predicted from the last one of the prompt
-            raise VoidRefresh(f"sample {number} has a completion and no prompt token; start prompts with a BOS token")
+        if len(prompt) == 0:  # the first token of a completion is predicted from the last one of the prompt
+            raise VoidRefresh(f"sample {number} has no prompt token; start prompts with a BOS token")
         if context is not None and len(ids) > context:
             raise VoidRefresh(
                 f"sample {number} has {len(prompt)} + {len(completion)} tokens; the model has positions for {context}"
