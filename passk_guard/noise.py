@@ -75,13 +75,15 @@ class Noise:
 
 
 def measure_noise(probe: ProbeGram, k: int) -> Noise | None:
-    """The noise of one refresh; None below 4 prompts, or where no prompt has a gradient.
+    """The noise of one refresh; None below 4 prompts, where no prompt has a gradient, or for kept samples.
 
     Args:
-        probe: one refresh, checked, with at least k samples of each prompt.
+        probe: one refresh, checked, with at least k samples of each prompt. Samples of an earlier refresh add no
+            evidence, and would count their draw twice.
     """
     m = probe.num_samples.numel()
-    moments = refresh_moments(probe, passk_rows(torch.tensor([k]))) if m >= _FEWEST_PROMPTS else None
+    known = m >= _FEWEST_PROMPTS and not probe.reused
+    moments = refresh_moments(probe, passk_rows(torch.tensor([k]))) if known else None
     if moments is None or not bool(moments.jackknife[0].any()):
         return None
     degenerate = moments.overshoots.sum(0)[0] / (4 / (m * (m - 2)) - 2 / (m * (m - 1)))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,16 @@ def test_the_rule_of_the_run_decides():
     surer = make_plan(noise, GuardConfig(confidence=0.99), cosine=-0.4, prompts=(64,)).options[0]
     assert each.refreshes < strict.refreshes
     assert each.refreshes < whole.refreshes < surer.refreshes
+
+
+def test_only_refreshes_that_sample_count(run_dir, capsys):
+    seen_before = replace(probes(1)[0], misses=torch.ones(64, 16, dtype=torch.float64))
+    assert refresh_noise(seen_before, 8) is None
+    noise = average_noise([measure_noise(p, 8) for p in probes(6)])
+    every, third = (make_plan(noise, GuardConfig(resample_refreshes=r)).options for r in (1, 3))
+    assert [3 * option.steps for option in every] == [option.steps for option in third]
+    page = call(capsys, run_dir(probes(6), {"resample_refreshes": 3}))[1]
+    assert "refreshes that sample, one in 3" in page
 
 
 def test_without_a_signal_there_is_no_number(run_dir, capsys):

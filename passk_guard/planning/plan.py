@@ -43,7 +43,7 @@ class Option:
             `power.MOST_LOOKS`, or where no number can be stated.
         fewest, most: the same where signal over noise is one standard error larger, or smaller, than measured. Where
             the signal is not established, `fewest` is at what it can be at most, and nothing else is stated.
-        steps: `refreshes` times `refresh_steps`.
+        steps: until then; with `resample_refreshes` only every so many refreshes count, those that sample.
         seconds: of probing for each training step, in proportion to the prompts; None where unknown.
         share: of the time of a training step without a probe; None where unknown.
     """
@@ -173,7 +173,7 @@ def make_plan(
             return Option(m, None, within(signal.most) if signal.most > 0 else None, None, None, seconds, share)
         found = within(signal.size)
         low, high = (within(signal.size * math.exp(sign * signal.error)) for sign in (1, -1))
-        steps = None if found is None else found * config.refresh_steps
+        steps = None if found is None else found * config.refresh_steps * config.resample_refreshes
         return Option(m, found, low, high, steps, seconds, share)
 
     single = {}

@@ -86,6 +86,8 @@ def describe_plan(plan: Plan, where: str) -> Iterator[str]:
             f"The noise was measured at a cosine of {plan.own_cosine:+.2f}: a stronger conflict is noisier, so that "
             f"one of {plan.cosine:+.2f} may well be called sooner."
         )
+    if config.resample_refreshes > 1:
+        yield f"Counted are refreshes that sample, one in {config.resample_refreshes}; the others add no evidence."
     yield "Taken for granted: the noise stays as it is, prompts are new in each refresh, probing costs in proportion."
     yield "More samples of each prompt are not planned for: at equal cost more prompts see more."
 
