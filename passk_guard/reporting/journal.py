@@ -45,7 +45,10 @@ class Journal:
             self._whole = True
         except OSError as error:
             if not self._refused:
-                logger.warning("passk_guard: %s takes no more events, metrics go to the log only: %s", self.path, error)
+                reason = str(error)  # an exception would hold the refresh where a handler keeps its records
+                logger.warning(
+                    "passk_guard: %s takes no more events, metrics go to the log only: %s", self.path, reason
+                )
             with suppress(OSError):
                 cut_unfinished(self.path)
         self._refused = not self._whole

@@ -33,6 +33,8 @@ def test_a_full_disk_at_the_journal(references, tmp_path, caplog, monkeypatch):
     trainer = make("lm", tmp_path)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), refresh_steps=1))
     assert caplog.text.count("takes no more events") == 1
+    arguments = [argument for record in caplog.records for argument in record.args or ()]
+    assert not any(isinstance(one, BaseException) for one in arguments), "its frames would live as long as the record"
     assert "No space left on device" in caplog.text
     assert run.guard.estimate is not None
     assert any("passk_guard/pass_at_1" in row for row in trainer.state.log_history)

@@ -23,16 +23,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_records_kept(monkeypatch):
-    """pytest's handlers keep every record of a test, with all that its arguments hold."""
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-
-
 class Soak:
     """One run with its gauges; unguarded, or guarded with a fault in most refreshes."""
 
     def __init__(self, folder, monkeypatch, *, steps, every, guarded, **config):
+        # pytest's handlers would keep every record of the run, with all that its arguments hold.
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
         trainer = make("lm", folder, max_steps=steps, **LONG)
         trainer.remove_callback(PrinterCallback)
         self.gauges, self.faults, guard = Gauges(every), None, None
