@@ -63,7 +63,7 @@ test-distributed: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not distributed and not gpu"
 
-# Thousands of steps with faults all the way: long, and not part of CI until it has passed whole.
+# Thousands of steps with faults all the way: four minutes of one core.
 test-soak: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m soak
 
