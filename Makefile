@@ -80,8 +80,7 @@ $(AUDIT)/.installed: Makefile
 audit: $(AUDIT)/.installed
 	$(PYTHON) .ci/audit.py $(AUDIT)/bin/pip-audit constraints.txt
 
-# Runs that are killed at drawn moments and resumed: one process, and two ranks of DDP, ZeRO-2 and ZeRO-3. Not part of CI
-# until it has been timed there and passed several times in a row.
+# Runs that are killed at drawn moments and resumed: one process, and two ranks of DDP, ZeRO-2 and ZeRO-3.
 test-resume: $(INSTALLED)
 	$(TEST_ENV) $(BIN)/python -m pytest -m resume
 

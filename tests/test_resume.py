@@ -49,7 +49,9 @@ def test_a_killed_run_is_the_uninterrupted_one(kind, mode, tmp_path):
     train = partial(run, kind, "plain", mode)
     (whole,) = attempt(train, tmp_path / "whole", 1)
     generator = random.Random(f"{kind}/{mode}")
-    kills = draws(generator.random(), 3, STEPS, UNGUARDED if mode == "unguarded" else PLACES)
+    kills = draws(generator.random(), 2, STEPS, UNGUARDED if mode == "unguarded" else PLACES)
+    # First between two refreshes, where the gate is open and stands in the checkpoint alone.
+    kills.insert(0, lambda step: Kill(4, "step begins"))
     # And once wherever it happens to be.
     kills.insert(1, lambda step: generator.uniform(0.1, 0.9) * whole["computed"] * (1 - step / STEPS))
     (cut,), begins = killed_and_resumed(train, tmp_path / "cut", 1, kills, STEPS)

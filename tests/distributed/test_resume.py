@@ -44,7 +44,7 @@ def test_a_killed_run_is_the_uninterrupted_one(found, mode):
     run = found[mode]
     equal(run)
     assert run["events"]["cut"] == run["events"]["whole"]
-    assert len(run["events"]["whole"]) >= 5
+    assert len(run["events"]["whole"]) >= 4, "ten steps, a refresh in every third"
     for whole, cut in zip(run["whole"], run["cut"], strict=True):
         assert cut["memory"] == whole["memory"]
         assert same_steps(whole, cut)
