@@ -47,10 +47,10 @@ class Alternate(TrainerCallback):
         turn = steps._turn
 
         def timed(protected):
-            began = time.process_time()
+            before, began = steps._sums.get("mitigated", 0.0), time.process_time()
             turn(protected)
             self.inside.append(time.process_time() - began)
-            self.bound.append(steps._records[-1]["mitigated"] > 0)
+            self.bound.append(steps._sums["mitigated"] > before)
 
         steps._turn = timed
 
