@@ -52,14 +52,11 @@ def slope(sizes: Sequence[float], costs: Sequence[float]) -> tuple[float, float]
 
 
 def cost(run: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Seconds of processor time, the least of the repeats, and the peak in MiB of the first."""
-    seconds, memory = [], 0.0
-    for repeat in range(repeats):
+    """Seconds of processor time, the least of the repeats, and the peak in MiB of a run of its own."""
+    memory, seconds = peak_added(run) / 2**20, []
+    for _ in range(repeats):
         began = time.process_time()
-        if repeat == 0:
-            memory = peak_added(run) / 2**20
-        else:
-            run()
+        run()
         seconds.append(time.process_time() - began)
     return min(seconds), memory
 

@@ -9,6 +9,8 @@ residuals of the additive fit.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -27,20 +29,29 @@ def jackknife_overshoot(kernels: Tensor) -> Tensor:
     Returns:
         Zero for fewer than 4 prompts, where no degree of freedom is left.
     """
-    count, m = kernels.shape[:2]
+    return overshoot_by_rows([kernels], kernels.sum(2) - kernels.diagonal(dim1=1, dim2=2))
+
+
+def overshoot_by_rows(blocks: Iterable[Tensor], sums: Tensor) -> Tensor:
+    """The same from some rows of the kernels at a time, so that no m x m matrix is needed.
+
+    Args:
+        blocks: [S, b, m] consecutive rows of the kernels, from the first to the last.
+        sums: [S, m] sum of each row without its diagonal.
+    """
+    count, m = sums.shape
     if m < 4:
-        return kernels.new_zeros(m, count, count)
-    residuals = torch.stack([_residuals(kernel) for kernel in kernels], dim=1)
-    zeta = residuals @ residuals.mT / (m * (m - 3))
-    return zeta * (4 / (m * (m - 2)) - 2 / (m * (m - 1)))
-
-
-def _residuals(kernel: Tensor) -> Tensor:
-    """[m, m] the pairs of different prompts after the best additive fit theta + h_1(x) + h_1(y); zero diagonal."""
-    m = len(kernel)
-    mean = (kernel.sum(1) - kernel.diagonal()) / (m - 1)
-    effect = (m - 1) / (m - 2) * (mean - mean.mean())
-    return (kernel - mean.mean() - effect[:, None] - effect[None, :]).fill_diagonal_(0)
+        return sums.new_zeros(m, count, count)
+    mean = sums / (m - 1)
+    overall = mean.mean(1, keepdim=True)
+    effect = (m - 1) / (m - 2) * (mean - overall)  # the best additive fit: theta + h_1(x) + h_1(y)
+    shares, first = list[Tensor](), 0
+    for block in blocks:
+        here = slice(first, first := first + block.shape[1])
+        residuals = block - (overall + effect)[:, None] - effect[:, here, None]
+        residuals.diagonal(here.start, 1, 2).zero_()
+        shares.append(torch.einsum("sbm,tbm->bst", residuals, residuals))
+    return torch.cat(shares) / (m * (m - 3)) * (4 / (m * (m - 2)) - 2 / (m * (m - 1)))
 
 
 def without_overshoot(jackknife: Tensor, overshoot: Tensor) -> Tensor:

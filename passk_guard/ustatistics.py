@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from passk_guard.degenerate import jackknife_overshoot, without_overshoot
+from passk_guard.degenerate import overshoot_by_rows, without_overshoot
 from passk_guard.errors import GuardError
 from passk_guard.importance import reweighted
 from passk_guard.objectives import Weighting
@@ -33,7 +33,7 @@ class Moments:
         value: [K, 3] float64.
         influence: [N, K, 3] change of `value` when each of N prompts is left out.
         naive: [K, 3] the same means over all pairs, same-prompt ones included: biased, for comparison.
-        find_overshoot: gives `overshoots`, which takes m^2 numbers for each of the K and is found when asked for.
+        find_overshoot: gives `overshoots`, which takes m^2 operations for each of the K and is found when asked for.
     """
 
     value: Tensor
@@ -126,15 +126,21 @@ def weighting_rows(weighting: Weighting) -> Rows:
 
 def prompt_kernel(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
     """[m, m] inner products <g(x), h(x')> where `left` and `right` are [2m] coefficient rows of g and h."""
+    return torch.cat([rows[0] for rows in _kernel_rows(probe, left[None], right[None])])
+
+
+def _kernel_rows(probe: ProbeGram, left: Tensor, right: Tensor) -> Iterator[Tensor]:
+    """[S, b, m] some rows at a time of S kernels, whose coefficient rows `left` and `right` [S, 2m] are."""
     m = probe.num_samples.numel()
-    kernel = torch.zeros(m, m, dtype=torch.float64)
     for first in range(0, m, _ROWS):  # a few rows stay in the cache, where the whole Gram matrix is half a GiB at 4096
-        part = kernel[first : first + _ROWS]
+        rows = slice(first, min(first + _ROWS, m))
+        part = torch.zeros(len(left), rows.stop - first, m, dtype=torch.float64)
         for sign in (0, m):
-            rows = slice(sign + first, sign + first + len(part))
-            weighted = probe.gram[rows] * right
-            part += left[rows, None] * (weighted[:, :m] + weighted[:, m:])
-    return kernel
+            gram = probe.gram[sign + first : sign + rows.stop]
+            for kernel, g, h in zip(part, left[:, sign + first : sign + rows.stop], right, strict=True):
+                weighted = gram * h
+                kernel += g[:, None] * (weighted[:, :m] + weighted[:, m:])
+        yield part
 
 
 def other_prompt_sums(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
@@ -191,9 +197,13 @@ def refresh_moments(probe: ProbeGram, rows: Rows) -> Moments:
 
 def _overshoot(probe: ProbeGram, many: Tensor, one: Tensor) -> Tensor:
     """[m, 3, 3] for the kernels of U_k1, U_11 and U_kk."""
-    mixed = prompt_kernel(probe, many, one)
-    kernels = [(mixed + mixed.T) / 2, prompt_kernel(probe, one, one), prompt_kernel(probe, many, many)]
-    return jackknife_overshoot(torch.stack(kernels))
+    left, right = torch.stack([many, one, one, many]), torch.stack([one, many, one, many])
+
+    def symmetric(pairs: Tensor) -> Tensor:
+        return torch.stack([(pairs[0] + pairs[1]) / 2, pairs[2], pairs[3]])
+
+    sums = torch.stack([other_prompt_sums(probe, g, h) for g, h in zip(left, right, strict=True)])
+    return overshoot_by_rows(map(symmetric, _kernel_rows(probe, left, right)), symmetric(sums))
 
 
 def pooled_moments(probes: Sequence[ProbeGram], rows: Rows) -> Moments:

@@ -17,9 +17,17 @@ from passk_guard import (
     passk_advantages,
 )
 from passk_guard.agreement import weight_and_agreement
+from passk_guard.degenerate import jackknife_overshoot
 from passk_guard.passk import unbiased_passk_weight
 from passk_guard.population import population_conflict
-from passk_guard.ustatistics import other_prompt_sums, passk_rows, pooled_moments, prompt_kernel, refresh_moments
+from passk_guard.ustatistics import (
+    coefficients,
+    other_prompt_sums,
+    passk_rows,
+    pooled_moments,
+    prompt_kernel,
+    refresh_moments,
+)
 from tests.populations import DIM, draw, population, true_moments
 
 PAPER = json.loads((Path(__file__).parent / "reference" / "paper_toy.json").read_text())["float64"]
@@ -364,3 +372,16 @@ def test_kernel_and_its_sums_are_those_of_whole_matrices(rows, monkeypatch):
     torch.testing.assert_close(prompt_kernel(probe, left, right), g @ h.T, rtol=1e-12, atol=1e-12)
     expected = (g @ h.T).fill_diagonal_(0).sum(1)
     torch.testing.assert_close(other_prompt_sums(probe, left, right), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_the_overshoot_by_blocks_of_rows_is_that_of_whole_kernels(rows, monkeypatch):
+    monkeypatch.setattr("passk_guard.ustatistics._ROWS", rows)
+    generator, m = torch.Generator().manual_seed(6), 11
+    sums = torch.randn(2 * m, 6, generator=generator, dtype=torch.float64)
+    probe = ProbeGram(sums @ sums.T, torch.full((m,), 8), torch.randint(1, 8, (m,), generator=generator))
+    one, many = coefficients(probe, torch.tensor([1, 4]))
+    mixed = prompt_kernel(probe, many, one)
+    kernels = torch.stack([(mixed + mixed.T) / 2, prompt_kernel(probe, one, one), prompt_kernel(probe, many, many)])
+    found = refresh_moments(probe, passk_rows(torch.tensor([4]))).overshoots[:, 0]
+    torch.testing.assert_close(found, jackknife_overshoot(kernels), rtol=1e-10, atol=0)
