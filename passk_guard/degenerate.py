@@ -40,18 +40,18 @@ def overshoot_by_rows(blocks: Iterable[Tensor], sums: Tensor) -> Tensor:
         sums: [S, m] sum of each row without its diagonal.
     """
     count, m = sums.shape
+    shares, first = sums.new_zeros(m, count, count), 0
     if m < 4:
-        return sums.new_zeros(m, count, count)
+        return shares
     mean = sums / (m - 1)
     overall = mean.mean(1, keepdim=True)
     effect = (m - 1) / (m - 2) * (mean - overall)  # the best additive fit: theta + h_1(x) + h_1(y)
-    shares, first = list[Tensor](), 0
     for block in blocks:
         here = slice(first, first := first + block.shape[1])
         residuals = block - (overall + effect)[:, None] - effect[:, here, None]
         residuals.diagonal(here.start, 1, 2).zero_()
-        shares.append(torch.einsum("sbm,tbm->bst", residuals, residuals))
-    return torch.cat(shares) / (m * (m - 3)) * (4 / (m * (m - 2)) - 2 / (m * (m - 1)))
+        shares[here] = torch.einsum("sbm,tbm->bst", residuals, residuals)
+    return shares / (m * (m - 3)) * (4 / (m * (m - 2)) - 2 / (m * (m - 1)))
 
 
 def without_overshoot(jackknife: Tensor, overshoot: Tensor) -> Tensor:

@@ -126,7 +126,11 @@ def weighting_rows(weighting: Weighting) -> Rows:
 
 def prompt_kernel(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
     """[m, m] inner products <g(x), h(x')> where `left` and `right` are [2m] coefficient rows of g and h."""
-    return torch.cat([rows[0] for rows in _kernel_rows(probe, left[None], right[None])])
+    kernel, first = torch.empty(len(left) // 2, len(left) // 2, dtype=torch.float64), 0
+    for (rows,) in _kernel_rows(probe, left[None], right[None]):
+        kernel[first : first + len(rows)] = rows
+        first += len(rows)
+    return kernel
 
 
 def _kernel_rows(probe: ProbeGram, left: Tensor, right: Tensor) -> Iterator[Tensor]:
