@@ -1,17 +1,19 @@
 """Does `passk-guard plan` say what then happens? Predicted beside achieved, where the cosine is known.
 
-    python -m benchmarks.planning [--quick] [--only power looks spread cost]
+    python -m benchmarks.planning [--quick] [--only power looks spread real cost]
 
 `power`: chance that one estimate (1 and 3 refreshes pooled) establishes the conflict. `looks`: refreshes within which
 the evidence of the run calls it with 90% power, and the share of runs in which it has by then. `spread`: the same
 plan from 12 refreshes of 64 prompts, as a run has them, measured without a conflict for one of -0.2: its median, and
-how often its range holds what a plan from 400 refreshes says. `cost`: seconds of a refresh against prompts, in the
-demo's GRPO run (needs its warm start; the others take minutes of one core, seconds with `--quick`).
+how often its range holds what a plan from 400 refreshes says. `real`: power and looks where the score vectors are
+those of the demo's model before steps 0 and 60 of its run (`benchmarks.calibration`), at the cosine they have. `cost`:
+seconds of a refresh against prompts, in the demo's GRPO run. The last two need its warm start; the others take minutes
+of one core, seconds with `--quick`.
 
 Noise for the first two is measured at 64 prompts: "at c" in the population itself, "at 0" in one whose cosine is 0, as
 in a run that plans ahead of a conflict, "at -0.8" in a stronger conflict, which is noisier. The claim is for
 power: within 0.1 "at c", within 0.15 "at 0" down to -0.2; for looks, of both: at least 0.8 of the runs are called by
-then. Exits with 1 where it does not hold.
+then. Exits with 1 where it does not hold; `real` is shown without a claim.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.calibration_populations import with_cosine
+from benchmarks.calibration_populations import Population, with_cosine
 from benchmarks.calibration_statistics import Draw, guard, pool
 from benchmarks.growth import slope
 from passk_guard import GuardConfig, ProbeGram
@@ -55,32 +57,50 @@ def probes_of(draw: Draw) -> Iterator[ProbeGram]:
         yield ProbeGram(sums @ sums.T, torch.full_like(correct[i], 2 * draw.half), correct[i])
 
 
-def measured(cosine: float, refreshes: int, generator: torch.Generator, noise: float = 0.1) -> Noise:
+def measured(population: Population, refreshes: int, generator: torch.Generator) -> Noise:
     """What the product would have written down after so many refreshes."""
-    draw = with_cosine(cosine, K, noise=noise).draw(refreshes, MEASURED_ON, SAMPLES, generator)
-    return average_noise([found for probe in probes_of(draw) if (found := measure_noise(probe, K)) is not None])
+    found = list[Noise | None]()
+    for size in pieces(refreshes, MEASURED_ON):
+        draw = population.draw(size, MEASURED_ON, SAMPLES, generator)
+        found += [measure_noise(probe, K) for probe in probes_of(draw)]
+    return average_noise([noise for noise in found if noise is not None])
+
+
+def looked(population: Population, m: int, refreshes: int, runs: int, generator: torch.Generator) -> Iterator[Moments]:
+    """Estimates of so many pooled refreshes, some runs at a time."""
+    for size in pieces(runs, m):
+        yield pool([guard(population.draw(size, m, SAMPLES, generator), K) for _ in range(refreshes)])
+
+
+def pieces(runs: int, m: int) -> list[int]:
+    """How many refreshes of m prompts are held at a time: score vectors of 512 numbers take 64 MiB a kind."""
+    most = max(1, (1 << 14) // m)
+    return [min(most, runs - first) for first in range(0, runs, most)]
 
 
 def studentised(moments: Moments) -> list[float]:
     return (moments.value[:, 0] / moments.covariance[:, 0, 0].sqrt()).tolist()
 
 
-def achieved_power(cosine: float, m: int, refreshes: int, runs: int, generator: torch.Generator) -> float:
+def achieved_power(population: Population, m: int, refreshes: int, runs: int, generator: torch.Generator) -> float:
     """Share of pooled estimates that establish the conflict at 95%, one-sided."""
-    population = with_cosine(cosine, K)
-    moments = pool([guard(population.draw(runs, m, SAMPLES, generator), K) for _ in range(refreshes)])
-    known = (moments.value[:, 1:] > 0).all(1).tolist()
-    rows = zip(studentised(moments), moments.degrees.tolist(), known, strict=True)
-    return sum(ok and t < -student_t_quantile(0.95, degrees) for t, degrees, ok in rows) / runs
+    called = 0
+    for moments in looked(population, m, refreshes, runs, generator):
+        known = (moments.value[:, 1:] > 0).all(1).tolist()
+        rows = zip(studentised(moments), moments.degrees.tolist(), known, strict=True)
+        called += sum(ok and t < -student_t_quantile(0.95, degrees) for t, degrees, ok in rows)
+    return called / runs
 
 
-def called_by(cosine: float, m: int, looks: int, runs: int, generator: torch.Generator) -> float:
+def called_by(population: Population, m: int, looks: int, runs: int, generator: torch.Generator) -> float:
     """Share of runs whose evidence has called a conflict at or before this look."""
-    population = with_cosine(cosine, K)
     evidence, called = [RunEvidence()] * runs, [False] * runs
     for _ in range(looks):
-        moments = guard(population.draw(runs, m, SAMPLES, generator), K)
-        scores = [score_of(t, d) for t, d in zip(studentised(moments), moments.degrees.tolist(), strict=True)]
+        scores = [
+            score_of(t, d)
+            for moments in looked(population, m, 1, runs, generator)
+            for t, d in zip(studentised(moments), moments.degrees.tolist(), strict=True)
+        ]
         evidence = [e.with_score(s) for e, s in zip(evidence, scores, strict=True)]
         called = [c or e.p_value <= 0.05 for c, e in zip(called, evidence, strict=True)]
     return sum(called) / runs
@@ -97,14 +117,15 @@ def predicted(noise: Noise, cosine: float, m: int) -> tuple[dict[int, float], in
 def power_table(cosines: tuple[float, ...], prompts: tuple[int, ...], runs: int, seed: int = 0) -> list[str]:
     """Prints the table; what the plan missed."""
     generator, missed = torch.Generator().manual_seed(seed), []
-    ahead = measured(0.0, 400, generator)
+    ahead = measured(with_cosine(0.0, K), 400, generator)
     print("| cosine | prompts | pooled | noise at c | noise at 0 | achieved |\n|---|---|---|---|---|---|")
     for cosine in cosines:
-        there = measured(cosine, 400, generator)
+        population = with_cosine(cosine, K)
+        there = measured(population, 400, generator)
         for m in prompts:
             at_c, at_0 = predicted(there, cosine, m)[0], predicted(ahead, cosine, m)[0]
             for refreshes in (1, 3):
-                got = achieved_power(cosine, m, refreshes, runs, generator)
+                got = achieved_power(population, m, refreshes, runs, generator)
                 print(f"| {cosine} | {m} | {refreshes} | {at_c[refreshes]:.2f} | {at_0[refreshes]:.2f} | {got:.2f} |")
                 ahead_of_it = cosine >= FAR and abs(at_0[refreshes] - got) > TOLERANCE_AHEAD
                 if abs(at_c[refreshes] - got) > TOLERANCE or ahead_of_it:
@@ -115,18 +136,19 @@ def power_table(cosines: tuple[float, ...], prompts: tuple[int, ...], runs: int,
 def looks_table(cosines: tuple[float, ...], prompts: tuple[int, ...], runs: int, seed: int = 1) -> list[str]:
     """Prints the table; what the plan missed. Plans of more than 40 looks are left out."""
     generator, missed = torch.Generator().manual_seed(seed), []
-    ahead = measured(0.0, 400, generator)
-    strong = measured(-0.8, 400, generator)
+    ahead = measured(with_cosine(0.0, K), 400, generator)
+    strong = measured(with_cosine(-0.8, K), 400, generator)
     print("| cosine | prompts | looks, noise at c | called by then | at 0 | called by then | at -0.8 |")
     print("|---|---|---|---|---|---|---|")
     for cosine in cosines:
-        there = measured(cosine, 400, generator)
+        population = with_cosine(cosine, K)
+        there = measured(population, 400, generator)
         for m in prompts:
             looks = [predicted(noise, cosine, m)[1] for noise in (there, ahead)]
             if any(count is None or count > 40 for count in looks):
                 continue
             far = predicted(strong, cosine, m)[1] or "> 200"
-            got = [called_by(cosine, m, count or 0, runs, generator) for count in looks]
+            got = [called_by(population, m, count or 0, runs, generator) for count in looks]
             print(f"| {cosine} | {m} | {looks[0]} | {got[0]:.2f} | {looks[1]} | {got[1]:.2f} | {far} |")
             if got[0] < POWER - TOLERANCE or (cosine >= FAR and got[1] < POWER - TOLERANCE):
                 missed.append(f"looks at {cosine}, {m} prompts")
@@ -136,9 +158,10 @@ def looks_table(cosines: tuple[float, ...], prompts: tuple[int, ...], runs: int,
 def spread_table(plans: int, refreshes: int = 12, cosine: float = -0.2, seed: int = 2) -> list[str]:
     """Prints the table; never misses: a range of one standard error is what it is."""
     generator, config = torch.Generator().manual_seed(seed), GuardConfig()
-    exact = make_plan(measured(0.0, 400, generator), config, cosine=cosine, prompts=PROMPTS).options
+    quiet = with_cosine(0.0, K)
+    exact = make_plan(measured(quiet, 400, generator), config, cosine=cosine, prompts=PROMPTS).options
     made = [
-        make_plan(measured(0.0, refreshes, generator), config, cosine=cosine, prompts=PROMPTS) for _ in range(plans)
+        make_plan(measured(quiet, refreshes, generator), config, cosine=cosine, prompts=PROMPTS) for _ in range(plans)
     ]
     numbers = [plan for plan in made if plan.signal.size is not None]
     print(f"{len(numbers)} of {plans} plans give numbers, the others say that the probe holds no signal.\n")
@@ -153,6 +176,26 @@ def spread_table(plans: int, refreshes: int = 12, cosine: float = -0.2, seed: in
         shown = [found[int(share * (len(found) - 1))] for share in (0.5, 0.1, 0.9)]
         median, low, high = ("> 200" if count == many else str(count) for count in shown)
         print(f"| {truth.prompts} | {truth.refreshes or '> 200'} | {median} | {low} to {high} | {held:.2f} |")
+    return []
+
+
+def real_table(cache: Path, prompts: tuple[int, ...], runs: int, seed: int = 3) -> list[str]:
+    """Prints the table; claims nothing. Plans of more than 40 looks are left out."""
+    from benchmarks.calibration_real import pools
+
+    generator = torch.Generator().manual_seed(seed)
+    print("| step | cosine | prompts | power of 1, plan | achieved | of 3, plan | achieved | looks | called by then |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, population in pools(cache, 0, (0, 60)).items():
+        noise, cosine = measured(population, 200, generator), population.cosine(K)
+        for m in prompts:
+            power, looks = predicted(noise, cosine, m)
+            got = {r: achieved_power(population, m, r, runs, generator) for r in power}
+            shown = " | ".join(f"{power[r]:.2f} | {got[r]:.2f}" for r in power)
+            by_then = "-"
+            if looks is not None and looks <= 40:
+                by_then = f"{called_by(population, m, looks, min(runs, 100), generator):.2f}"
+            print(f"| {name} | {cosine:.2f} | {m} | {shown} | {looks or '> 200'} | {by_then} |", flush=True)
     return []
 
 
@@ -184,7 +227,7 @@ def cost_table(cache: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("power", "looks", "spread", "cost"))
+    parser.add_argument("--only", nargs="+", choices=("power", "looks", "spread", "real", "cost"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cache", type=Path, default=Path("runs/warm_start"))
     given = parser.parse_args()
@@ -194,6 +237,7 @@ def main() -> int:
         "power": lambda: power_table(cosines, prompts, 100 if given.quick else 500),
         "looks": lambda: looks_table(cosines, prompts, 50 if given.quick else 120),
         "spread": lambda: spread_table(10 if given.quick else 60),
+        "real": lambda: real_table(given.cache, prompts, 100 if given.quick else 300),
         "cost": lambda: cost_table(given.cache),
     }
     missed = []

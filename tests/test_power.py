@@ -8,7 +8,8 @@ import time
 import pytest
 import torch
 
-from benchmarks.planning import achieved_power, called_by, measured, predicted
+from benchmarks.calibration_populations import with_cosine
+from benchmarks.planning import K, achieved_power, called_by, measured, predicted
 from passk_guard.decision import DecisionRule
 from passk_guard.errors import GuardError
 from passk_guard.noise import Noise, average_noise, measure_noise, noise_from
@@ -83,12 +84,12 @@ def test_the_signal_is_the_populations():
 
 @pytest.mark.parametrize(("cosine", "m"), [(-0.2, 128), (-0.3, 64)])
 def test_predicted_power_is_what_then_happens(cosine, m):
-    generator = torch.Generator().manual_seed(3)
-    powers, looks = predicted(measured(cosine, 60, generator), cosine, m)
+    generator, there = torch.Generator().manual_seed(3), with_cosine(cosine, K)
+    powers, looks = predicted(measured(there, 60, generator), cosine, m)
     for refreshes in (1, 3):
-        assert abs(powers[refreshes] - achieved_power(cosine, m, refreshes, 200, generator)) < 0.13
-    assert called_by(cosine, m, looks, 40, generator) >= 0.8
-    assert called_by(cosine, m, looks // 2, 40, generator) < 0.8
+        assert abs(powers[refreshes] - achieved_power(there, m, refreshes, 200, generator)) < 0.13
+    assert called_by(there, m, looks, 40, generator) >= 0.8
+    assert called_by(there, m, looks // 2, 40, generator) < 0.8
 
 
 def test_the_evidence_of_many_runs_is_that_of_each():
