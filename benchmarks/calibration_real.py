@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, TrainerCallback
 
 from benchmarks.calibration_populations import Pool
 from examples.interference.task import correct, make_prompts
@@ -32,6 +32,10 @@ def pools(cache: Path, seed: int, at_steps: tuple[int, ...]) -> dict[str, Pool]:
             if state.global_step in at_steps:
                 found[f"step {state.global_step}"] = pool(model, tokenizer, seed)
 
+    def prepare(trainer) -> None:
+        trainer.add_callback(Collect())
+        trainer.remove_callback(PrinterCallback)
+
     with tempfile.TemporaryDirectory() as folder:
         train(
             model_dir,
@@ -39,7 +43,7 @@ def pools(cache: Path, seed: int, at_steps: tuple[int, ...]) -> dict[str, Pool]:
             steps=max(at_steps) + 1,
             k=8,
             seed=seed,
-            prepare=lambda trainer: trainer.add_callback(Collect()),
+            prepare=prepare,
             report_to=[],
             disable_tqdm=True,
         )

@@ -29,7 +29,7 @@ class Observed:
         self._population, self._refreshes, self._generator = population, refreshes, generator
         self._draw: Draw | None = None
         self._used = 0
-        self.memory, self.times, self.share, self.early = Memory(), list[int](), 1.0, 0
+        self.memory, self.share, self.early = Memory(), 1.0, 0
 
     def refresh(self, theta: Tensor, time: int) -> None:
         probe = None
@@ -42,7 +42,11 @@ class Observed:
             self._draw, self._used, self.share = Draw(self._population, theta, self._generator), 1, 1.0
             probe, _ = self._draw.look(theta, fresh=True)
         self.memory = self.memory.with_refresh(probe, POOL, time)
-        self.times = [*(self.times[:-1] if probe.reused else self.times), time][-POOL:]
+
+    @property
+    def times(self) -> tuple[int, ...]:
+        """Of the refreshes that are pooled; none is void here."""
+        return self.memory.taken[-len(self.memory.pooled(POOL)) :]
 
 
 def path(population: LogLinear, step: float) -> Callable[[int], Tensor]:
@@ -66,7 +70,7 @@ def measure(cosine: float, refreshes: int, step: float, repetitions: int, seed: 
             run.refresh(policy(last - time), time)
         pooled = cosine_of(exact[[last - time for time in run.times]].mean(0))
         lags, shares, early = lags + pooled - truth, shares + run.share, early + run.early
-        estimate = estimate_pooled(run.memory.history, K)
+        estimate = estimate_pooled(run.memory.pooled(POOL), K)
         conflicts += estimate.status == "conflict"
         half = student_t_quantile(0.975, estimate.degrees or 1.0) * (estimate.inner_product_se or 0.0)
         held_inner.append(abs((estimate.inner_product or 0.0) - inner) <= half)

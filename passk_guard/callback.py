@@ -215,7 +215,8 @@ class PassKGuardCallback(TrainerCallback):
     def _estimate(self, memory: Memory) -> ConflictEstimate:
         config = self.config
         try:
-            return estimate_pooled(memory.history, config.k, threshold=config.threshold, confidence=config.confidence)
+            probes = memory.pooled(config.pool_refreshes)
+            return estimate_pooled(probes, config.k, threshold=config.threshold, confidence=config.confidence)
         except GuardError as error:  # the user has made no mistake here: this refresh is at fault
             raise VoidRefresh(str(error)) from error
 

@@ -39,12 +39,14 @@ class GuardConfig:
     )
     num_samples: Annotated[Whole, Field(ge=2)] = _setting(16, "Completions sampled of each probe prompt; at least k.")
     refresh_steps: AtLeast1 = _setting(5, "Optimizer steps between refreshes of the estimate.")
-    pool_refreshes: AtLeast1 = _setting(3, "Newest refreshes whose statistics are averaged for the estimate.")
+    pool_refreshes: AtLeast1 = _setting(
+        3, "Newest refreshes whose statistics are averaged for the estimate, of each draw its newest."
+    )
     resample_refreshes: AtLeast1 = _setting(
         1,
         "Refreshes that one draw of completions serves: sampled and scored at the first, reweighted to the policy of "
-        "the moment at the others. 1 samples every time. Pooling, patience, cooldown and CONFLICT over the whole run "
-        "count draws, and a checkpoint ends one.",
+        "the moment at the others. 1 samples every time. Patience, cooldown and CONFLICT over the whole run count "
+        "draws, and a checkpoint ends one.",
     )
     min_effective_samples: Annotated[Real, Field(gt=0, le=1)] = _setting(
         0.8,

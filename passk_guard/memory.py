@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +34,7 @@ class Memory:
         step: of the newest refresh, void or not; -1 before the first.
         floor: under the prompt weights, where reweighting solves for it.
         evidence: for a conflict, of all refreshes together.
+        taken: number of each refresh in `history`, void ones not counted.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
@@ -40,6 +43,7 @@ class Memory:
     step: int = -1
     floor: FloorState = field(default_factory=FloorState)
     evidence: RunEvidence = field(default_factory=RunEvidence)
+    taken: tuple[int, ...] = ()
 
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
         """The same with one more refresh, and the streak of void ones ended.
@@ -47,7 +51,17 @@ class Memory:
         One that reuses the samples of the refresh before takes its place, so that no sample is pooled twice.
         """
         before = self.history[:-1] if probe.reused else self.history
-        return replace(self, history=(*before, probe)[-pool:], voids=0, step=step)
+        taken = (*self.taken[: len(before)], self.taken[-1] + 1 if self.taken else 0)
+        return replace(self, history=(*before, probe)[-pool:], taken=taken[-pool:], voids=0, step=step)
+
+    def pooled(self, pool: int) -> tuple[ProbeGram, ...]:
+        """The draws that the newest `pool` refreshes looked at: fewer than that many where one served several.
+
+        So the pool reaches back as far as without reuse. As many draws would reach back to policies so old that the
+        interval misses the present one (benchmarks/README.md, Reuse).
+        """
+        looks = zip(self.history, self.taken, strict=True)
+        return tuple(probe for probe, number in looks if self.taken[-1] - number < pool)
 
     def with_floor(self, floor: FloorState) -> Memory:
         """The same with the floor after the newest refresh."""
@@ -81,6 +95,7 @@ def save_memory(memory: Memory, folder: Path) -> None:
             | ({"misses": probe.misses} if probe.reused else {})
             for probe in memory.history
         ],
+        "taken": list(memory.taken),
     }
     save_whole(content, folder / FILE_NAME)
 
@@ -104,15 +119,17 @@ def _restored(content: Any) -> Memory:
     content = mapping(content)
     one_of(content.get("format"), _FORMAT)
     decision = mapping(content["decision"])
-    floor = mapping(content.get("floor", {}))  # this and the next are absent in the first versions
+    floor = mapping(content.get("floor", {}))  # this, the next and `taken` are absent in the first versions
     evidence = mapping(content.get("evidence", {}))
+    history = tuple(_probe(mapping(probe)) for probe in listed(content["history"]))
     return Memory(
         decision=DecisionState(
             verdict=one_of(decision["verdict"], *_STATUSES),
             candidate=one_of(decision["candidate"], *_STATUSES, None),
             streak=whole(decision["streak"]),
         ),
-        history=tuple(_probe(mapping(probe)) for probe in listed(content["history"])),
+        history=history,
+        taken=_ascending(listed(content.get("taken", list(range(len(history))))), len(history)),
         voids=whole(content["voids"]),
         step=whole(content["step"], -1),
         floor=FloorState(real(floor.get("floor", 0.0), 0.0), real(floor.get("precision", 0.0), 0.0)),
@@ -121,6 +138,13 @@ def _restored(content: Any) -> Memory:
             whole(evidence.get("before", 0)),
         ),
     )
+
+
+def _ascending(numbers: Sequence[Any], count: int) -> tuple[int, ...]:
+    found = tuple(whole(number) for number in numbers)
+    if len(found) != count or any(b <= a for a, b in pairwise(found)):
+        raise ValueError("an ascending number of each refresh was expected")
+    return found
 
 
 def _probe(content: dict[str, Any]) -> ProbeGram:

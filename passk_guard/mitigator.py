@@ -76,7 +76,9 @@ class Mitigator:
             if self.steps.open:
                 with without_dropout(self._trainer.model_wrapped):
                     self.steps.harvest(pass1_loss(refresh, self._ranks.count), refresh.batches)
-        return memory if self.floor is None else memory.with_floor(self.floor.learn(memory.floor, memory.history))
+        if self.floor is None:
+            return memory
+        return memory.with_floor(self.floor.learn(memory.floor, memory.pooled(self._config.pool_refreshes)))
 
     def apply(self, memory: Memory) -> None:
         """Put the floor in force for the batches to come; at a step boundary, so that no batch sets its own."""

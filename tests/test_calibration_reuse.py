@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import calibration_reuse, calibration_reuse_runs
 from benchmarks.calibration_reuse_draws import NOW, cosine_of, with_cosine
-from benchmarks.calibration_reuse_runs import Observed, path
+from benchmarks.calibration_reuse_runs import POOL, Observed, path
 
 RUNS = 30
 
@@ -35,13 +35,13 @@ def test_a_draw_serves_its_looks_and_each_is_pooled_by_its_newest():
     run, policy = Observed(population, 3, generator), path(population, 0.02)
     for time in range(7):
         run.refresh(policy(6 - time), time)
-    assert run.times == [2, 5, 6]
-    assert [probe.reused for probe in run.memory.history] == [True, True, False]
+    assert run.times == (5, 6)
+    assert [probe.reused for probe in run.memory.pooled(POOL)] == [True, False]
     assert (run.share, run.early) == (1.0, 0)
     run, policy = Observed(population, 3, generator), path(population, 0.6)
     for time in range(4):
         run.refresh(policy(3 - time), time)
-    assert run.times == [1, 2, 3]
+    assert run.times == (1, 2, 3)
     assert run.early == 3
 
 

@@ -211,14 +211,17 @@ def test_a_draw_serves_its_refreshes_and_ends_early_where_it_is_worth_too_little
 def test_memory_pools_one_look_of_each_draw(tmp_path):
     model = tiny_model().double().eval()
     generator, keeper, memory = torch.Generator().manual_seed(6), RolloutKeeper(2, 0.1), Memory()
-    kinds = []
+    kinds, pooled = [], []
     for step in range(5):
         look = keeper.refresh(refresher(model), lambda: drawn_from(model, generator), (), step)
         memory = memory.with_refresh(look.probe, 3, step)
         kinds.append([probe.reused for probe in memory.history])
+        pooled.append(len(memory.pooled(3)))
     assert kinds == [[False], [True], [True, False], [True, True], [True, True, False]]
+    assert (memory.taken, pooled) == ((1, 3, 4), [1, 1, 2, 2, 2]), "the newest three refreshes and none before"
     save_memory(memory, tmp_path)
     back = load_memory(tmp_path)
+    assert back.taken == memory.taken
     assert torch.equal(back.history[0].misses, memory.history[0].misses)
     assert back.history[2].misses is None
 

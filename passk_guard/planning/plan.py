@@ -154,7 +154,7 @@ def make_plan(
         raise GuardError(f"Expected 0 < `power` <= {_MOST_POWER}; found {power}.")
     if any(m < 4 for m in prompts):
         raise GuardError(f"Expected `prompts` >= 4; found {min(prompts)}.")
-    cost, own = cost or Cost(), round(noise.prompts)
+    cost, own, pooled = cost or Cost(), round(noise.prompts), _draws_pooled(config)
     signal = signal_of(noise, config.confidence)
 
     def option(m: int) -> Option:
@@ -165,9 +165,7 @@ def make_plan(
 
         def within(size: float) -> int | None:
             look = look_of(noise, size, cosine, m, config.threshold)
-            return looks_until_called(
-                look, _rule(config), power, confidence=config.confidence, pool=config.pool_refreshes
-            )
+            return looks_until_called(look, _rule(config), power, confidence=config.confidence, pool=pooled)
 
         if signal.size is None:
             return Option(m, None, within(signal.most) if signal.most > 0 else None, None, None, seconds, share)
@@ -178,7 +176,7 @@ def make_plan(
 
     single = {}
     if signal.size is not None:
-        for pool in sorted({1, config.pool_refreshes}):
+        for pool in sorted({1, pooled}):
             single[pool] = fewest_prompts(
                 noise,
                 signal.size,
@@ -190,6 +188,11 @@ def make_plan(
             )
     options = [option(m) for m in sorted({*prompts, own})]
     return Plan(config, cosine, power, noise, signal, options, single, cost)
+
+
+def _draws_pooled(config: GuardConfig) -> int:
+    """Draws in the pool of a refresh that samples: the newest, and those that were looked at since the pool began."""
+    return 1 + math.ceil((config.pool_refreshes - 1) / config.resample_refreshes)
 
 
 def _rule(config: GuardConfig) -> DecisionRule:

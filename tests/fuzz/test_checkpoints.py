@@ -46,7 +46,13 @@ def memory():
     probe = dataclasses.replace(probe, prompt_keys=("a", "b", "c"))
     reused = dataclasses.replace(probe, misses=torch.ones(3, 8, dtype=torch.float64))
     return Memory(
-        DecisionState("conflict", "clear", 1), (probe, reused), 2, 15, FloorState(0.4, 3.0), RunEvidence((1.0,), 4)
+        DecisionState("conflict", "clear", 1),
+        (probe, reused),
+        2,
+        15,
+        FloorState(0.4, 3.0),
+        RunEvidence((1.0,), 4),
+        (3, 5),
     )
 
 
@@ -77,7 +83,7 @@ def resumed(folder):
         assert found.floor.floor >= 0
         probe = draw(population(-0.5), 4, 8, torch.Generator().manual_seed(1))
         grown = found.with_refresh(probe, 3, 20)
-        estimate = estimate_pooled(grown.history, 4)
+        estimate = estimate_pooled(grown.pooled(3), 4)
         decide(found.decision, found.evidence, estimate, 1.0, DecisionRule(2, 3, 0.05))
     told = []
     engine = Engine([1.0, -2.0])
@@ -102,6 +108,7 @@ def test_what_was_saved_is_taken_up():
             (whole.decision, whole.voids, whole.step, whole.floor, whole.evidence)
         )
         assert [p.reused for p in found.history] == [False, True]
+        assert found.taken == (3, 5)
 
 
 @given(st.data())
@@ -173,5 +180,5 @@ def test_a_direction_of_another_model(count, part):
 
 def test_probe_grams_of_a_wrong_kind_are_no_memory(tmp_path):
     for wrong in (ProbeGram(torch.eye(4), torch.full((3,), 8), torch.ones(3)),):
-        save_memory(Memory(history=(wrong,)), tmp_path)
+        save_memory(Memory(history=(wrong,), taken=(0,)), tmp_path)
         assert load_memory(tmp_path) is None

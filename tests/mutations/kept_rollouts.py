@@ -45,6 +45,14 @@ KEPT_ROLLOUTS = (
         f"{KEPT}test_memory_pools_one_look_of_each_draw",
     ),
     Mutation(
+        "kept rollouts: a pool that reaches back further",
+        "as many refreshes as without reuse",
+        "memory.py",
+        "if self.taken[-1] - number < pool",
+        "if True",
+        f"{KEPT}test_memory_pools_one_look_of_each_draw",
+    ),
+    Mutation(
         "kept rollouts: a floor from them",
         "the floor stays",
         "floor_guard.py",
