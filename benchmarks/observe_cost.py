@@ -1,11 +1,12 @@
 """What observing costs a GRPO run: the time of a refresh beside the time of the steps around it, in one run.
 
-    python -m benchmarks.observe_cost [--steps 40] [--long-steps 31] [--threads 1]
+    python -m benchmarks.observe_cost [--only short long longer] [--steps 40] [--long-steps 31] [--threads 1]
 
 The interference task's model (648k parameters) with the guard at its defaults (64 prompts x 16 samples every 5 steps),
-with one draw for 3 and for 5 refreshes, then with the training batch as probe, in two settings: "short", the task
-itself, 512 completions of 5 tokens a step; and "long", 256 completions of 64 tokens, of random weights and judged by
-their digits, where sampling takes most of the step as it does in practice. Steps are medians over the run, refreshes
+with one draw for 3 and for 5 refreshes, then with the training batch as probe, in three settings: "short", the task
+itself, 512 completions of 5 tokens a step; "long", 256 completions of 64 tokens, of random weights and judged by their
+digits; and "longer", 32 of 512, where sampling takes most of the step as it does in practice (the training batch alone:
+64 x 16 such completions would be 32 training batches). Steps are medians over the run, refreshes
 means over a draw of the medians of those that sample and those that do not; "run time" is guarded over unguarded:
 (5 steps + 1 refresh) / 5 steps. The learning rate is 0, so that no draw ends early. "floor" is the same with one
 forward and backward with frozen weights in place of the refresh, over the share of samples that have a gradient: no
@@ -77,6 +78,18 @@ LONG = Setting(
         "per_device_train_batch_size": 256,
         "max_completion_length": 64,
         "generation_kwargs": {"min_new_tokens": 64},  # random weights would end a completion after some 30
+    },
+)
+LONGER = Setting(
+    "longer",
+    more_even_digits,
+    512,
+    32,
+    {
+        "per_device_train_batch_size": 32,
+        "num_generations": 8,
+        "max_completion_length": 512,
+        "generation_kwargs": {"min_new_tokens": 512},
     },
 )
 
@@ -153,13 +166,14 @@ def frozen_pass(model: Any, setting: Setting, guard: PassKGuardCallback, source:
 def random_model(folder: Path) -> Path:
     """The same model with random weights and room for the long completions, saved with its tokenizer."""
     tokenizer = make_tokenizer()
-    make_model(tokenizer, seed=0, positions=128).save_pretrained(folder)
+    make_model(tokenizer, seed=0, positions=1024).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=("short", "long", "longer"), default=("short", "long", "longer"))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--long-steps", type=int, default=31)
     parser.add_argument("--threads", type=int, default=1)
@@ -168,11 +182,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     print(f"{'setting':8} {'probe':14} {'draw for':>8} {'step, s':>8} {'refresh, s':>10} {'run time':>9} {'floor':>6}")
     with tempfile.TemporaryDirectory() as folder:
-        for setting, steps, model_dir in (
-            (SHORT, arguments.steps, warm_start(arguments.cache, 0)),
-            (LONG, arguments.long_steps, random_model(Path(folder))),
-        ):
-            for source, draws in PROBES:
+        for setting in (each for each in (SHORT, LONG, LONGER) if each.name in arguments.only):
+            steps = arguments.steps if setting is SHORT else arguments.long_steps
+            model_dir = warm_start(arguments.cache, 0) if setting is SHORT else random_model(Path(folder))
+            for source, draws in PROBES[-1:] if setting is LONGER else PROBES:
                 found = measure(model_dir, source, draws, steps, setting)
                 refresh = (found.sampled + (draws - 1) * found.reused) / draws
                 print(
