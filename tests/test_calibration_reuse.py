@@ -59,6 +59,13 @@ def test_the_pool_of_a_moving_policy_holds_its_own_cosine():
     assert found["conflict"] <= 0.05 + furthest(0.05, 16)
 
 
+def test_a_pool_lags_no_more_behind_a_fast_policy_where_draws_serve_longer():
+    found = calibration_reuse_runs.measure(-0.4, 5, 0.1, 10, 0)
+    assert found["effective_samples"] < 0.93
+    assert abs(found["lag"]) < 0.01, "0.20 where as many draws were pooled, however old"
+    assert found["covered_95"] >= 0.95 - furthest(0.95, 10)
+
+
 def test_the_report_has_a_table_of_each_kind(capsys):
     records = [{"cosine": 0.0, "shift": 0.1}, {"cosine": 0.0, "step": 0.1}, {"cosine": -0.4, "step": 0.1}]
     calibration_reuse.report(records)

@@ -365,7 +365,7 @@ def evaluation_and_checkpoint_on_the_step_of_a_refresh(stack, trainer, given):
     pass
 
 
-@fault(engines=("ddp",), mitigation="off", gives_up=False, probe_prompts=3)
+@fault(engines=("ddp",), mitigation="off", gives_up=False, probe_prompts=64)
 def probe_smaller_than_a_refresh(stack, trainer, given):
     given["probe"] = probe_rows(3)
 

@@ -67,6 +67,8 @@ def test_a_fault(engine, name, outcomes):
             assert rank["voids"] == 0
             assert rank["refreshes"] >= 1
             assert not any(rank["mitigated"])
+    if name == "probe_smaller_than_a_refresh":
+        assert [len(rank["gram"]) for rank in ranks] == [6, 6], "each of the three prompts once"
     if name in WORDS:
         assert WORDS[name] in ranks[0]["reasons"][0]
     if name in TOLD:
