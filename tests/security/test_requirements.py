@@ -15,7 +15,7 @@ ALLOWED = re.compile(
 )
 FORBIDDEN = re.compile(r"\b(A?GPL|GNU|SSPL|BUSL|Commons Clause|non-?commercial|proprietary)", re.IGNORECASE)
 READ_BY_HAND = {"zss": "BSD-3-Clause, in its repository; the package names none"}
-INSTALLERS = {"passk-guard", "pip", "setuptools", "wheel"}
+INSTALLERS = {"passk-guard", "pip", "wheel"}
 
 
 def asked_for(name, extras):
