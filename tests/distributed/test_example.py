@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,18 @@ ROOT = Path(__file__).parents[2]
 TIMES = ("probe_seconds", "step_seconds", "mitigation_seconds")
 
 
+def free_port():
+    """One for the ranks to meet at: the launcher of accelerate 1.4 looks for none itself, and waits at port 0."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
 def start(config, folder, *more):
     """Run the example and return what it printed."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port()]
     command += ["--config_file", f"examples/accelerate_configs/{config}.yaml", "-m", "tests.distributed.example_worker"]
     command += ["--ddp_backend=gloo", "--max_steps=4", "--refresh_steps=3", "--gate=always", f"--output_dir={folder}"]
     command += ["--save_strategy=steps", "--save_steps=2", *more]
