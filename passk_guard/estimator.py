@@ -225,7 +225,9 @@ def _curve(moments: Moments, ks: Tensor, base: ConflictEstimate) -> ConflictCurv
     quantiles = _quantiles(base, moments, numbers[0].nan_to_num())
     for i in known:
         two_sided, one_sided = quantiles[i]
-        numbers[1:, i] = torch.tensor(cosine_bounds(moments.value[i], moments.covariance[i], two_sided))
+        interval = cosine_bounds(moments.value[i], moments.covariance[i], two_sided)
+        found = (float(numbers[0, i]), *interval) if interval != (-1.0, 1.0) else (math.nan,) * 3
+        numbers[:, i] = torch.tensor(found, dtype=torch.float64)
         established[i] = cosine_bounds(moments.value[i], moments.covariance[i], one_sided)[1] < base.threshold
     return ConflictCurve(ks, numbers[0], numbers[1], numbers[2], established)
 

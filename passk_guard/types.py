@@ -90,7 +90,7 @@ class ConflictCurve:
 
     Attributes:
         k: [K] int64.
-        cosine, ci_low, ci_high: [K] float64, NaN where undetermined.
+        cosine, ci_low, ci_high: [K] float64, NaN where no cosine can be ruled out.
         established: [K] bool, True where a conflict is established at the stated confidence.
     """
 

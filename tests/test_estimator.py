@@ -183,6 +183,21 @@ def test_curve_and_k_star():
     assert bool(curve.established[estimate.k_star])
 
 
+def test_the_curve_has_no_number_where_no_cosine_can_be_ruled_out():
+    """Few prompts carry grad J_16 of 16 samples, and its norm may be anything."""
+    absent = 0
+    for seed in range(12):
+        probe = draw(population(-0.3), 24, 16, torch.Generator().manual_seed(seed))
+        estimate = estimate_pooled([probe], 8)
+        if estimate.curve is None:
+            continue
+        low, high, cosine = estimate.curve.ci_low, estimate.curve.ci_high, estimate.curve.cosine
+        assert not ((low == -1) & (high == 1))[1:].any()
+        assert torch.equal(cosine.isnan(), low.isnan())
+        absent += int(cosine.isnan().sum())
+    assert absent
+
+
 def test_unbiased_where_the_naive_statistic_is_not():
     """400 refreshes of 24 prompts: the means of U agree with the truth, those over all pairs do not."""
     pop, k = population(-0.4, spread=0.5, noise=0.3), 8
