@@ -102,7 +102,8 @@ def prompts(repeats: int) -> None:
     sketcher, batch = ScoreSketcher(model_of(*MODELS[0]), dim), batch_of(8, 32, MODELS[0][1])
     sums, grams, estimates = [], [], []
     for m in PROMPTS:
-        total = torch.randn(2 * m, dim, generator=torch.Generator().manual_seed(m))
+        total, right = torch.randn(2 * m + 1, dim, generator=torch.Generator().manual_seed(m)).split((2 * m, 1))
+        total = total + torch.cat([right, -right]).repeat_interleave(m, 0)  # a gradient to see, or there is no estimate
         sums.append(cost(lambda total=total: add_scores_(total, sketcher, batch, 1.0), max(repeats, 2)))
         every = torch.arange(2 * m)
         grams.append(cost(lambda total=total, rows=every: gram_matrix(total, rows), 1))
