@@ -13,6 +13,7 @@ from passk_guard.analysis.folder import JSON_NAME
 from passk_guard.cli import main
 from passk_guard.errors import GuardError
 from passk_guard.journal_file import read_journal
+from passk_guard.memory import Memory
 from passk_guard.noise import average_noise, measure_noise
 from passk_guard.planning import Cost, make_plan, outlook, refresh_noise
 from passk_guard.planning.past import past_of
@@ -107,6 +108,18 @@ def test_only_refreshes_that_sample_count(run_dir, capsys):
     assert [3 * option.steps for option in every] == [option.steps for option in third]
     page = call(capsys, run_dir(probes(6), {"resample_refreshes": 3}))[1]
     assert "refreshes that sample, one in 3" in page
+
+
+@pytest.mark.parametrize("serves", [1, 2, 3, 5])
+@pytest.mark.parametrize("pool", [1, 2, 3, 4, 7])
+def test_one_estimate_pools_as_many_draws_as_the_run_will(serves, pool):
+    fresh = probes(1)[0]
+    again = replace(fresh, misses=torch.ones(64, 16, dtype=torch.float64))
+    memory, config = Memory(), GuardConfig(resample_refreshes=serves, pool_refreshes=pool)
+    for step in range(8 * serves + 1):  # the last one samples
+        memory = memory.with_refresh(again if step % serves else fresh, pool, step)
+    plan = make_plan(average_noise([measure_noise(p, 8) for p in probes(6)]), config)
+    assert list(plan.single) == sorted({1, len(memory.pooled(pool))})
 
 
 def test_without_a_signal_there_is_no_number(run_dir, capsys):
