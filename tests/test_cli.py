@@ -216,7 +216,8 @@ def test_as_a_module_with_a_reader_that_leaves(tmp_path):
 
 
 READS_FOR_EVER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 from passk_guard.cli import main
 from passk_guard.pages import run_report
 run_report.read_journal = lambda *_: print("reading", flush=True) or time.sleep(60)
