@@ -126,25 +126,26 @@ def weighting_rows(weighting: Weighting) -> Rows:
 
 def prompt_kernel(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
     """[m, m] inner products <g(x), h(x')> where `left` and `right` are [2m] coefficient rows of g and h."""
-    kernel, first = torch.empty(len(left) // 2, len(left) // 2, dtype=torch.float64), 0
-    for (rows,) in _kernel_rows(probe, left[None], right[None]):
-        kernel[first : first + len(rows)] = rows
-        first += len(rows)
+    kernel = torch.empty(len(left) // 2, len(left) // 2, dtype=torch.float64)
+    for rows, products in _products(probe, right):
+        kernel[rows] = _times(left, rows, products)
     return kernel
 
 
-def _kernel_rows(probe: ProbeGram, left: Tensor, right: Tensor) -> Iterator[Tensor]:
-    """[S, b, m] some rows at a time of S kernels, whose coefficient rows `left` and `right` [S, 2m] are."""
+def _products(probe: ProbeGram, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Of some prompts x at a time [2, b, m]: <S+(x), h(x')> and <S-(x), h(x')> for all x'."""
     m = probe.num_samples.numel()
+    sums = probe.gram.view(2, m, 2 * m)
     for first in range(0, m, _ROWS):  # a few rows stay in the cache, where the whole Gram matrix is half a GiB at 4096
         rows = slice(first, min(first + _ROWS, m))
-        part = torch.zeros(len(left), rows.stop - first, m, dtype=torch.float64)
-        for sign in (0, m):
-            gram = probe.gram[sign + first : sign + rows.stop]
-            for kernel, g, h in zip(part, left[:, sign + first : sign + rows.stop], right, strict=True):
-                weighted = gram * h
-                kernel += g[:, None] * (weighted[:, :m] + weighted[:, m:])
-        yield part
+        weighted = sums[:, rows] * right
+        yield rows, weighted[..., :m] + weighted[..., m:]
+
+
+def _times(left: Tensor, rows: slice, products: Tensor) -> Tensor:
+    """[b, m] those prompts' rows of the kernel, from their `_products`."""
+    positive, negative = left.view(2, -1)[:, rows, None]
+    return positive * products[0] + negative * products[1]
 
 
 def other_prompt_sums(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
@@ -201,13 +202,15 @@ def refresh_moments(probe: ProbeGram, rows: Rows) -> Moments:
 
 def _overshoot(probe: ProbeGram, many: Tensor, one: Tensor) -> Tensor:
     """[m, 3, 3] for the kernels of U_k1, U_11 and U_kk."""
-    left, right = torch.stack([many, one, one, many]), torch.stack([one, many, one, many])
 
-    def symmetric(pairs: Tensor) -> Tensor:
-        return torch.stack([(pairs[0] + pairs[1]) / 2, pairs[2], pairs[3]])
+    def kernels() -> Iterator[Tensor]:
+        for (rows, with_one), (_, with_many) in zip(_products(probe, one), _products(probe, many), strict=True):
+            mixed = _times(many, rows, with_one) + _times(one, rows, with_many)
+            yield torch.stack([mixed / 2, _times(one, rows, with_one), _times(many, rows, with_many)])
 
-    sums = torch.stack([other_prompt_sums(probe, g, h) for g, h in zip(left, right, strict=True)])
-    return overshoot_by_rows(map(symmetric, _kernel_rows(probe, left, right)), symmetric(sums))
+    mixed = other_prompt_sums(probe, many, one) + other_prompt_sums(probe, one, many)
+    sums = [mixed / 2, other_prompt_sums(probe, one, one), other_prompt_sums(probe, many, many)]
+    return overshoot_by_rows(kernels(), torch.stack(sums))
 
 
 def pooled_moments(probes: Sequence[ProbeGram], rows: Rows) -> Moments:
