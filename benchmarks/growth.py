@@ -28,9 +28,9 @@ import torch.distributed as dist
 
 from benchmarks.peak import peak_added
 from passk_guard import estimate_conflict
-from passk_guard.ranks import Ranks
 from passk_guard.score_sums import add_scores_, gram_matrix, sum_over_ranks_
 from passk_guard.sketch import ScoreSketcher, TokenBatch
+from passk_guard.utils.ranks import Ranks
 
 PROMPTS = (64, 256, 1024, 4096)
 TOKENS = (256, 512, 1024, 2048)

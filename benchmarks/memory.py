@@ -39,10 +39,10 @@ ROWS = [
 def peak(what: str, prompts: int, max_tokens: int) -> tuple[int, int]:
     """Bytes at the peak, and bytes kept."""
     from passk_guard.protect import pass1_loss
-    from passk_guard.ranks import Ranks
     from passk_guard.refresh import Refresher
     from passk_guard.sketch import ScoreSketcher
     from passk_guard.types import Outcomes, Rollouts
+    from passk_guard.utils.ranks import Ranks
 
     torch.set_num_threads(1)
     model = build_model(LAYERS, VOCAB, "cpu", torch.float32)

@@ -7,7 +7,6 @@ stack; the callback and its parts are imported when they are first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.estimator import estimate_conflict, estimate_pooled
 from passk_guard.mitigation import combine, project_gradient, smooth_floor, solve_floor
 from passk_guard.objectives import Weighting, named_weighting
@@ -15,6 +14,7 @@ from passk_guard.passk import pass_at_k, passk_advantages, passk_weight
 from passk_guard.pkpo import max_at_k, pkpo_transform
 from passk_guard.population import population_conflict
 from passk_guard.types import ConflictEstimate, ProbeGram
+from passk_guard.utils.errors import GuardError, VoidRefresh
 
 if TYPE_CHECKING:
     from passk_guard.analysis import Analysis, analyze

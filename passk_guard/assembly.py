@@ -6,13 +6,13 @@ import logging
 from typing import Any
 
 from passk_guard.config import GuardConfig
-from passk_guard.errors import GuardError
-from passk_guard.private_api import is_trl
 from passk_guard.probe import ProbeSet
 from passk_guard.sampling import GenerateSampler, Sampler, TRLSampler
 from passk_guard.sampling.lengths import context_length
 from passk_guard.scoring import Verifier, resolve_verifier
 from passk_guard.sources import HeldOut
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.private_api import is_trl
 
 logger = logging.getLogger(__name__)
 

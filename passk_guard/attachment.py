@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 _KEY = "_passk_guard_attached"
 

@@ -21,15 +21,12 @@ from passk_guard.compatibility import check_compatibility
 from passk_guard.config import GuardConfig
 from passk_guard.decision import DecisionRule, decide
 from passk_guard.engines import untraced
-from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.estimator import estimate_pooled
-from passk_guard.isolation import seeded, untouched
 from passk_guard.kept_rollouts import RolloutKeeper
 from passk_guard.memory import Memory, load_memory, save_memory
 from passk_guard.mitigator import Mitigator
 from passk_guard.planning import outlook, refresh_noise
 from passk_guard.progress import sampling_bar, wants_bar
-from passk_guard.ranks import Ranks
 from passk_guard.refresh import Refresher
 from passk_guard.reporting import Reporter
 from passk_guard.rollout_checks import check_rollouts
@@ -37,8 +34,11 @@ from passk_guard.run_evidence import conflict_score
 from passk_guard.sampling import BatchTap, Sampler
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.sources import HeldOut
-from passk_guard.telling import describe_error
 from passk_guard.types import ConflictEstimate, Outcomes, Rollouts
+from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.isolation import seeded, untouched
+from passk_guard.utils.ranks import Ranks
+from passk_guard.utils.text import describe_error
 
 
 class PassKGuardCallback(TrainerCallback):

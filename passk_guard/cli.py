@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from passk_guard.errors import GuardError
-from passk_guard.telling import one_line
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import one_line
 
 _INTERRUPTED, _NO_READER = 130, 141  # as a shell reports SIGINT and SIGPIPE
 

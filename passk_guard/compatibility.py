@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from passk_guard.objective import PassKObjective
-from passk_guard.private_api import check, seams
 from passk_guard.sampling import Sampler, TRLSampler
+from passk_guard.utils.private_api import check, seams
 
 
 def check_compatibility(trainer: Any, sampler: Sampler | None, *, taps_batch: bool, turns_gradients: bool) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from passk_guard.errors import GuardError
-from passk_guard.telling import brief, describe_error, one_line
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import brief, describe_error, one_line
 
 
 def _setting(default: Any, text: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from passk_guard.config import GuardConfig, read_settings
-from passk_guard.telling import brief
+from passk_guard.utils.text import brief
 
 
 def config_schema() -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from passk_guard.arguments import as_real
-from passk_guard.errors import GuardError
 from passk_guard.run_evidence import RunEvidence
-from passk_guard.telling import brief
 from passk_guard.types import ConflictEstimate, Status
+from passk_guard.utils.arguments import as_real
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import brief
 
 
 @dataclass(frozen=True)

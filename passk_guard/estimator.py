@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from passk_guard.agreement import informative, prompt_view, weight_and_agreement
-from passk_guard.arguments import as_real
-from passk_guard.errors import GuardError
 from passk_guard.gram_checks import checked_probe
 from passk_guard.intervals import corrected_cosine, cosine_bounds, student_t_quantile
 from passk_guard.objectives import Weighting
 from passk_guard.passk import pass_at_k
 from passk_guard.types import ConflictCurve, ConflictEstimate, ProbeGram, Status
 from passk_guard.ustatistics import Moments, passk_rows, pooled_moments, weighting_rows
+from passk_guard.utils.arguments import as_real
+from passk_guard.utils.errors import GuardError
 
 _FEWEST_PROMPTS = 3  # two would give a U-statistic of one pair, and no jackknife
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from passk_guard.config import GuardConfig
-from passk_guard.errors import GuardError
 from passk_guard.mitigation import FloorSolution, FloorState, smooth_floor, solve_floor
 from passk_guard.objective import PassKObjective
-from passk_guard.ranks import Ranks
 from passk_guard.types import ProbeGram
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.ranks import Ranks
 
 
 class FloorGuard:

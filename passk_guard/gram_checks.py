@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passk_guard.arguments import as_counts
-from passk_guard.errors import GuardError
-from passk_guard.telling import brief
 from passk_guard.types import ProbeGram
+from passk_guard.utils.arguments import as_counts
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import brief
 
 _ROWS = 64
 _SMALLEST = 1e-60  # fourth powers of the entries are taken, of the influences of prompts

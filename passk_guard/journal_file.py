@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 JOURNAL_NAME = "passk_guard.jsonl"
 Event = Mapping[str, Any]

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from passk_guard.errors import VoidRefresh
 from passk_guard.importance import effective_share, miss_estimates
 from passk_guard.refresh import Refresh, Refresher
 from passk_guard.score_sums import add_reweighted_scores_
 from passk_guard.token_budget import halved, largest, until_it_fits
 from passk_guard.types import Outcomes, ProbeGram, Rollouts
+from passk_guard.utils.errors import VoidRefresh
 
 
 class RolloutKeeper:

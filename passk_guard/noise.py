@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passk_guard.errors import GuardError
-from passk_guard.telling import describe_error
 from passk_guard.types import ProbeGram
 from passk_guard.ustatistics import passk_rows, refresh_moments
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import describe_error
 
 _LARGEST, _MOST_PROMPTS = 1e150, 10_000_000  # products of two such numbers are finite
 _FEWEST_PROMPTS = 4  # below, nothing is left to tell the two parts apart

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from passk_guard.arguments import as_counts, as_real, together
-from passk_guard.errors import GuardError
-from passk_guard.telling import brief
+from passk_guard.utils.arguments import as_counts, as_real, together
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import brief
 
 _TERMS_PER_CHUNK = 1024
 _ROUNDING = 1e-6

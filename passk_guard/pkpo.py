@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 _LARGEST = 1e300  # sums and differences of rewards stay finite
 Baseline = Literal["none", "leave_one_out", "leave_one_out_minus_one"]

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from passk_guard.errors import GuardError
-from passk_guard.telling import brief, describe_error
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import brief, describe_error
 
 Row = Mapping[str, Any]
 _SHAPE = "a non-empty text or a list of chat messages with `role` and `content`"

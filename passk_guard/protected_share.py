@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from passk_guard.checkpoint_values import floating, listed, mapping, one_of, real, whole
+from passk_guard.utils.checkpoint import floating, listed, mapping, one_of, real, whole
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from passk_guard.errors import VoidRefresh
-from passk_guard.ranks import Ranks
 from passk_guard.score_sums import add_scores_, gram_matrix, sum_over_ranks_
 from passk_guard.sketch import ScoreSketcher, TokenBatch, filler_batch, token_batches
 from passk_guard.token_budget import largest, until_it_fits
 from passk_guard.types import Outcomes, ProbeGram, Rollouts
+from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.ranks import Ranks
 
 
 @dataclass(frozen=True)

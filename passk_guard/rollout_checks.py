@@ -5,9 +5,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from passk_guard.errors import VoidRefresh
-from passk_guard.telling import brief
 from passk_guard.types import Rollouts
+from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.text import brief
 
 _LARGEST = 2**31  # above the vocabulary of any model
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from passk_guard.agreement import informative
-from passk_guard.arguments import as_real
-from passk_guard.errors import GuardError
 from passk_guard.types import ProbeGram
 from passk_guard.ustatistics import passk_rows, refresh_moments
+from passk_guard.utils.arguments import as_real
+from passk_guard.utils.errors import GuardError
 
 LARGEST_SCORE = 3.0
 """Scores are cut here: the calibration vouches for p-values down to 0.001, not for what lies beyond."""

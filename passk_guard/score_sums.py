@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from passk_guard.ranks import Ranks
 from passk_guard.sketch import ScoreSketcher, TokenBatch
+from passk_guard.utils.ranks import Ranks
 
 _BLOCK = 1 << 22  # numbers copied at a time: 16 MiB in float32, 32 MiB in float64
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passk_guard.errors import GuardError, VoidRefresh
-from passk_guard.telling import brief, describe_error, one_line
 from passk_guard.timeouts import Aside, Overdue, TimeLimit, raised_by_a_signal
 from passk_guard.types import Outcomes, Rollouts
+from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.text import brief, describe_error, one_line
 
 RewardFunction = Callable[..., Any]
 _STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from passk_guard.engines import GradientEngine
-from passk_guard.errors import VoidRefresh
 from passk_guard.mitigation import ProjectionResult, plan_projection
-from passk_guard.once import Once
 from passk_guard.protected_share import Share, share_of
-from passk_guard.ranks import Ranks
 from passk_guard.sketch import TokenBatch, filler_batch
-from passk_guard.telling import brief, describe_error, one_line
 from passk_guard.token_budget import halved, largest, until_it_fits
-from passk_guard.whole_file import save_whole
+from passk_guard.utils.checkpoint import save_whole
+from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.ranks import Ranks
+from passk_guard.utils.text import Once, brief, describe_error, one_line
 
 Loss = Callable[[nn.Module, TokenBatch], Tensor]
 _FORMAT = 1

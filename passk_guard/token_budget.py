@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import torch
 
-from passk_guard.errors import VoidRefresh
-from passk_guard.ranks import Ranks
 from passk_guard.sketch import TokenBatch, filler_batch
+from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.ranks import Ranks
 
 T = TypeVar("T")
 # What PyTorch, cuBLAS and cuDNN say where they do not raise an OutOfMemoryError.

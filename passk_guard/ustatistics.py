@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from passk_guard.degenerate import overshoot_by_rows, without_overshoot
-from passk_guard.errors import GuardError
 from passk_guard.importance import reweighted
 from passk_guard.objectives import Weighting
 from passk_guard.passk import sample_coefficients
 from passk_guard.types import ProbeGram
+from passk_guard.utils.errors import GuardError
 
 _ROWS = 64
 _REUSED = "samples of an earlier policy (`misses`). Pass the refreshes with fresh ones"

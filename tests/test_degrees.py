@@ -4,14 +4,7 @@ import pytest
 import torch
 
 from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import (
-    Moments,
-    coefficients,
-    passk_rows,
-    pooled_moments,
-    prompt_kernel,
-    refresh_moments,
-)
+from passk_guard.ustatistics import Moments, coefficients, passk_rows, pooled_moments, prompt_kernel, refresh_moments
 from tests.populations import draw, population
 
 ROWS = passk_rows(torch.tensor([8]))

@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from passk_guard import (
-    GuardError,
-    ProbeGram,
-    estimate_conflict,
-    estimate_pooled,
-    named_weighting,
-    passk_advantages,
-)
+from passk_guard import GuardError, ProbeGram, estimate_conflict, estimate_pooled, named_weighting, passk_advantages
 from passk_guard.agreement import weight_and_agreement
 from passk_guard.degenerate import jackknife_overshoot
 from passk_guard.passk import unbiased_passk_weight

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from passk_guard.isolation import seeded, untouched
+from passk_guard.utils.isolation import seeded, untouched
 from tests.tiny import disable_checkpointing, enable_checkpointing, tiny_model, tiny_tokenizer
 
 
@@ -173,7 +173,7 @@ class FakeDevice:
 
 def test_every_device_in_use_is_seeded_and_restored(monkeypatch):
     device = FakeDevice()
-    monkeypatch.setattr("passk_guard.isolation._accelerator", lambda: device)
+    monkeypatch.setattr("passk_guard.utils.isolation._accelerator", lambda: device)
     with untouched(tiny_model()):
         with seeded(5):
             assert device.states == (5, 5)

@@ -14,12 +14,12 @@ from passk_guard.kept_rollouts import RolloutKeeper, _in_halves, look_again
 from passk_guard.memory import Memory, load_memory, save_memory
 from passk_guard.passk import passk_weight
 from passk_guard.protect import pass1_loss
-from passk_guard.ranks import Ranks
 from passk_guard.refresh import Refresher
 from passk_guard.run_evidence import RunEvidence
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.types import ConflictEstimate, Outcomes, Rollouts
 from passk_guard.ustatistics import coefficients
+from passk_guard.utils.ranks import Ranks
 from tests.test_callback import guard_of, run
 from tests.tiny import tiny_grpo_trainer, tiny_lm_trainer, tiny_model
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from passk_guard.errors import GuardError
-from passk_guard.patch import MethodPatch
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.patching import MethodPatch
 
 
 class Greeter:

@@ -10,13 +10,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective, private_api
+from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
 from passk_guard.compatibility import check_compatibility
 from passk_guard.engines.choose import choose_engine
 from passk_guard.engines.deepspeed import deepspeed_engine
-from passk_guard.errors import GuardError
-from passk_guard.private_api import TABLE, check, seams, versions
 from passk_guard.sampling import BatchTap, TRLSampler
+from passk_guard.utils import private_api
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.private_api import TABLE, check, seams
+from passk_guard.utils.private_api import check as versions
 from tests.engines import neutral
 from tests.tiny import digit_reward, tiny_grpo_trainer, tiny_model, tiny_rloo_trainer, tiny_rows
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from passk_guard.errors import VoidRefresh
-from passk_guard.ranks import Ranks
 from passk_guard.refresh import Refresher
 from passk_guard.types import Outcomes, Rollouts
+from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.ranks import Ranks
 
 
 class Recorder:

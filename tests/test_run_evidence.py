@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from passk_guard.decision import DecisionRule, DecisionState, decide
-from passk_guard.errors import GuardError
 from passk_guard.run_evidence import HANDICAP, LARGEST_SCORE, RunEvidence, conflict_score, normal_score
 from passk_guard.types import ConflictEstimate
 from passk_guard.ustatistics import passk_rows, refresh_moments
+from passk_guard.utils.errors import GuardError
 from tests.populations import draw, population
 
 

@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.sampling import BatchTap, GenerateSampler, Sampler, TRLSampler
+from passk_guard.utils.errors import GuardError, VoidRefresh
 from tests.tiny import (
     digit_reward,
     enable_checkpointing,

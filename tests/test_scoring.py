@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.scoring import Verifier, resolve_verifier
 from passk_guard.types import Rollouts
+from passk_guard.utils.errors import GuardError, VoidRefresh
 
 
 def rollouts(completions, prompt_index=None, rows=None):

@@ -6,8 +6,8 @@ import torch
 from passk_guard.engines.inner import local_inner_products
 from passk_guard.memory import load_memory
 from passk_guard.mitigation import projection_coefficient
-from passk_guard.ranks import Ranks
 from passk_guard.step_guard import StepGuard
+from passk_guard.utils.ranks import Ranks
 
 
 class Engine:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from passk_guard.ranks import Ranks
 from passk_guard.sketch import Method, ScoreSketcher
 from passk_guard.types import Outcomes, Rollouts
+from passk_guard.utils.ranks import Ranks
 
 Advance = Callable[[int, int], None]
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from passk_guard.errors import GuardError
-from passk_guard.telling import describe_error
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import describe_error
 
 
 def import_function(name: str) -> Callable[..., Any]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from passk_guard.analysis.prompts import prompt_text
 from passk_guard.analysis.settings import Settings
-from passk_guard.errors import GuardError
 from passk_guard.probe import ProbeSet
 from passk_guard.scoring import Verifier
+from passk_guard.utils.errors import GuardError
 
 
 def drawn_probe(probe: Any, verifier: Verifier, settings: Settings) -> ProbeSet:

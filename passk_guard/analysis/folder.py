@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from passk_guard.errors import GuardError
 from passk_guard.pages import page_kind
 from passk_guard.pages.analysis_page import PAGE_KIND
+from passk_guard.utils.errors import GuardError
 
 JSON_NAME, PAGE_NAME, ROLLOUTS_NAME = "analysis.json", "analysis.html", "rollouts"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 
 def last_hidden_layer(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")

@@ -10,9 +10,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from passk_guard.analysis import record
 from passk_guard.analysis.settings import Settings
-from passk_guard.errors import GuardError
 from passk_guard.noise import noise_from
-from passk_guard.telling import brief, one_line
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import brief, one_line
 
 T = TypeVar("T")
 _LARGEST = 1e300  # numbers beyond cannot be drawn, and differences of two of them not be held

@@ -13,11 +13,11 @@ from typing import Any
 
 from passk_guard.analysis.folder import JSON_NAME, PAGE_NAME, check_folder
 from passk_guard.analysis.json_text import to_json
-from passk_guard.errors import GuardError
 from passk_guard.pages import in_a_frame
 from passk_guard.pages.analysis_page import analysis_page
-from passk_guard.pages.saving import write_whole
-from passk_guard.telling import brief
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.files import write_whole
+from passk_guard.utils.text import brief
 
 VERSION = 1
 

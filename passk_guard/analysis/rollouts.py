@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from passk_guard.errors import GuardError
-from passk_guard.own_file import cut_unfinished
-from passk_guard.pages.saving import write_whole
-from passk_guard.telling import one_line
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.files import cut_unfinished, write_whole
+from passk_guard.utils.text import one_line
 
 _SETTINGS = "settings.json"
 

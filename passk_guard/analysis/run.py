@@ -19,15 +19,15 @@ from passk_guard.analysis.rollouts import RolloutStore
 from passk_guard.analysis.sampling import SharedSampling
 from passk_guard.analysis.settings import Settings
 from passk_guard.assembly import limits_of
-from passk_guard.errors import GuardError, VoidRefresh
-from passk_guard.isolation import seeded, untouched
 from passk_guard.probe import ProbeSet
-from passk_guard.ranks import Ranks
 from passk_guard.refresh import Refresh, Refresher
 from passk_guard.rollout_checks import check_rollouts
 from passk_guard.sampling import GenerateSampler, Sampler
 from passk_guard.scoring import Verifier, resolve_verifier
 from passk_guard.types import Outcomes, Rollouts
+from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.isolation import seeded, untouched
+from passk_guard.utils.ranks import Ranks
 
 ALL, LAST = "all trainable parameters", "last hidden layer"
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from passk_guard.analysis.rollouts import PromptRollouts, RolloutStore
-from passk_guard.errors import GuardError
 from passk_guard.probe import Row
-from passk_guard.ranks import Ranks
 from passk_guard.sampling import Sampler
 from passk_guard.types import Rollouts
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.ranks import Ranks
 
 OnProgress = Callable[[int, int], None]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from passk_guard.errors import GuardError
-from passk_guard.telling import brief
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import brief
 
 _COUNTS = ("num_samples", "max_new_tokens", "batch_size", "sketch_dim", "max_tokens")
 _REALS = ("temperature", "threshold", "confidence", "correct_threshold", "gamma", "floor_gamma", "delta_1", "delta_2")

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from passk_guard.analysis.plain_text import plain_text
 from passk_guard.analysis.record import Analysis
-from passk_guard.errors import GuardError
 from passk_guard.pages import analysis_words as words
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import plain_text
 
 _PROMPTS = 10
 _STYLES = {"bad": "bold red", "good": "green", "": "yellow"}

@@ -2,6 +2,6 @@
 
 from passk_guard.engines.choose import choose_engine
 from passk_guard.engines.protocol import GradientEngine, Parts
-from passk_guard.engines.zero3_trace import untraced
+from passk_guard.utils.isolation import untraced
 
 __all__ = ["GradientEngine", "Parts", "choose_engine", "untraced"]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from passk_guard.engines.inner import local_inner_products
 from passk_guard.engines.protocol import Parts
-from passk_guard.errors import GuardError
-from passk_guard.patch import Method, MethodPatch
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.patching import Method, MethodPatch
 
 
 class BackwardEngine:

@@ -14,7 +14,7 @@ from passk_guard.engines.fsdp import ShardedEngine
 from passk_guard.engines.native import NativeEngine
 from passk_guard.engines.protocol import GradientEngine
 from passk_guard.engines.refusals import refuse_accelerator, refuse_layerwise_optimizer, refuse_placement, refused
-from passk_guard.private_api import check, seams
+from passk_guard.utils.private_api import check, seams
 
 
 def choose_engine(trainer: Any) -> GradientEngine:

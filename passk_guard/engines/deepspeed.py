@@ -13,8 +13,8 @@ from passk_guard.engines.deepspeed_support import INSTEAD, TESTED, check_support
 from passk_guard.engines.deepspeed_zero0 import Zero0
 from passk_guard.engines.deepspeed_zero3 import Zero3
 from passk_guard.engines.deepspeed_zero12 import Zero12
-from passk_guard.errors import GuardError
-from passk_guard.private_api import check, seams
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.private_api import check, seams
 
 
 def deepspeed_engine(trainer: Any) -> DeepSpeedGradient:

@@ -16,8 +16,8 @@ from passk_guard.engines.deepspeed_probe import accumulate
 from passk_guard.engines.deepspeed_restore import engine_untouched
 from passk_guard.engines.inner import local_inner_products
 from passk_guard.engines.protocol import Batch, Parts
-from passk_guard.errors import GuardError
-from passk_guard.private_api import Seam, check, seams
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.private_api import Seam, check, seams
 
 Take = Callable[[], Sequence[Tensor]]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take
 from passk_guard.engines.deepspeed_lent import Lent
-from passk_guard.private_api import seams
+from passk_guard.utils.private_api import seams
 
 
 class Bf16(DeepSpeedGradient):

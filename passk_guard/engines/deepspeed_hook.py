@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from passk_guard.patch import Method, MethodPatch
+from passk_guard.utils.patching import Method, MethodPatch
 
 
 class StepHook:

@@ -14,7 +14,7 @@ from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take, synchron
 from passk_guard.engines.deepspeed_lent import Lent
 from passk_guard.engines.deepspeed_zero3 import Zero3
 from passk_guard.engines.deepspeed_zero12 import Zero12
-from passk_guard.private_api import seams
+from passk_guard.utils.private_api import seams
 
 
 class _Offloaded(DeepSpeedGradient):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from passk_guard.engines.protocol import Batch
-from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, VoidRefresh
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 

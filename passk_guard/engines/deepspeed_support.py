@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 TESTED = "0.19.8"
 INSTEAD = "Use ZeRO-0 (fp32), 1, 2 or 3 with data parallelism alone, or mitigate by `reweight`."

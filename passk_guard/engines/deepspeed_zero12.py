@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take
-from passk_guard.private_api import Seam, seams
+from passk_guard.utils.private_api import Seam, seams
 
 _NO_MICRO_STEP = -1
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take
 from passk_guard.engines.deepspeed_lent import Lent
-from passk_guard.errors import GuardError
-from passk_guard.private_api import Seam, check, seams
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.private_api import Seam, check, seams
 
 
 class Zero3(DeepSpeedGradient):

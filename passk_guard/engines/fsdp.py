@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from passk_guard.engines.backward import BackwardEngine
 from passk_guard.engines.protocol import Batch
-from passk_guard.private_api import check, seams
+from passk_guard.utils.private_api import check, seams
 
 
 class ShardedEngine(BackwardEngine):

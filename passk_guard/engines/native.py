@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from passk_guard.engines.backward import BackwardEngine
 from passk_guard.engines.protocol import Batch
 from passk_guard.engines.stand_ins import stand_ins
-from passk_guard.errors import VoidRefresh
+from passk_guard.utils.errors import VoidRefresh
 
 
 class NativeEngine(BackwardEngine):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 _KINDS = {"MEGATRON_LM": "Megatron-LM", "XLA": "XLA (TPU)"}
 _PARALLEL = {"tp": "tensor", "cp": "context", "sp": "sequence"}

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from passk_guard.errors import GuardError, VoidRefresh
-from passk_guard.telling import brief
+from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.text import brief
 
 Weighting = Callable[[Tensor], Tensor]
 

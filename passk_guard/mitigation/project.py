@@ -33,9 +33,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from passk_guard.arguments import as_real
-from passk_guard.errors import GuardError
-from passk_guard.telling import brief
+from passk_guard.utils.arguments import as_real
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import brief
 
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from passk_guard.agreement import mean_positive_and_negative
-from passk_guard.arguments import as_real
-from passk_guard.errors import GuardError
 from passk_guard.gram_checks import checked_probe
 from passk_guard.types import ProbeGram
 from passk_guard.ustatistics import Moments, coefficients, pooled_moments
+from passk_guard.utils.arguments import as_real
+from passk_guard.utils.errors import GuardError
 
 _GRID = 64  # points besides the weights that occur; between two of them the inner product is linear
 _ERROR_FLOOR = 0.2  # added in quadrature to an error, so that no single refresh is taken for certain

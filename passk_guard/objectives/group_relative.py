@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from passk_guard.errors import GuardError
 from passk_guard.objectives.weighting import Weighting, centred, check_finite, shortest
+from passk_guard.utils.errors import GuardError
 
 TRL_EPSILON = 1e-4
 

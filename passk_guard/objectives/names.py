@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from passk_guard.errors import GuardError
 from passk_guard.objectives.group_relative import dr_grpo, grpo, rloo
 from passk_guard.objectives.subsets import passk, passk_training
 from passk_guard.objectives.utility import maxrl, rs_grpo
 from passk_guard.objectives.weighting import Weighting
+from passk_guard.utils.errors import GuardError
 
 _CONSTRUCTORS: dict[str, tuple[Callable[..., Weighting], dict[str, type]]] = {
     "grpo": (grpo, {"epsilon": float}),

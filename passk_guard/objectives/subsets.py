@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from passk_guard.errors import GuardError
 from passk_guard.objectives.weighting import Weighting, centred, check_finite, shortest
 from passk_guard.passk import pass_at_k, passk_weight, sample_coefficients, unbiased_passk_weight
+from passk_guard.utils.errors import GuardError
 
 
 def passk(k: int, floor: float | None = None, cap: float | None = None) -> Weighting:

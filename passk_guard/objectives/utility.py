@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from passk_guard.errors import GuardError
 from passk_guard.objectives.weighting import Weighting, centred, check_finite, shortest
+from passk_guard.utils.errors import GuardError
 
 _LARGEST_BETA = 700.0  # exp of more overflows float64
 

@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from passk_guard.errors import GuardError
 from passk_guard.pages.html import Html, join, tag
 from passk_guard.pages.script import SCRIPT
 from passk_guard.pages.style import STYLE
+from passk_guard.utils.errors import GuardError
 
 
 @dataclass(frozen=True)

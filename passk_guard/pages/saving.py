@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from passk_guard.errors import GuardError
-from passk_guard.own_file import replacing
 from passk_guard.pages.document import page_kind
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.files import write_whole
 
 
 def save_page(page: str, path: str | Path, *, kind: str, force: bool = False) -> Path:
@@ -33,13 +32,6 @@ def save_page(page: str, path: str | Path, *, kind: str, force: bool = False) ->
     except OSError as error:
         raise GuardError(f"Cannot write {path}: {error.strerror or error}.") from error
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write under a temporary name and rename: a reader never sees half a file, and a link there is replaced."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with replacing(path, partial):
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def _beginning(path: Path) -> str:

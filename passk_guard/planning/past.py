@@ -12,11 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from passk_guard.config import GuardConfig
-from passk_guard.errors import GuardError
 from passk_guard.journal_file import JOURNAL_NAME, Event, RunJournal, read_journal
 from passk_guard.noise import Noise, average_noise, noise_from
 from passk_guard.planning.plan import Cost
-from passk_guard.telling import describe_error
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import describe_error
 
 _LONGEST = 1e9  # seconds
 ANALYSIS_NAME = "analysis.json"  # `analysis.folder` has it too, and takes seconds to import

@@ -9,9 +9,9 @@ from typing import Any
 
 from passk_guard.config import GuardConfig
 from passk_guard.decision import DecisionRule
-from passk_guard.errors import GuardError
 from passk_guard.noise import Noise
 from passk_guard.power import Signal, fewest_prompts, look_of, looks_until_called, signal_of
+from passk_guard.utils.errors import GuardError
 
 PROMPTS = (32, 64, 128, 256, 512)
 USUAL_GAP = 0.2

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Collection
 
-from passk_guard.telling import describe_error
+from passk_guard.utils.text import describe_error
 
 logger = logging.getLogger(__name__)
 

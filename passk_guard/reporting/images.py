@@ -11,8 +11,8 @@ from torch import Tensor
 
 from passk_guard.reporting.metrics import PREFIX
 from passk_guard.reporting.pictures import curve_picture, kernel_picture
-from passk_guard.telling import describe_error
 from passk_guard.types import ConflictEstimate, ProbeGram
+from passk_guard.utils.text import describe_error
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from passk_guard.own_file import cut_unfinished, refuse_links
+from passk_guard.utils.files import cut_unfinished, refuse_links
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from passk_guard.patch import MethodPatch
 from passk_guard.reporting.metrics import Metrics, log_row
-from passk_guard.telling import describe_error
+from passk_guard.utils.patching import MethodPatch
+from passk_guard.utils.text import describe_error
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
-from passk_guard.errors import GuardError
-from passk_guard.once import Once
-from passk_guard.telling import describe_error
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import Once, describe_error
 
 logger = logging.getLogger(__name__)
 

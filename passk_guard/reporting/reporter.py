@@ -16,8 +16,8 @@ from passk_guard.reporting.message import blind, state_change, void_refresh
 from passk_guard.reporting.metrics import Metrics, estimate_metrics
 from passk_guard.reporting.pace import Pace
 from passk_guard.reporting.quiet import quietly
-from passk_guard.telling import one_line
 from passk_guard.types import ConflictEstimate, ProbeGram, Status
+from passk_guard.utils.text import one_line
 
 logger = logging.getLogger("passk_guard")
 

@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from passk_guard.errors import GuardError, VoidRefresh
-from passk_guard.once import Once
-from passk_guard.patch import Method, MethodPatch
-from passk_guard.private_api import check, is_trl, seams
-from passk_guard.telling import describe_error, one_line
 from passk_guard.types import Rollouts
+from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.patching import Method, MethodPatch
+from passk_guard.utils.private_api import check, is_trl, seams
+from passk_guard.utils.text import Once, describe_error, one_line
 
 logger = logging.getLogger(__name__)
 

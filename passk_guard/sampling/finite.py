@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from passk_guard.errors import VoidRefresh
+from passk_guard.utils.errors import VoidRefresh
 
 
 class FiniteLogits(LogitsProcessor):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from passk_guard.errors import GuardError
 from passk_guard.sampling.finite import FiniteLogits
 from passk_guard.sampling.lengths import context_length, refuse_misfits
-from passk_guard.sampling.modes import sampling_mode
 from passk_guard.sampling.protocol import Samples
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.isolation import sampling_mode
 
 Row = Mapping[str, Any]
 

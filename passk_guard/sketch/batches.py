@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 
 @dataclass(frozen=True)

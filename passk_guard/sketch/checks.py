@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 
 def check_batch(

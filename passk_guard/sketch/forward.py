@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 
 def forward_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passk_guard.patch import MethodPatch
 from passk_guard.sketch.accumulator import Accumulator, Span
 from passk_guard.sketch.layers import Use, kind_of
+from passk_guard.utils.patching import MethodPatch
 
 _CHUNK_SCALARS = {"cpu": 1 << 22}  # logits formed at a time on the CPU: what the allocator hands out again and again
 _CHUNK_ELSEWHERE = 1 << 26  # enough tokens to keep a GPU busy; 256 MiB in fp32

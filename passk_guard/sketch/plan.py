@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from passk_guard.errors import GuardError
 from passk_guard.sketch.coverage import Coverage, measure_coverage
 from passk_guard.sketch.head import head_of
 from passk_guard.sketch.layers import Use, find_uses
+from passk_guard.utils.errors import GuardError
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from passk_guard.sketch.accumulator import Accumulator
 from passk_guard.sketch.forward import forward_logits
-from passk_guard.sketch.frozen import untouched
 from passk_guard.sketch.head import ClosedHead
 from passk_guard.sketch.loss import score_logits
 from passk_guard.sketch.plan import Plan
 from passk_guard.sketch.taps import Tap, tapped
+from passk_guard.utils.isolation import frozen_pass as untouched
 
 
 @dataclass(frozen=True)

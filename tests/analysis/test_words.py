@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from passk_guard.analysis.plain_text import plain_text
 from passk_guard.analysis.terminal import print_analysis, tables
 from passk_guard.pages import analysis_words as words
 from passk_guard.pages.analysis_page import analysis_page
+from passk_guard.utils.text import plain_text
 from tests.analysis.cases import synthetic
 
 EVIL = "\x1b[31m[bold]<script>alert(1)</script>\x1b]0;title\x07 \u202ednetxet\u2069 \x9b2J\x07\r\n[/nothing] & \ud800"

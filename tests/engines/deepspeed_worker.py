@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard.engines.deepspeed import deepspeed_engine
-from passk_guard.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, VoidRefresh
 from tests.distributed.launch import leave
 from tests.engines import oracle
 from tests.engines.deepspeed_cases import CASES, EXACT, HARD, OVERFLOWING, ROUNDED, STAGES, UNEVEN

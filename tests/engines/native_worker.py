@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from passk_guard.engines.fsdp import ShardedEngine
-from passk_guard.errors import VoidRefresh
+from passk_guard.utils.errors import VoidRefresh
 from tests.distributed.launch import leave
 from tests.engines import oracle
 from tests.engines.guarded import Projecting, train_guarded

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from passk_guard.engines.choose import choose_engine
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 
 def trainer(model=None, wrapped=None, **accelerator):

@@ -12,7 +12,7 @@ import torch
 
 from passk_guard.engines.deepspeed import deepspeed_engine
 from passk_guard.engines.deepspeed_lent import Lent
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 from tests.engines import neutral, oracle
 from tests.engines.deepspeed_cases import CASES, EXACT, HARD, OVERFLOWING, ROUNDED, STAGES, UNEVEN
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from passk_guard.engines.inner import local_inner_products
 from passk_guard.engines.native import NativeEngine
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 from tests.engines import oracle
 
 MODELS = ["llama", "qwen2", "tied", "lora", "unused"]

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from passk_guard.engines import untraced
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 
 class Coordinator:

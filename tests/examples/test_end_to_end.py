@@ -12,12 +12,12 @@ from examples.interference.train import build_trainer
 from examples.interference.warm_start import warm_start
 from passk_guard import ScoreSketcher
 from passk_guard.probe import ProbeSet
-from passk_guard.ranks import Ranks
 from passk_guard.refresh import Refresher
 from passk_guard.sampling import TRLSampler
 from passk_guard.scoring import Verifier
 from passk_guard.sources import HeldOut
 from passk_guard.ustatistics import passk_rows, pooled_moments
+from passk_guard.utils.ranks import Ranks
 
 CACHE = Path(__file__).parents[2] / "runs" / "warm_start"
 K, PROMPTS, SAMPLES, REFRESHES = 8, 64, 16, 40

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from passk_guard.errors import VoidRefresh
 from passk_guard.scoring import Verifier
 from passk_guard.timeouts import Overdue, TimeLimit, raised_by_a_signal
+from passk_guard.utils.errors import VoidRefresh
 from tests.test_scoring import rollouts
 
 LIMIT = 0.3

@@ -12,8 +12,8 @@ from passk_guard.analysis.folder import check_folder
 from passk_guard.analysis.json_text import to_json
 from passk_guard.analysis.rollouts import PromptRollouts, RolloutStore
 from passk_guard.analysis.terminal import print_analysis
-from passk_guard.errors import GuardError
 from passk_guard.pages.analysis_page import analysis_page
+from passk_guard.utils.errors import GuardError
 from tests.analysis.cases import synthetic
 from tests.fuzz.strategies import ANY_TEXT, JSON_VALUE, NUMBER, ODD_TEXT, SCALAR, as_json, damaged, replaced, scratch
 

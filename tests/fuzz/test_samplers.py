@@ -5,10 +5,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from passk_guard.errors import VoidRefresh
 from passk_guard.rollout_checks import check_rollouts
 from passk_guard.sketch import token_batches
 from passk_guard.types import Rollouts
+from passk_guard.utils.errors import VoidRefresh
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, SCALAR
 
 TOKEN = st.one_of(st.integers(0, 9), st.integers(0, 9), NUMBER, SCALAR, st.just(np.int64(3)), st.just(torch.tensor(4)))

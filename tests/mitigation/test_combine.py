@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.mitigation import combine, projection_coefficient
 from passk_guard.mitigation.combine import METHODS
+from passk_guard.utils.errors import GuardError, VoidRefresh
 
 G, P = torch.tensor([3.0, 0.0, 1.0]).double(), torch.tensor([-1.0, 0.5, 0.0]).double()
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passk_guard.errors import GuardError
 from passk_guard.mitigation import plan_projection, project_gradient, projection_coefficient
+from passk_guard.utils.errors import GuardError
 
 GAMMAS = (0.0, 0.2, 0.7)
 cosines = st.floats(-0.999, 0.999)

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passk_guard.errors import GuardError
 from passk_guard.pages import (
     Column,
     Distribution,
@@ -33,6 +32,7 @@ from passk_guard.pages import (
     table,
     tag,
 )
+from passk_guard.utils.errors import GuardError
 from tests.pages.journals import HOSTILE
 
 

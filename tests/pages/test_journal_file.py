@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from passk_guard.errors import GuardError
 from passk_guard.journal_file import read_journal
 from passk_guard.reporting import JOURNAL_NAME
+from passk_guard.utils.errors import GuardError
 from tests.pages.journals import write_run
 
 

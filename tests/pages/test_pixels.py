@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from passk_guard.errors import GuardError
 from passk_guard.pages import heat_map
 from passk_guard.pixels import averaged_down, colour_limit, encode_png, on_white, signed_pixels
+from passk_guard.utils.errors import GuardError
 
 NAN = float("nan")
 

@@ -13,12 +13,12 @@ import pytest
 from passk_guard.analysis import analyze
 from passk_guard.analysis.terminal import print_analysis
 from passk_guard.cli import main
-from passk_guard.errors import VoidRefresh
 from passk_guard.pages.analysis_page import analysis_page
 from passk_guard.pages.script import SCRIPT
-from passk_guard.ranks import Ranks
 from passk_guard.reporting import Reporter
 from passk_guard.scoring import Verifier
+from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.ranks import Ranks
 from tests.analysis.cases import QUICK, PromptSampler
 from tests.pages.journals import HOSTILE, write_run
 from tests.test_scoring import rollouts

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from passk_guard.errors import GuardError
 from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
+from passk_guard.utils.errors import GuardError
 from tests.tiny import tiny_model
 
 PAD = 99

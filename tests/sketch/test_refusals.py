@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from passk_guard.errors import GuardError, VoidRefresh
 from passk_guard.sketch import ScoreSketcher
+from passk_guard.utils.errors import GuardError, VoidRefresh
 from tests.sketch.models import VOCAB, PlainLM
 from tests.sketch.oracle import ragged_batch
 from tests.tiny import tiny_model

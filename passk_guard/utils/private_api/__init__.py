@@ -5,9 +5,8 @@ its owner is met, at train begin at the latest: a missing name is an error with 
 `tests/test_foreign_names.py` reads the sources and fails where one is touched that is not in the table.
 """
 
-from passk_guard.private_api import seams
-from passk_guard.private_api.presence import TABLE, check, is_trl
-from passk_guard.private_api.records import Private, Seam
-from passk_guard.private_api.versions import installed, supported
+from passk_guard.utils.private_api import seams
+from passk_guard.utils.private_api.check import TABLE, check, installed, is_trl, supported
+from passk_guard.utils.private_api.records import Private, Seam
 
 __all__ = ["TABLE", "Private", "Seam", "check", "installed", "is_trl", "seams", "supported"]

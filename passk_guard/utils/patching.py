@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from types import TracebackType
 from typing import Any
 
-from passk_guard.errors import GuardError
+from passk_guard.utils.errors import GuardError
 
 Method = Callable[..., Any]
 _REGISTRY = "_passk_guard_patches"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passk_guard.errors import GuardError
-from passk_guard.telling import brief
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import brief
 
 _LARGEST = 2.0**53
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from passk_guard.errors import VoidRefresh
-from passk_guard.telling import describe_error
+from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.text import describe_error
 
 T = TypeVar("T")
 

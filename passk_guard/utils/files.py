@@ -75,3 +75,10 @@ def cut_unfinished(path: Path) -> None:
                 raise OSError("the file has no lines: it is none of the guard's")
         if start < end:
             file.truncate(start)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write under a temporary name and rename: a reader never sees half a file, and a link there is replaced."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with replacing(path, partial):
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")

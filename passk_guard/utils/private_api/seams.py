@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passk_guard.private_api.records import Seam
+from passk_guard.utils.private_api.records import Seam
 
 _REWEIGHT = "mitigate by `reweight`, which edits no gradient"
 _OBSERVE = "take the guard off"

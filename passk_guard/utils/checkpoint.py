@@ -1,11 +1,18 @@
-"""Values read from a checkpoint, each of the kind it was saved as: a file that reads well may still be another's."""
+"""Writing a file of tensors whole or not at all."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from passk_guard.utils.files import replacing
+
+# Values read from a checkpoint, each of the kind it was saved as: a file that reads well may still be another's.
+
 
 _LARGEST = 2**53
 
@@ -50,3 +57,13 @@ def floating(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise ValueError("a floating tensor was expected")
     return value
+
+
+def save_whole(content: Any, path: Path) -> None:
+    """`torch.save` under another name, then renamed; on a full disk nothing is left of it, and an older file stays.
+
+    Raises:
+        OSError, RuntimeError: it cannot be written; torch reports a full disk as a RuntimeError.
+    """
+    with replacing(path, path.with_name(path.name + ".partial")) as partial:
+        torch.save(content, partial)

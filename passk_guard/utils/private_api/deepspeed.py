@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from passk_guard.private_api import seams
-from passk_guard.private_api.records import rows
+from passk_guard.utils.private_api import seams
+from passk_guard.utils.private_api.records import rows
 
 _RESTORED = "put back after a probe"
 _REFUSED = "what was never measured is refused"

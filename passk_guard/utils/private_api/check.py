@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
-from passk_guard.errors import GuardError
-from passk_guard.private_api.deepspeed import OF_DEEPSPEED
-from passk_guard.private_api.records import Seam
-from passk_guard.private_api.trainers import OF_TRAINERS
-from passk_guard.private_api.versions import installed, supported
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.private_api.deepspeed import OF_DEEPSPEED
+from passk_guard.utils.private_api.records import Seam
+from passk_guard.utils.private_api.trainers import OF_TRAINERS
+
+# Which versions are installed, and which ones are supported.
+
+
+def installed(library: str) -> str:
+    """Version of a library, or "(not installed)"."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def supported(library: str) -> str:
+    """Versions that passk-guard asks for, such as ">=1.0", from its metadata; what to look at where it has none."""
+    try:
+        wanted = requires("passk-guard") or []
+    except PackageNotFoundError:
+        wanted = []
+    ranges = (re.match(rf"{re.escape(library)}\s*([<>=!~][^;]*)", line) for line in wanted)
+    return next((match[1].strip() for match in ranges if match), "(versions: pyproject.toml of passk-guard)")
+
 
 TABLE = (*OF_TRAINERS, *OF_DEEPSPEED)
 """One row for each name at each seam."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from passk_guard.private_api import seams
-from passk_guard.private_api.records import rows
+from passk_guard.utils.private_api import seams
+from passk_guard.utils.private_api.records import rows
 
 _REFUSED = "completions that are not one turn of the policy are refused; some trainers and versions have none"
 _NARROWED = "a sampling distribution that is not the whole softmax is told; a trainer without it has no such setting"

@@ -1,0 +1,84 @@
+"""Untrusted text made safe to print: nothing in a prompt may steer the terminal."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+import unicodedata
+from typing import Any
+
+# Words from elsewhere in lines of ours: the text of an error, a reward or a prompt, with nothing hidden in it.
+
+
+_LONGEST = 2000
+# Controls (line ends and terminal escapes among them), what reorders or hides text, and halves of surrogate pairs.
+_HIDING = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlevel = 3
+
+
+def one_line(text: str, most: int = _LONGEST) -> str:
+    r"""The text, cut to `most`; what hides or steers is written out, a line feed as `\n`, an escape as `\x1b`.
+
+    A line of a log or of a terminal stays one line, whatever is put into it.
+    """
+    cut = text if len(text) <= most else text[:most] + "…"
+    return _HIDING.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), cut)
+
+
+def describe_error(error: BaseException) -> str:
+    """`ValueError: its text` on one line, whatever its `__str__` does."""
+    try:
+        text = str(error)
+    except Exception as failure:
+        text = f"(its text raises {type(failure).__name__})"
+    return one_line(f"{type(error).__name__}: {text}")
+
+
+def brief(value: Any) -> str:
+    """A `repr` of bounded length and depth, whatever the object's own does."""
+    try:
+        return one_line(_short.repr(value), 80)
+    except Exception:
+        return f"an object of type {type(value).__name__}"
+
+
+# Telling each thing once, and not without end.
+
+
+class Once:
+    """Says whether a text is told for the first time.
+
+    Texts of exceptions may hold what differs each time, an address or a step: after `most` different ones nothing is
+    new any more, so that neither the log nor the memory of a long run fills with them.
+
+    Args:
+        most: different texts that are ever told, >= 1.
+    """
+
+    def __init__(self, most: int = 100) -> None:
+        self._most = most
+        self._told: set[str] = set()
+
+    def new(self, text: str) -> bool:
+        """Whether to tell it now; the same text is not told again."""
+        if text in self._told or len(self._told) >= self._most:
+            return False
+        self._told.add(text)
+        return True
+
+
+# CSI (colours, cursor), OSC (titles, links) up to its end, and other two-character escapes, in 7- and 8-bit form.
+_ESCAPES = re.compile(
+    "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\\\|\x9c)?|\x1b[ -/]*[0-~]"
+)
+_HIDDEN_CHARACTERS = {"Cc", "Cf", "Cs", "Co", "Cn"}
+
+
+def plain_text(text: str) -> str:
+    """The text on one line without escape sequences, control, formatting (bidirectional) and unassigned characters."""
+    kept = _ESCAPES.sub("", text)
+    shown = (" " if one.isspace() else "" if unicodedata.category(one) in _HIDDEN_CHARACTERS else one for one in kept)
+    return " ".join("".join(shown).split())
