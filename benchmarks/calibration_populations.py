@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.calibration_statistics import Draw
-from passk_guard.passk import passk_weight
+from passk_guard.passk.closed_forms import passk_weight
 
 DIM = 48
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from passk_guard.degenerate import jackknife_overshoot
-from passk_guard.passk import sample_coefficients
+from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.ustatistics import Moments
 
 

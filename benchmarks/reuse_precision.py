@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from passk_guard.importance import effective_share
+from passk_guard.passk.importance import effective_share
 from passk_guard.sketch import ScoreSketcher, TokenBatch, token_batches
 
 VOCABULARY, PROMPT, SAMPLES = 512, 8, 64

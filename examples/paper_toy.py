@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from passk_guard.passk import passk_weight
+from passk_guard.passk.closed_forms import passk_weight
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "reference" / "paper_toy.json"
 TOLERANCE = 1e-9  # relative, against the reference's float64 digits

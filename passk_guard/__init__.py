@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from passk_guard.estimator import estimate_conflict, estimate_pooled
 from passk_guard.mitigation import combine, project_gradient, smooth_floor, solve_floor
-from passk_guard.objectives import Weighting, named_weighting
-from passk_guard.passk import pass_at_k, passk_advantages, passk_weight
-from passk_guard.pkpo import max_at_k, pkpo_transform
-from passk_guard.population import population_conflict
+from passk_guard.passk import Weighting, named_weighting
+from passk_guard.passk.closed_forms import pass_at_k, passk_advantages, passk_weight
+from passk_guard.passk.max_at_k import max_at_k, pkpo_transform
+from passk_guard.passk.population import population_conflict
 from passk_guard.types import ConflictEstimate, ProbeGram
 from passk_guard.utils.errors import GuardError, VoidRefresh
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from passk_guard.importance import effective_share, miss_estimates
+from passk_guard.passk.importance import effective_share, miss_estimates
 from passk_guard.refresh import Refresh, Refresher
 from passk_guard.score_sums import add_reweighted_scores_
 from passk_guard.token_budget import halved, largest, until_it_fits

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passk_guard.passk import passk_advantages
+from passk_guard.passk.closed_forms import passk_advantages
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.patching import MethodPatch
 from passk_guard.utils.private_api import check, is_trl, seams

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from passk_guard.passk import sample_coefficients
+from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.refresh import Refresh
 from passk_guard.sketch import TokenBatch
 from passk_guard.sketch.forward import forward_logits

@@ -11,8 +11,8 @@ import torch
 from passk_guard import GuardError, ProbeGram, estimate_conflict, estimate_pooled, named_weighting, passk_advantages
 from passk_guard.agreement import weight_and_agreement
 from passk_guard.degenerate import jackknife_overshoot
-from passk_guard.passk import unbiased_passk_weight
-from passk_guard.population import population_conflict
+from passk_guard.passk.closed_forms import unbiased_passk_weight
+from passk_guard.passk.population import population_conflict
 from passk_guard.ustatistics import (
     coefficients,
     other_prompt_sums,

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from passk_guard import GuardError, ProbeGram, estimate_conflict
 from passk_guard.estimator import estimate_pooled
-from passk_guard.importance import effective_share, miss_estimates
-from passk_guard.objectives import named_weighting
-from passk_guard.passk import passk_weight
+from passk_guard.passk import named_weighting
+from passk_guard.passk.closed_forms import passk_weight
+from passk_guard.passk.importance import effective_share, miss_estimates
 from passk_guard.run_evidence import conflict_score
 from passk_guard.ustatistics import coefficients
 

@@ -12,7 +12,7 @@ from passk_guard import GuardConfig
 from passk_guard.decision import DecisionRule, DecisionState, decide
 from passk_guard.kept_rollouts import RolloutKeeper, _in_halves, look_again
 from passk_guard.memory import Memory, load_memory, save_memory
-from passk_guard.passk import passk_weight
+from passk_guard.passk.closed_forms import passk_weight
 from passk_guard.protect import pass1_loss
 from passk_guard.refresh import Refresher
 from passk_guard.run_evidence import RunEvidence

@@ -10,17 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passk_guard import GuardError, passk_advantages
-from passk_guard.objectives import (
-    Weighting,
-    dr_grpo,
-    grpo,
-    maxrl,
-    named_weighting,
-    passk,
-    passk_training,
-    rloo,
-    rs_grpo,
-)
+from passk_guard.passk import Weighting, dr_grpo, grpo, maxrl, named_weighting, passk, passk_training, rloo, rs_grpo
 from tests.tiny import tiny_grpo_trainer, tiny_rloo_trainer
 
 RATES = torch.tensor([0.0, 1e-6, 0.03, 0.3, 0.5, 0.8, 0.97, 1.0], dtype=torch.float64)

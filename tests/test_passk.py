@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passk_guard import GuardError, pass_at_k, passk_advantages, passk_weight
-from passk_guard.passk import sample_coefficients, unbiased_passk_weight
+from passk_guard.passk.closed_forms import sample_coefficients, unbiased_passk_weight
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "estimators.json").read_text())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from passk_guard import GuardError, population_conflict
-from passk_guard.population import conflict_threshold, population_k_star
+from passk_guard.passk.population import conflict_threshold, population_k_star
 
 FOLDER = Path(__file__).parent / "reference"
 PAPER = json.loads((FOLDER / "paper_toy.json").read_text())["float64"]

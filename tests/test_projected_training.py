@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, PassKGuardCallback, ScoreSketcher
-from passk_guard.passk import sample_coefficients
+from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.protect import Pass1Loss, pass1_loss
 from passk_guard.refresh import Refresher
 from passk_guard.types import Outcomes, Rollouts

@@ -13,7 +13,7 @@ from passk_guard.analysis.record import AtK, Curve, Kernel, Number
 from passk_guard.analysis.settings import Settings
 from passk_guard.estimator import estimate_pooled
 from passk_guard.intervals import student_t_quantile
-from passk_guard.passk import pass_at_k, unbiased_passk_weight
+from passk_guard.passk.closed_forms import pass_at_k, unbiased_passk_weight
 from passk_guard.types import ConflictEstimate, ProbeGram
 
 

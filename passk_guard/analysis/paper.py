@@ -29,7 +29,7 @@ from passk_guard.analysis.numbers import jackknife_error, with_error
 from passk_guard.analysis.record import PaperRow, PaperTable
 from passk_guard.analysis.settings import Settings
 from passk_guard.intervals import student_t_quantile
-from passk_guard.passk import passk_weight
+from passk_guard.passk.closed_forms import passk_weight
 from passk_guard.types import ProbeGram
 
 

@@ -20,7 +20,7 @@ from passk_guard.analysis.record import Number, Prediction
 from passk_guard.analysis.settings import Settings
 from passk_guard.mitigation.project import plan_projection
 from passk_guard.mitigation.reweight import solve_floor
-from passk_guard.passk import sample_coefficients
+from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.types import ConflictEstimate, ProbeGram
 
 

@@ -18,7 +18,7 @@ from passk_guard import (
     passk_weight,
     pkpo_transform,
 )
-from passk_guard.passk import sample_coefficients, unbiased_passk_weight
+from passk_guard.passk.closed_forms import sample_coefficients, unbiased_passk_weight
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, ODD_TEXT, SCALAR
 
 TOLERANCE = 1e-9

@@ -8,7 +8,7 @@ import torch
 
 from passk_guard import GuardError, ProbeGram, passk_advantages
 from passk_guard.mitigation import FloorSolution, FloorState, smooth_floor, solve_floor
-from passk_guard.passk import sample_coefficients
+from passk_guard.passk.closed_forms import sample_coefficients
 from tests.populations import draw, population
 
 K, N = 4, 8

@@ -5,7 +5,6 @@ its owner is met, at train begin at the latest: a missing name is an error with 
 `tests/test_foreign_names.py` reads the sources and fails where one is touched that is not in the table.
 """
 
-from passk_guard.utils.private_api import seams
 from passk_guard.utils.private_api.check import TABLE, check, installed, is_trl, supported
 from passk_guard.utils.private_api.records import Private, Seam
 

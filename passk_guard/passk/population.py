@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from passk_guard.passk import passk_weight
+from passk_guard.passk.closed_forms import passk_weight
 from passk_guard.utils.errors import GuardError
 
 

@@ -1,0 +1,250 @@
+"""Objectives by name, as they stand in a configuration: 'grpo', 'passk:8,floor=0.5', 'rs_grpo:beta=2'."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from passk_guard.passk.closed_forms import pass_at_k, passk_weight, sample_coefficients, unbiased_passk_weight
+from passk_guard.passk.weighting import Weighting, centred, check_finite, shortest
+from passk_guard.utils.errors import GuardError
+
+# The advantages of GRPO, Dr. GRPO and RLOO: rewards against their group's mean.
+
+
+TRL_EPSILON = 1e-4
+
+
+def grpo(epsilon: float = TRL_EPSILON) -> Weighting:
+    r"""GRPO: the reward's distance from the group mean in standard deviations.
+
+    $A = (r - \bar r) / (\sigma + \epsilon)$ with $\sigma^2 = \frac{n}{n-1} \bar r (1 - \bar r)$, as TRL's GRPOTrainer
+    computes it with `scale_rewards="group"` (its default): the unbiased standard deviation, epsilon = 1e-4.
+    Population weight $1 / (\sqrt{p(1-p)} + \epsilon)$: prompts that nearly always fail and those that nearly always
+    pass weigh the most, and none less than about 2. With n samples the weight stops at about sqrt(n) at either end.
+    Sources: arXiv 2402.03300, Sec. 4.1 (the advantage, whose standard deviation it does not say how to estimate);
+    trl/trainer/grpo_trainer.py.
+
+    Args:
+        epsilon: > 0. verl adds 1e-6.
+
+    Raises:
+        GuardError: epsilon not finite or not positive.
+    """
+    check_finite("epsilon", epsilon)
+    if epsilon <= 0:
+        raise GuardError(f"Expected `epsilon` > 0; found {epsilon}.")
+
+    def scale(n: Tensor, c: Tensor) -> Tensor:
+        return 1 / ((c * (n - c) / (n * (n - 1))).sqrt() + epsilon)
+
+    name = "grpo" if epsilon == TRL_EPSILON else f"grpo:epsilon={shortest(epsilon)}"
+    return centred(name, scale, lambda p: 1 / ((p * (1 - p)).sqrt() + epsilon))
+
+
+def dr_grpo() -> Weighting:
+    r"""Dr. GRPO: the reward less the group mean, no scaling.
+
+    $A = r - \bar r$. Population weight 1: pass@1 itself. The mean holds the sample's own reward, so that n samples
+    give the weight (n-1)/n, the same for every prompt. TRL's GRPOTrainer with `scale_rewards="none"`.
+    Source: arXiv 2503.20783, Sec. 3; its removal of length normalisation is not an advantage and not here.
+    """
+    return centred("dr_grpo", lambda n, c: torch.ones_like(n + c), torch.ones_like)
+
+
+def rloo() -> Weighting:
+    r"""RLOO: the reward less the mean reward of the *other* samples.
+
+    $A_i = r_i - \frac{1}{n-1} \sum_{j \ne i} r_j = \frac{n}{n-1}(r_i - \bar r)$. Weight exactly 1 for every p and n:
+    unbiased for pass@1. TRL's RLOOTrainer with `normalize_advantages=False` (its default) and `beta=0`; its KL
+    penalty is a part of the reward, and a reward with it in is not 0/1.
+    Source: arXiv 2402.14740.
+    """
+    return centred("rloo", lambda n, c: n / (n - 1) * torch.ones_like(c), torch.ones_like)
+
+
+# Objectives that reward k samples together if any of them is right.
+
+
+def passk(k: int, floor: float | None = None, cap: float | None = None) -> Weighting:
+    r"""pass@k with leave-one-out weight and baseline: the advantages of `passk_advantages`.
+
+    Population weight $f(w_k(p))$, $w_k(p) = k(1-p)^{k-1}$, f the clip to [floor, cap]. Without bounds n samples give
+    exactly w_k(p), without bias; with them the mean of f over what n - 1 samples see of w_k.
+    Source: arXiv 2602.21189, Sec. 3 (the weight); `sample_coefficients` (the estimator).
+
+    Args:
+        k: at least 1.
+        floor, cap: bounds on the weight, at least 0; None for none.
+
+    Raises:
+        GuardError: k not a whole number of at least 1, a bound that is negative or not finite, or floor > cap.
+    """
+    _check_k(k)
+    for bound, value in (("floor", floor), ("cap", cap)):
+        if value is not None:
+            check_finite(bound, value, least=0)
+    if floor is not None and cap is not None and floor > cap:
+        raise GuardError(f"Expected `floor` <= `cap`; found floor={floor}, cap={cap}.")
+
+    def advantages(n: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        positive, negative = sample_coefficients(n, c, k, floor=floor, cap=cap)
+        return n * positive, n * negative
+
+    def population_weight(p: Tensor) -> Tensor:
+        w = passk_weight(p, k)
+        return w if floor is None and cap is None else w.clamp(min=floor, max=cap)
+
+    bounds = {"floor": floor, "cap": cap}
+    more = "".join(f",{bound}={shortest(value)}" for bound, value in bounds.items() if value is not None)
+    return Weighting(f"passk:{k}{more}", population_weight, advantages, k)
+
+
+def passk_training(k: int) -> Weighting:
+    r"""Pass@k Training: a sample's mean reward over the k-subsets that hold it, group-normalised.
+
+    With $\bar R = 1 - \binom{n-c}{k} / \binom{n}{k}$ and $\sigma = \sqrt{\bar R (1 - \bar R)}$, mean and standard
+    deviation of the reward over all k-subsets, $A^+ = (1 - \bar R) / \sigma$ and
+    $A^- = (1 - \bar R - \binom{n-c-1}{k-1} / \binom{n-1}{k-1}) / \sigma$. Both equal
+    $s (r - \bar r)$ with $s = \frac{n}{n-c} \sqrt{(1 - \bar R) / \bar R}$, which is how they are computed. Zero where
+    sigma = 0, i.e. for c = 0 and for n - c < k; so with n = k nothing is ever learnt.
+
+    Population weight $w_k(p) / (k \sigma) = (1-p)^{k/2-1} / \sqrt{1 - (1-p)^k}$. The normalisation takes back much
+    of what pass@k asks for: k = 1 is GRPO's weight, k = 2 still gives weight 1 at p = 1, and near p = 0 the weight
+    grows as $1/\sqrt{kp}$, the *less* the larger k is. n samples stop at $\sqrt{(n-k)/k}$ there.
+    Source: arXiv 2508.10751, Sec. 2.4 and its appendix; the weight is derived from them. The authors' code adds
+    1e-6 to sigma, which is left out here.
+
+    Args:
+        k: at least 1.
+
+    Raises:
+        GuardError: k not a whole number of at least 1.
+    """
+    _check_k(k)
+
+    def scale(n: Tensor, c: Tensor) -> Tensor:
+        missed = unbiased_passk_weight(n, c, k + 1) / (k + 1)  # 1 - pass_at_k, with its digits where it is small
+        return n / (n - c) * (missed / pass_at_k(n, c, k)).sqrt()
+
+    def population_weight(p: Tensor) -> Tensor:
+        return (1 - p) ** (k / 2 - 1) / (1 - (1 - p) ** k).sqrt()
+
+    return centred(f"passk_training:{k}", scale, population_weight, fewest_samples=k)
+
+
+def _check_k(k: int) -> None:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise GuardError(f"Expected `k` to be a whole number >= 1; found {k!r}.")
+
+
+# Objectives E[u(p)] with a concave utility u of the pass rate; the prompt weight is u'(p).
+
+
+_LARGEST_BETA = 700.0  # exp of more overflows float64
+
+
+def maxrl() -> Weighting:
+    r"""Maximum Likelihood RL: u = log p, estimated by dividing by the number of successes in place of the samples.
+
+    $A = (r - \bar r) / \bar r$, and 0 for a group without a success. Population weight 1/p. n samples give the
+    series for log p cut off at order n - 1, *not* n: $W_n(p) = (1 - (1-p)^{n-1}) / p = \sum_{k<n} (1-p)^{k-1}$, at
+    most n - 1. (The estimator without the baseline, $r / \bar r$, reaches order n; a mean-reward baseline that is
+    dropped together with the groups that failed takes one order off.)
+    Source: arXiv 2602.02710: the estimators are in its method section, the order n - 1 of the one with the baseline
+    in an appendix of its third version. The authors' code adds 1e-6 to the divisor, which is left out here.
+    """
+    return centred("maxrl", lambda n, c: n / c, lambda p: 1 / p)
+
+
+def rs_grpo(beta: float) -> Weighting:
+    r"""RS-GRPO: risk-seeking for beta > 0, $u = \frac{1}{\beta} \log E[e^{\beta r}] = \frac{1}{\beta} \log(1 + pB)$.
+
+    $A = \frac{1}{\beta} (e^{\beta r} / \overline{e^{\beta r}} - 1)$ with the mean over the group. With
+    $B = e^\beta - 1$ this is $\frac{B}{\beta} (r - \bar r) / (1 + \bar r B)$, without any standard deviation despite
+    the name. Population weight $\frac{B}{\beta (1 + pB)}$, from B/beta at p = 0 to $(1 - e^{-\beta})/\beta$ at
+    p = 1. beta -> 0 is Dr. GRPO; as beta grows, beta times the weight tends to MaxRL's 1/p.
+    Source: arXiv 2509.24261 (objective and advantage as in the authors' repository Jackory/RS-GRPO, which
+    recommends beta = 2).
+
+    Args:
+        beta: not 0, of size 700 at most; negative is risk-averse.
+
+    Raises:
+        GuardError: beta = 0, not finite, or larger.
+    """
+    check_finite("beta", beta)
+    if beta == 0:
+        raise GuardError("Expected `beta` other than 0; found 0. That limit is `dr_grpo`.")
+    if abs(beta) > _LARGEST_BETA:
+        raise GuardError(f"Expected `beta` within +-{_LARGEST_BETA:g}; found {beta}. The large limit is `maxrl`.")
+    lift = math.expm1(beta)
+
+    def weight(p: Tensor) -> Tensor:
+        return lift / beta / (1 + p * lift)
+
+    return centred(f"rs_grpo:beta={shortest(beta)}", lambda n, c: weight(c / n), weight)
+
+
+_CONSTRUCTORS: dict[str, tuple[Callable[..., Weighting], dict[str, type]]] = {
+    "grpo": (grpo, {"epsilon": float}),
+    "dr_grpo": (dr_grpo, {}),
+    "rloo": (rloo, {}),
+    "maxrl": (maxrl, {}),
+    "passk": (passk, {"k": int, "floor": float, "cap": float}),
+    "passk_training": (passk_training, {"k": int}),
+    "rs_grpo": (rs_grpo, {"beta": float}),
+}
+_SPELLINGS = "grpo[:epsilon=E], dr_grpo, rloo, maxrl, passk:K[,floor=F][,cap=C], passk_training:K, rs_grpo:beta=B"
+
+
+def named_weighting(spec: str) -> Weighting:
+    """The weighting a text names.
+
+    Args:
+        spec: a name, then after a colon its parameters as `key=value` with commas between; the first parameter may
+            stand without its key. One of: grpo[:epsilon=E], dr_grpo, rloo, maxrl, passk:K[,floor=F][,cap=C],
+            passk_training:K, rs_grpo:beta=B.
+
+    Raises:
+        GuardError: an unknown name or parameter, one that is missing, given twice or not a number, or a value that
+            the constructor refuses.
+    """
+    name, colon, rest = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+    constructor, types = _CONSTRUCTORS.get(name.strip(), (None, {}))
+    if constructor is None:
+        raise GuardError(f"Expected `spec` to be one of {_SPELLINGS}; found {spec!r}.")
+    given: dict[str, float] = {}
+    for position, part in enumerate(rest.split(",") if colon else []):
+        key, value = _parameter(part, list(types)[:1] if position == 0 else [])
+        if key not in types or key in given:
+            raise _misread(spec, f"parameter {key!r} is {'given twice' if key in given else 'unknown'}")
+        given[key] = _number(value, types[key], spec)
+    try:
+        inspect.signature(constructor).bind(**given)
+    except TypeError as error:
+        raise _misread(spec, str(error)) from None
+    return constructor(**given)
+
+
+def _parameter(part: str, keys_left_out: list[str]) -> tuple[str, str]:
+    """('k', '8') from 'k=8', and from '8' where the key may be left out."""
+    key, equals, value = part.partition("=")
+    if not equals and keys_left_out:
+        return keys_left_out[0], part.strip()
+    return key.strip(), value.strip()
+
+
+def _number(text: str, kind: type, spec: str) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise _misread(spec, f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+
+
+def _misread(spec: str, reason: str) -> GuardError:
+    return GuardError(f"Expected `spec` to be one of {_SPELLINGS}; found {spec!r}: {reason}.")
