@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.refresh import Refresh
 from passk_guard.sketch import TokenBatch
-from passk_guard.sketch.forward import forward_logits
-from passk_guard.sketch.loss import score_logits
+from passk_guard.sketch.backward import forward_logits, score_logits
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 from passk_guard.sketch.accumulator import Accumulator, Span
-from passk_guard.sketch.pair_hash import PairHash, draw_pair_hash
-from passk_guard.sketch.random_signs import generator_for, random_buckets, random_signs
-from passk_guard.sketch.sides import FoldedSide, draw_side
+from passk_guard.sketch.projections import (
+    FoldedSide,
+    PairHash,
+    draw_pair_hash,
+    draw_side,
+    generator_for,
+    random_buckets,
+    random_signs,
+)
 
 _VOCABULARY_RATIO = 6  # rows per column: more than any MLP in use has, less than embeddings and heads have
 _VOCABULARY_ROOM = 32  # times as many rows as a balanced split has; folded into `dim` afterwards

@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from passk_guard.sketch.norms import is_rms_norm
+from passk_guard.sketch.accumulator import Accumulator
+
+# Normalised inputs of LayerNorm and RMSNorm, from which the gradients of their weights follow.
+
+
+_EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
+
+
+def is_rms_norm(module: nn.Module) -> bool:
+    """True for nn.RMSNorm and for classes named *RMSNorm that hold one 1-D weight.
+
+    The name is a guess only: `scales_normalised_input` checks the formula on each pass.
+    """
+    own = dict(module.named_parameters())
+    return "RMSNorm" in type(module).__name__ and list(own) == ["weight"] and own["weight"].dim() == 1
+
+
+def normalised_input(module: nn.Module, x: Tensor) -> Tensor:
+    """x_hat, of which the module returns x_hat * weight (+ bias), in at least fp32; same shape as x [..., d]."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    if isinstance(module, nn.LayerNorm):
+        return nn.functional.layer_norm(wide, wide.shape[-1:], eps=module.eps)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _epsilon(module, x.dtype))
+
+
+def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
+    for name in _EPS_NAMES:
+        if isinstance(value := getattr(module, name, None), float):
+            return value
+    return torch.finfo(dtype).eps  # the meaning of eps=None in nn.RMSNorm
+
+
+def scales_normalised_input(module: nn.Module, x: Tensor, output: Tensor) -> bool:
+    """Whether the output is x_hat * weight, or x_hat * (1 + weight) as in Gemma, at one token of the batch.
+
+    Gated and offset variants fail here, and are then reported as not covered rather than sketched wrongly.
+    """
+    if module.get_parameter("weight").numel() != x.shape[-1]:
+        return True  # sharded away again (ZeRO-3) by the time a hook runs: the name has to do
+    token = (0,) * (x.dim() - 1)
+    x_hat, found = normalised_input(module, x[token]), output[token]
+    weight = module.get_parameter("weight").to(x_hat.dtype)
+    found = found.to(x_hat.dtype)
+    atol = 4 * torch.finfo(output.dtype).eps * float(found.abs().max() + 1)
+    return any(torch.allclose(x_hat * scale, found, rtol=0.02, atol=atol) for scale in (weight, 1 + weight))
+
 
 Kind = Literal["linear", "conv1d", "embedding", "layer_norm", "rms_norm"]
 
@@ -65,3 +113,99 @@ def find_uses(model: nn.Module, trainable: dict[int, str]) -> list[Use]:
         if kind is not None:
             uses.append(Use(module, kind, weight, bias))
     return uses
+
+
+# From what a module kept of its input and the gradient of its output: the gradients of its parameters.
+
+
+def by_sample(x: Tensor, batch: int, width: int) -> Tensor | None:
+    """x [B, ..., d] or flattened [B T, d] as [B, tokens, d]; None where samples cannot be told apart."""
+    if batch == 1 or (x.dim() > 1 and x.shape[0] == batch):
+        return x.reshape(batch, -1, x.shape[-1])
+    if x.dim() == 2 and x.shape[0] == batch * width:
+        return x.reshape(batch, width, -1)
+    return None
+
+
+@dataclass(frozen=True)
+class Contribution(ABC):
+    """The rule of one kind of module. u is its input, delta the gradient of its output, both [B, T, d]."""
+
+    use: Use
+    accumulator: Accumulator
+
+    @abstractmethod
+    def keep(self, u: Tensor) -> tuple[Tensor, ...]:
+        """What of the input the rule needs in the backward."""
+
+    @abstractmethod
+    def add(self, delta: Tensor, kept: Sequence[Tensor]) -> None:
+        """Add this module's share, given what `keep` returned."""
+
+    def add_bias(self, delta: Tensor) -> None:
+        """d bias = sum_t delta_t."""
+        if self.use.bias is not None:
+            self.accumulator.add_vector(self.use.bias, delta.sum(1, dtype=self.accumulator.rows.dtype))
+
+
+class LinearContribution(Contribution):
+    """dW = sum_t delta_t u_t^T in the weight's layout [out, in]."""
+
+    def keep(self, u: Tensor) -> tuple[Tensor, ...]:
+        return () if self.use.weight is None else (self.accumulator.project(self.use.weight, "right", u),)
+
+    def add(self, delta: Tensor, kept: Sequence[Tensor]) -> None:
+        if (name := self.use.weight) is not None:
+            self.accumulator.add_matrix(name, self.accumulator.project(name, "left", delta), kept[0])
+        self.add_bias(delta)
+
+
+class Conv1DContribution(Contribution):
+    """dW = sum_t u_t delta_t^T in the weight's layout [in, out]."""
+
+    def keep(self, u: Tensor) -> tuple[Tensor, ...]:
+        return () if self.use.weight is None else (self.accumulator.project(self.use.weight, "left", u),)
+
+    def add(self, delta: Tensor, kept: Sequence[Tensor]) -> None:
+        if (name := self.use.weight) is not None:
+            self.accumulator.add_matrix(name, kept[0], self.accumulator.project(name, "right", delta))
+        self.add_bias(delta)
+
+
+class EmbeddingContribution(Contribution):
+    """dW[v] = sum over t with id_t = v of delta_t, in the weight's layout [vocabulary, d]."""
+
+    def keep(self, u: Tensor) -> tuple[Tensor, ...]:
+        return (u.squeeze(-1),)
+
+    def add(self, delta: Tensor, kept: Sequence[Tensor]) -> None:
+        assert self.use.weight is not None
+        ids, module = kept[0], self.use.module
+        if (scale := getattr(module, "embed_scale", None)) is not None:
+            delta = delta * scale
+        if (padding := getattr(module, "padding_idx", None)) is not None:
+            delta = delta.masked_fill((ids == padding)[..., None], 0)  # as in autograd: this row never learns
+        name = self.use.weight
+        self.accumulator.add_rows(name, ids, self.accumulator.project(name, "right", delta))
+
+
+class NormContribution(Contribution):
+    """dw = sum_t delta_t * u_hat_t and db = sum_t delta_t, exact; also for Gemma's u_hat (1 + w)."""
+
+    def keep(self, u: Tensor) -> tuple[Tensor, ...]:
+        return (u,)
+
+    def add(self, delta: Tensor, kept: Sequence[Tensor]) -> None:
+        if (name := self.use.weight) is not None:
+            x_hat = normalised_input(self.use.module, kept[0])
+            self.accumulator.add_vector(name, torch.einsum("btd,btd->bd", delta.to(x_hat.dtype), x_hat))
+        self.add_bias(delta)
+
+
+CONTRIBUTIONS: dict[Kind, type[Contribution]] = {
+    "linear": LinearContribution,
+    "conv1d": Conv1DContribution,
+    "embedding": EmbeddingContribution,
+    "layer_norm": NormContribution,
+    "rms_norm": NormContribution,
+}

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from passk_guard.sketch.accumulator import Accumulator, Draws, Layout, lay_out
+from passk_guard.sketch.backward import Batch, score_pass
 from passk_guard.sketch.checks import check_batch, check_dim, check_log_probs, check_prompts
-from passk_guard.sketch.coverage import Coverage, warn_if_low, warn_missed
-from passk_guard.sketch.exact import CountSketchAccumulator, IdentityAccumulator
+from passk_guard.sketch.countsketch import CountSketchAccumulator, IdentityAccumulator
+from passk_guard.sketch.coverage import Coverage, Plan, make_plan, trainable_ids, warn_if_low, warn_missed
 from passk_guard.sketch.kronecker import KroneckerAccumulator
-from passk_guard.sketch.plan import Plan, make_plan, trainable_ids
-from passk_guard.sketch.score_pass import Batch, score_pass
 from passk_guard.utils.errors import GuardError, VoidRefresh
 
 Method = Literal["kronecker", "countsketch", "identity"]

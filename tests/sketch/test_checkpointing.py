@@ -7,7 +7,7 @@ import torch
 from transformers import BartConfig, BartForCausalLM
 
 from passk_guard.sketch import ScoreSketcher
-from passk_guard.sketch.contributions import LinearContribution
+from passk_guard.sketch.layers import LinearContribution
 from tests.sketch.models import VOCAB, DroppingLM
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
 from tests.tiny import tiny_model

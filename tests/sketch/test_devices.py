@@ -31,7 +31,7 @@ def test_every_device_gives_the_sketch_of_the_same_projections(method, device, m
     model, batch = tiny_model("qwen2", vocab_size=200), ragged_batch(vocab=200)
     expected = sketch(model, batch, method)
     if device == "cpu":
-        monkeypatch.setattr("passk_guard.sketch.sides.FoldedSide.__call__", lambda self, x: x @ self._matrix)
+        monkeypatch.setattr("passk_guard.sketch.projections.FoldedSide.__call__", lambda self, x: x @ self._matrix)
     assert relative_error(sketch(model.to(device), moved(batch, device), method), expected) < 1e-4
 
 

@@ -5,8 +5,7 @@ import torch
 
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.sketch.kronecker import is_vocabulary, split_dim
-from passk_guard.sketch.random_signs import generator_for, random_signs
-from passk_guard.sketch.sides import draw_side
+from passk_guard.sketch.projections import draw_side, generator_for, random_signs
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
 from tests.tiny import tiny_model
 
@@ -107,7 +106,7 @@ def test_sketching_is_linear_in_the_exact_gradient(method, monkeypatch):
     model, batch = tiny_model("qwen2"), ragged_batch()
     sketcher = ScoreSketcher(model, dim=256, method=method)
     whole = sketcher.sketch(**batch, num_slots=6)
-    monkeypatch.setattr("passk_guard.sketch.exact._CHUNK", 100)
+    monkeypatch.setattr("passk_guard.sketch.countsketch._CHUNK", 100)
     monkeypatch.setattr("passk_guard.sketch.head._CHUNK_SCALARS", {"cpu": 200})
     monkeypatch.setattr("passk_guard.sketch.head._FEWEST_TOKENS", 1)
     assert relative_error(sketcher.sketch(**batch, num_slots=6), whole) < 1e-5
@@ -146,7 +145,7 @@ def test_a_large_side_in_bf16_is_added_up_in_fp32(monkeypatch):
     side = draw_side(4096, 4, torch.Generator().manual_seed(0), torch.ones(1, dtype=torch.bfloat16))
     x = side.signs * torch.ones(2, 4096, dtype=torch.bfloat16)
     for largest in (1 << 23, 0):  # as a product with the matrix, and folded
-        monkeypatch.setattr("passk_guard.sketch.sides._LARGEST_MATRIX", largest)
+        monkeypatch.setattr("passk_guard.sketch.projections._LARGEST_MATRIX", largest)
         assert torch.equal(side(x), torch.full((2, 4), 1024.0, dtype=torch.bfloat16))
 
 
@@ -154,7 +153,7 @@ def test_both_ways_to_apply_a_side_are_the_same_projection(monkeypatch):
     side = draw_side(300, 16, torch.Generator().manual_seed(0), torch.ones(1, dtype=torch.bfloat16))
     x = torch.randint(-3, 4, (5, 300)).bfloat16()  # sums of small integers are exact
     product = side(x)
-    monkeypatch.setattr("passk_guard.sketch.sides._LARGEST_MATRIX", 0)
+    monkeypatch.setattr("passk_guard.sketch.projections._LARGEST_MATRIX", 0)
     assert torch.equal(side(x), product)
 
 

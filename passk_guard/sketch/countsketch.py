@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from passk_guard.sketch.accumulator import Accumulator, Span
-from passk_guard.sketch.pair_hash import draw_pair_hash
+from passk_guard.sketch.projections import draw_pair_hash
 
 _CHUNK = 1 << 22  # scalars of a weight gradient formed at a time: bounds memory for a vocabulary matrix
 

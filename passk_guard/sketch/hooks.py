@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from passk_guard.sketch.accumulator import Accumulator
-from passk_guard.sketch.contributions import CONTRIBUTIONS, by_sample
-from passk_guard.sketch.layers import Use
-from passk_guard.sketch.norms import scales_normalised_input
+from passk_guard.sketch.layers import CONTRIBUTIONS, Use, by_sample, scales_normalised_input
 
 
 class _Keep(torch.autograd.Function):

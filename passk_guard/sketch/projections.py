@@ -2,13 +2,74 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from passk_guard.sketch.random_signs import random_signs
+# Random signs and hashes drawn from a seed and a parameter's name: the same on every rank and device.
+
+
+def generator_for(seed: int, name: str, part: str) -> torch.Generator:
+    """A CPU generator that depends on (seed, name, part) only, and leaves the global ones alone."""
+    digest = hashlib.blake2b(f"{seed}\0{name}\0{part}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Independent signs -1 or +1 of the given shape, int8, on the CPU."""
+    count = 1
+    for size in shape:
+        count *= size
+    # One 64-bit draw gives eight bytes, and the low bit of each is one sign: eight times fewer draws.
+    words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(generator=generator)
+    return words.view(torch.int8)[:count].bitwise_and_(1).mul_(2).sub_(1).view(shape)
+
+
+def random_buckets(size: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Independent uniform draws from 0..dim-1, [size] int64, on the CPU."""
+    return torch.randint(dim, (size,), generator=generator)
+
+
+# CountSketch of a matrix whose two sides are hashed separately: nothing of the matrix's size is stored.
+
+
+@dataclass(frozen=True)
+class PairHash:
+    """Entry (r, c) goes to bucket (h(r) + g(c)) mod dim with sign s(r) z(c) (Pham and Pagh, KDD 2013, degree 2).
+
+    Attributes:
+        dim: number of buckets.
+        row_buckets, row_signs: h and s, [rows].
+        col_buckets, col_signs: g and z, [cols].
+    """
+
+    dim: int
+    row_buckets: Tensor
+    row_signs: Tensor
+    col_buckets: Tensor
+    col_signs: Tensor
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Buckets [R, cols] of the given rows."""
+        return (self.row_buckets[rows][:, None] + self.col_buckets).remainder_(self.dim)
+
+    def signs(self, rows: Tensor) -> Tensor:
+        """Signs [R, cols] of the given rows."""
+        return self.row_signs[rows][:, None] * self.col_signs
+
+
+def draw_pair_hash(shape: tuple[int, int], dim: int, seed: int, name: str, like: Tensor) -> PairHash:
+    """Draw on the CPU, and put the result where `like` is; the signs in its dtype."""
+    drawn = []
+    for part, size in zip(("rows", "cols"), shape, strict=True):
+        generator = generator_for(seed, name, part)
+        buckets = random_buckets(size, dim, generator)
+        drawn += [buckets.to(like.device), random_signs((size,), generator).to(like)]
+    return PairHash(dim, *drawn)
+
 
 _LARGEST_MATRIX = 1 << 23  # entries of P that may be written out: 16 MiB in bf16
 
