@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.calibration_populations import Pool, Population, with_cosine
 from benchmarks.calibration_statistics import STATISTICS, pool
-from passk_guard.intervals import corrected_cosine, cosine_bounds, student_t_quantile
-from passk_guard.ustatistics import Moments
+from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
+from passk_guard.estimation.ustatistics import Moments
 
 LEVELS = (0.90, 0.95)
 _VALUES_AT_ONCE = 1 << 22

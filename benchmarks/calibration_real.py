@@ -12,10 +12,10 @@ from benchmarks.calibration_populations import Pool
 from examples.interference.task import correct, make_prompts
 from examples.interference.train import train
 from examples.interference.warm_start import warm_start
-from passk_guard.sampling import GenerateSampler
-from passk_guard.scoring import Verifier
+from passk_guard.probe.records import Rollouts
+from passk_guard.probe.samplers import GenerateSampler
+from passk_guard.probe.verifier import Verifier
 from passk_guard.sketch import ScoreSketcher, token_batches
-from passk_guard.types import Rollouts
 
 PROMPTS, SAMPLES, DIM = 384, 64, 512
 TOKENS = 6144  # of one pass

@@ -27,8 +27,8 @@ import torch
 
 from benchmarks import calibration_reuse_runs as runs
 from benchmarks.calibration_reuse_draws import DIM, NOW, Draw, K, cosine_of, with_cosine
-from passk_guard.estimator import estimate_pooled
-from passk_guard.ustatistics import coefficients, prompt_kernel
+from passk_guard.estimation.estimate import estimate_pooled
+from passk_guard.estimation.ustatistics import coefficients, prompt_kernel
 
 SHIFTS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
 

@@ -8,9 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from passk_guard.estimation.records import ProbeGram
 from passk_guard.passk.closed_forms import passk_weight
 from passk_guard.passk.importance import effective_share, miss_estimates
-from passk_guard.types import ProbeGram
 
 PROMPTS, ANSWERS, DIM, M, N, K = 600, 32, 24, 64, 16, 8
 NOW = torch.zeros(DIM, dtype=torch.float64)

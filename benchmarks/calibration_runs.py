@@ -10,11 +10,11 @@ import torch
 
 from benchmarks.calibration_populations import with_cosine
 from benchmarks.calibration_statistics import guard, pool
-from passk_guard.decision import DecisionRule, DecisionState, decide
-from passk_guard.intervals import student_t_quantile
-from passk_guard.run_evidence import RunEvidence, score_of
-from passk_guard.types import ConflictEstimate
-from passk_guard.ustatistics import Moments
+from passk_guard.estimation.evidence import RunEvidence, score_of
+from passk_guard.estimation.intervals import student_t_quantile
+from passk_guard.estimation.records import ConflictEstimate
+from passk_guard.estimation.ustatistics import Moments
+from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide
 
 RULES = {
     "each look, patience 2": DecisionRule(patience=2, cooldown=3),

@@ -3,7 +3,7 @@
 Each gives estimates [R, 3] of <grad J_k, grad J_1>, |grad J_1|^2 and |grad J_k|^2, the change [R, m, 3] of each when a
 prompt is left out, and the shares [m, R, 3, 3] of the prompts in the overshoot of the jackknife. `guard` is the
 product's, computed another way (sums of vectors in place of Gram matrices), which a test holds against
-`passk_guard.ustatistics`.
+`passk_guard.estimation.ustatistics`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from passk_guard.degenerate import jackknife_overshoot
+from passk_guard.estimation.jackknife import jackknife_overshoot
+from passk_guard.estimation.ustatistics import Moments
 from passk_guard.passk.closed_forms import sample_coefficients
-from passk_guard.ustatistics import Moments
 
 
 @dataclass(frozen=True)

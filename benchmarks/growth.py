@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from benchmarks.peak import peak_added
 from passk_guard import estimate_conflict
-from passk_guard.score_sums import add_scores_, gram_matrix, sum_over_ranks_
+from passk_guard.probe.score_sums import add_scores_, gram_matrix, sum_over_ranks_
 from passk_guard.sketch import ScoreSketcher, TokenBatch
 from passk_guard.utils.ranks import Ranks
 

@@ -31,13 +31,13 @@ from benchmarks.calibration_populations import Population, with_cosine
 from benchmarks.calibration_statistics import Draw, guard, pool
 from benchmarks.growth import slope
 from passk_guard import GuardConfig, ProbeGram
-from passk_guard.decision import DecisionRule
-from passk_guard.intervals import student_t_quantile
-from passk_guard.noise import Noise, average_noise, measure_noise
+from passk_guard.estimation.evidence import RunEvidence, score_of
+from passk_guard.estimation.intervals import student_t_quantile
+from passk_guard.estimation.noise import Noise, average_noise, measure_noise
+from passk_guard.estimation.power import look_of, looks_until_called, power_of_one, signal_of
+from passk_guard.estimation.ustatistics import Moments
+from passk_guard.estimation.verdict import DecisionRule
 from passk_guard.planning import make_plan
-from passk_guard.power import look_of, looks_until_called, power_of_one, signal_of
-from passk_guard.run_evidence import RunEvidence, score_of
-from passk_guard.ustatistics import Moments
 
 K, SAMPLES, MEASURED_ON = 8, 16, 64
 COSINES = (-0.1, -0.2, -0.3, -0.5)

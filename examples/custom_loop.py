@@ -30,8 +30,8 @@ from examples.interference.exact import evaluate
 from examples.interference.task import correct, make_prompts
 from examples.interference.warm_start import warm_start
 from passk_guard import ConflictEstimate, ProbeGram, ScoreSketcher, estimate_pooled, passk_advantages
-from passk_guard.decision import DecisionRule, DecisionState
-from passk_guard.decision import step as decide
+from passk_guard.estimation.verdict import DecisionRule, DecisionState
+from passk_guard.estimation.verdict import step as decide
 from passk_guard.mitigation import FloorState, project_gradient, smooth_floor, solve_floor
 
 Rows = Sequence[Mapping[str, str]]

@@ -7,13 +7,13 @@ stack; the callback and its parts are imported when they are first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from passk_guard.estimator import estimate_conflict, estimate_pooled
+from passk_guard.estimation.estimate import estimate_conflict, estimate_pooled
+from passk_guard.estimation.records import ConflictEstimate, ProbeGram
 from passk_guard.mitigation import combine, project_gradient, smooth_floor, solve_floor
 from passk_guard.passk import Weighting, named_weighting
 from passk_guard.passk.closed_forms import pass_at_k, passk_advantages, passk_weight
 from passk_guard.passk.max_at_k import max_at_k, pkpo_transform
 from passk_guard.passk.population import population_conflict
-from passk_guard.types import ConflictEstimate, ProbeGram
 from passk_guard.utils.errors import GuardError, VoidRefresh
 
 if TYPE_CHECKING:
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from passk_guard.config import GuardConfig
     from passk_guard.objective import PassKObjective
     from passk_guard.pages.run_report import RunReport, report
-    from passk_guard.probe import ProbeSet
-    from passk_guard.sampling import GenerateSampler, Sampler, TRLSampler
-    from passk_guard.scoring import Verifier
+    from passk_guard.probe.prompts import ProbeSet
+    from passk_guard.probe.samplers import GenerateSampler, Sampler, TRLSampler
+    from passk_guard.probe.verifier import Verifier
     from passk_guard.sketch import ScoreSketcher
 
 _LAZY = {
     "Analysis": "passk_guard.analysis",
-    "GenerateSampler": "passk_guard.sampling",
+    "GenerateSampler": "passk_guard.probe.samplers",
     "GuardConfig": "passk_guard.config",
     "PassKGuardCallback": "passk_guard.callback",
     "PassKObjective": "passk_guard.objective",
-    "ProbeSet": "passk_guard.probe",
+    "ProbeSet": "passk_guard.probe.prompts",
     "RunReport": "passk_guard.pages.run_report",
-    "Sampler": "passk_guard.sampling",
+    "Sampler": "passk_guard.probe.samplers",
     "ScoreSketcher": "passk_guard.sketch",
-    "TRLSampler": "passk_guard.sampling",
-    "Verifier": "passk_guard.scoring",
+    "TRLSampler": "passk_guard.probe.samplers",
+    "Verifier": "passk_guard.probe.verifier",
     "analyze": "passk_guard.analysis",
     "report": "passk_guard.pages.run_report",
 }

@@ -6,11 +6,10 @@ import logging
 from typing import Any
 
 from passk_guard.config import GuardConfig
-from passk_guard.probe import ProbeSet
-from passk_guard.sampling import GenerateSampler, Sampler, TRLSampler
-from passk_guard.sampling.lengths import context_length
-from passk_guard.scoring import Verifier, resolve_verifier
-from passk_guard.sources import HeldOut
+from passk_guard.probe.held_out import HeldOut
+from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.samplers import GenerateSampler, Sampler, TRLSampler
+from passk_guard.probe.verifier import Verifier, resolve_verifier
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.private_api import is_trl
 
@@ -88,19 +87,3 @@ def check_groups(trainer: Any, config: GuardConfig) -> None:
             f"Expected num_generations >= k to use the training batch as probe; found num_generations={found}, "
             f"k={config.k}. Raise `num_generations`, lower `k`, or pass held-out prompts as `probe`."
         )
-
-
-def limits_of(model: Any) -> dict[str, int | None]:
-    """What the model can read: token ids below `vocabulary`, `context` tokens at once; None where it does not say."""
-    try:
-        vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):
-        vocabulary = None
-    return {"vocabulary": vocabulary, "context": context_length(model) if hasattr(model, "config") else None}
-
-
-def padding_token(processing_class: Any) -> int:
-    """What batches of the sketch are filled up with; a processor's is its tokenizer's."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    candidates = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
-    return next(token for token in candidates if token is not None)

@@ -15,26 +15,27 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from passk_guard.assembly import check_groups, choose_verifier, held_out_source, limits_of, padding_token
+from passk_guard.assembly import check_groups, choose_verifier, held_out_source
 from passk_guard.attachment import Attachment
 from passk_guard.compatibility import check_compatibility
 from passk_guard.config import GuardConfig
-from passk_guard.decision import DecisionRule, decide
 from passk_guard.engines import untraced
-from passk_guard.estimator import estimate_pooled
-from passk_guard.kept_rollouts import RolloutKeeper
+from passk_guard.estimation.estimate import estimate_pooled
+from passk_guard.estimation.evidence import conflict_score
+from passk_guard.estimation.records import ConflictEstimate
+from passk_guard.estimation.verdict import DecisionRule, decide
 from passk_guard.memory import Memory, load_memory, save_memory
 from passk_guard.mitigator import Mitigator
 from passk_guard.planning import outlook, refresh_noise
-from passk_guard.progress import sampling_bar, wants_bar
-from passk_guard.refresh import Refresher
+from passk_guard.probe.held_out import HeldOut
+from passk_guard.probe.progress import sampling_bar, wants_bar
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.refresh import Refresher
+from passk_guard.probe.reuse import RolloutKeeper
+from passk_guard.probe.rollout_checks import check_rollouts, limits_of, padding_token
+from passk_guard.probe.samplers import BatchTap, Sampler
 from passk_guard.reporting import Reporter
-from passk_guard.rollout_checks import check_rollouts
-from passk_guard.run_evidence import conflict_score
-from passk_guard.sampling import BatchTap, Sampler
 from passk_guard.sketch import ScoreSketcher
-from passk_guard.sources import HeldOut
-from passk_guard.types import ConflictEstimate, Outcomes, Rollouts
 from passk_guard.utils.errors import GuardError, VoidRefresh
 from passk_guard.utils.isolation import seeded, untouched
 from passk_guard.utils.ranks import Ranks

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from passk_guard.objective import PassKObjective
-from passk_guard.sampling import Sampler, TRLSampler
+from passk_guard.probe.samplers import Sampler, TRLSampler
 from passk_guard.utils.private_api import check, seams
 
 

@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 import torch
 
-from passk_guard.decision import DecisionState
-from passk_guard.gram_checks import checked_probe
+from passk_guard.estimation.evidence import LARGEST_SCORE, SMALLEST_SCORE, RunEvidence
+from passk_guard.estimation.gram import checked_probe
+from passk_guard.estimation.records import ProbeGram, Status
+from passk_guard.estimation.verdict import DecisionState
 from passk_guard.mitigation import FloorState
-from passk_guard.run_evidence import LARGEST_SCORE, SMALLEST_SCORE, RunEvidence
-from passk_guard.types import ProbeGram, Status
 from passk_guard.utils.checkpoint import listed, mapping, one_of, real, save_whole, whole
 
 FILE_NAME = "passk_guard.pt"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from passk_guard.passk.closed_forms import sample_coefficients
-from passk_guard.refresh import Refresh
+from passk_guard.probe.refresh import Refresh
 from passk_guard.sketch import TokenBatch
 from passk_guard.sketch.backward import forward_logits, score_logits
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from passk_guard.engines import GradientEngine
 from passk_guard.mitigation import ProjectionResult, plan_projection
+from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.protected_share import Share, share_of
 from passk_guard.sketch import TokenBatch, filler_batch
-from passk_guard.token_budget import halved, largest, until_it_fits
 from passk_guard.utils.checkpoint import save_whole
 from passk_guard.utils.errors import VoidRefresh
 from passk_guard.utils.ranks import Ranks

@@ -10,8 +10,8 @@ from benchmarks.calibration_populations import Pool, Synthetic, with_cosine
 from benchmarks.calibration_runs import Course
 from benchmarks.calibration_runs import measure as measure_runs
 from benchmarks.calibration_statistics import guard, pool
-from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import passk_rows, pooled_moments
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.estimation.ustatistics import passk_rows, pooled_moments
 
 
 def within(share, target, runs, errors=3):

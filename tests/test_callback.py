@@ -161,7 +161,7 @@ class FixedSampler:
         pass
 
     def sample(self, rows, num_samples, seed):
-        from passk_guard.sampling import Samples
+        from passk_guard.probe.samplers import Samples
 
         generator = torch.Generator().manual_seed(seed)
         prompts, completions = [], []

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passk_guard import GuardError
-from passk_guard.decision import DecisionRule, DecisionState, step
+from passk_guard.estimation.verdict import DecisionRule, DecisionState, step
 
 STATUS = st.sampled_from(["clear", "conflict", "undetermined"])
 

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import Moments, coefficients, passk_rows, pooled_moments, prompt_kernel, refresh_moments
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.estimation.ustatistics import (
+    Moments,
+    coefficients,
+    passk_rows,
+    pooled_moments,
+    prompt_kernel,
+    refresh_moments,
+)
 from tests.populations import draw, population
 
 ROWS = passk_rows(torch.tensor([8]))

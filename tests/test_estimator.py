@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from passk_guard import GuardError, ProbeGram, estimate_conflict, estimate_pooled, named_weighting, passk_advantages
-from passk_guard.agreement import weight_and_agreement
-from passk_guard.degenerate import jackknife_overshoot
-from passk_guard.passk.closed_forms import unbiased_passk_weight
-from passk_guard.passk.population import population_conflict
-from passk_guard.ustatistics import (
+from passk_guard.estimation.agreement import weight_and_agreement
+from passk_guard.estimation.jackknife import jackknife_overshoot
+from passk_guard.estimation.ustatistics import (
     coefficients,
     other_prompt_sums,
     passk_rows,
@@ -21,6 +19,8 @@ from passk_guard.ustatistics import (
     prompt_kernel,
     refresh_moments,
 )
+from passk_guard.passk.closed_forms import unbiased_passk_weight
+from passk_guard.passk.population import population_conflict
 from tests.populations import DIM, draw, population, true_moments
 
 PAPER = json.loads((Path(__file__).parent / "reference" / "paper_toy.json").read_text())["float64"]
@@ -370,7 +370,7 @@ def test_one_entry_that_is_not_finite_is_found(bad):
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_kernel_and_its_sums_are_those_of_whole_matrices(rows, monkeypatch):
-    monkeypatch.setattr("passk_guard.ustatistics._ROWS", rows)
+    monkeypatch.setattr("passk_guard.estimation.ustatistics._ROWS", rows)
     generator = torch.Generator().manual_seed(5)
     m = 11
     sums = torch.randn(2 * m, 6, generator=generator, dtype=torch.float64)
@@ -384,7 +384,7 @@ def test_kernel_and_its_sums_are_those_of_whole_matrices(rows, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_the_overshoot_by_blocks_of_rows_is_that_of_whole_kernels(rows, monkeypatch):
-    monkeypatch.setattr("passk_guard.ustatistics._ROWS", rows)
+    monkeypatch.setattr("passk_guard.estimation.ustatistics._ROWS", rows)
     generator, m = torch.Generator().manual_seed(6), 11
     sums = torch.randn(2 * m, 6, generator=generator, dtype=torch.float64)
     probe = ProbeGram(sums @ sums.T, torch.full((m,), 8), torch.randint(1, 8, (m,), generator=generator))

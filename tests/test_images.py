@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from passk_guard import ConflictEstimate, ProbeGram
+from passk_guard.estimation.records import ConflictCurve
 from passk_guard.reporting import Reporter
 from passk_guard.reporting.canvas import SIGN_WIDTH, blank, draw_line, fill, write
 from passk_guard.reporting.images import Images
 from passk_guard.reporting.pictures import curve_picture, kernel_picture
-from passk_guard.types import ConflictCurve
 
 VERMILLION, BLUE, WHITE = [213, 94, 0], [0, 114, 178], [255, 255, 255]
 NAN = float("nan")

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passk_guard import GuardError, ProbeGram, estimate_conflict
-from passk_guard.estimator import estimate_pooled
+from passk_guard.estimation.estimate import estimate_pooled
+from passk_guard.estimation.evidence import conflict_score
+from passk_guard.estimation.ustatistics import coefficients
 from passk_guard.passk import named_weighting
 from passk_guard.passk.closed_forms import passk_weight
 from passk_guard.passk.importance import effective_share, miss_estimates
-from passk_guard.run_evidence import conflict_score
-from passk_guard.ustatistics import coefficients
 
 RIGHT = torch.tensor([True, False, False, True])
 FEATURES = torch.tensor([[1.0, 0.2], [-0.4, 1.0], [0.3, -0.7], [0.5, 0.9]], dtype=torch.float64)

@@ -172,7 +172,8 @@ def test_verl_advantages_are_those_of_each_prompt(project, monkeypatch):
 
 def test_the_page_names_what_exists():
     assert (ROOT / "examples" / "custom_loop.py").is_file()
-    from passk_guard import decision, mitigation
+    from passk_guard import mitigation
+    from passk_guard.estimation import verdict as decision
 
     assert callable(mitigation.projection_coefficient)
     assert callable(decision.step)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passk_guard.intervals import cosine_bounds, student_t_quantile
+from passk_guard.estimation.intervals import cosine_bounds, student_t_quantile
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from passk_guard import GuardConfig
-from passk_guard.decision import DecisionRule, DecisionState, decide
-from passk_guard.kept_rollouts import RolloutKeeper, _in_halves, look_again
+from passk_guard.estimation.evidence import RunEvidence
+from passk_guard.estimation.records import ConflictEstimate
+from passk_guard.estimation.ustatistics import coefficients
+from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide
 from passk_guard.memory import Memory, load_memory, save_memory
 from passk_guard.passk.closed_forms import passk_weight
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.refresh import Refresher
+from passk_guard.probe.reuse import RolloutKeeper, _in_halves, look_again
 from passk_guard.protect import pass1_loss
-from passk_guard.refresh import Refresher
-from passk_guard.run_evidence import RunEvidence
 from passk_guard.sketch import ScoreSketcher
-from passk_guard.types import ConflictEstimate, Outcomes, Rollouts
-from passk_guard.ustatistics import coefficients
 from passk_guard.utils.ranks import Ranks
 from tests.test_callback import guard_of, run
 from tests.tiny import tiny_grpo_trainer, tiny_lm_trainer, tiny_model

@@ -11,9 +11,9 @@ from passk_guard import GuardConfig, ProbeGram
 from passk_guard.analysis import Analysis
 from passk_guard.analysis.folder import JSON_NAME
 from passk_guard.cli import main
+from passk_guard.estimation.noise import average_noise, measure_noise
 from passk_guard.journal_file import read_journal
 from passk_guard.memory import Memory
-from passk_guard.noise import average_noise, measure_noise
 from passk_guard.planning import Cost, make_plan, outlook, refresh_noise
 from passk_guard.planning.past import past_of
 from passk_guard.reporting import Journal

@@ -10,12 +10,12 @@ import torch
 
 from benchmarks.calibration_populations import with_cosine
 from benchmarks.planning import K, achieved_power, called_by, measured, predicted
-from passk_guard.decision import DecisionRule
-from passk_guard.noise import Noise, average_noise, measure_noise, noise_from
-from passk_guard.power import Look, fewest_prompts, look_of, looks_until_called, power_of_one, signal_of
-from passk_guard.run_evidence import RunEvidence, log_evidence, score_of
-from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import passk_rows, refresh_moments
+from passk_guard.estimation.evidence import RunEvidence, log_evidence, score_of
+from passk_guard.estimation.noise import Noise, average_noise, measure_noise, noise_from
+from passk_guard.estimation.power import Look, fewest_prompts, look_of, looks_until_called, power_of_one, signal_of
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.estimation.ustatistics import passk_rows, refresh_moments
+from passk_guard.estimation.verdict import DecisionRule
 from passk_guard.utils.errors import GuardError
 from tests.populations import draw, population, true_moments
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passk_guard.probe import ProbeSet, prompt_key
+from passk_guard.probe.prompts import ProbeSet, prompt_key
 from passk_guard.utils.errors import GuardError
 from tests.tiny import tiny_chat_rows, tiny_rows
 

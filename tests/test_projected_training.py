@@ -9,9 +9,9 @@ from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, PassKGuardCallback, ScoreSketcher
 from passk_guard.passk.closed_forms import sample_coefficients
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.refresh import Refresher
 from passk_guard.protect import Pass1Loss, pass1_loss
-from passk_guard.refresh import Refresher
-from passk_guard.types import Outcomes, Rollouts
 from passk_guard.utils.ranks import Ranks
 from tests.test_callback import CONFIG, conflicted, guard_of, journal
 from tests.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model

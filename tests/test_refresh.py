@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from passk_guard.refresh import Refresher
-from passk_guard.types import Outcomes, Rollouts
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.refresh import Refresher
 from passk_guard.utils.errors import VoidRefresh
 from passk_guard.utils.ranks import Ranks
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from passk_guard.decision import DecisionRule, DecisionState, decide
-from passk_guard.run_evidence import HANDICAP, LARGEST_SCORE, RunEvidence, conflict_score, normal_score
-from passk_guard.types import ConflictEstimate
-from passk_guard.ustatistics import passk_rows, refresh_moments
+from passk_guard.estimation.evidence import HANDICAP, LARGEST_SCORE, RunEvidence, conflict_score, normal_score
+from passk_guard.estimation.records import ConflictEstimate
+from passk_guard.estimation.ustatistics import passk_rows, refresh_moments
+from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide
 from passk_guard.utils.errors import GuardError
 from tests.populations import draw, population
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from passk_guard.sampling import BatchTap, GenerateSampler, Sampler, TRLSampler
+from passk_guard.probe.samplers import BatchTap, GenerateSampler, Sampler, TRLSampler
 from passk_guard.utils.errors import GuardError, VoidRefresh
 from tests.tiny import (
     digit_reward,

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from passk_guard import score_sums
-from passk_guard.refresh import Refresher
-from passk_guard.score_sums import add_scores_, gram_matrix, sum_over_ranks_
+from passk_guard.probe import score_sums
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.refresh import Refresher
+from passk_guard.probe.score_sums import add_scores_, gram_matrix, sum_over_ranks_
 from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
-from passk_guard.types import Outcomes, Rollouts
 from passk_guard.utils.ranks import Ranks
 from tests.live_bytes import most_alive
 from tests.tiny import tiny_model

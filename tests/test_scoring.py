@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from passk_guard.scoring import Verifier, resolve_verifier
-from passk_guard.types import Rollouts
+from passk_guard.probe.records import Rollouts
+from passk_guard.probe.verifier import Verifier, resolve_verifier
 from passk_guard.utils.errors import GuardError, VoidRefresh
 
 

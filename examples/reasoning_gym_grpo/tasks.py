@@ -13,7 +13,7 @@ from typing import Any
 
 import reasoning_gym
 
-from passk_guard.probe import prompt_key
+from passk_guard.probe.prompts import prompt_key
 
 Row = dict[str, str]
 

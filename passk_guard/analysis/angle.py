@@ -7,10 +7,10 @@ from torch import Tensor
 
 from passk_guard.analysis.kernels import Coefficients, kernel_of, mixed
 from passk_guard.analysis.record import Number
-from passk_guard.degenerate import jackknife_overshoot
-from passk_guard.intervals import corrected_cosine, cosine_bounds, student_t_quantile
-from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import Moments
+from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
+from passk_guard.estimation.jackknife import jackknife_overshoot
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.estimation.ustatistics import Moments
 
 
 def angle(probe: ProbeGram, left: Coefficients, right: Coefficients, confidence: float) -> Number:

@@ -14,8 +14,8 @@ from passk_guard.analysis.loading import load_model, load_tokenizer
 from passk_guard.analysis.run import analyze
 from passk_guard.analysis.settings import Settings
 from passk_guard.analysis.terminal import print_analysis
-from passk_guard.probe import ProbeSet
-from passk_guard.scoring import resolve_verifier
+from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.verifier import resolve_verifier
 
 _DEFAULT = Settings()
 _INTERRUPTED = 130  # as shells have it: 128 + SIGINT

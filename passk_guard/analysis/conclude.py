@@ -11,11 +11,11 @@ from passk_guard.analysis.predict import predictions
 from passk_guard.analysis.prompts import prompt_records, prompt_text
 from passk_guard.analysis.record import Analysis, AtK, Number, Sketch
 from passk_guard.analysis.settings import Settings
-from passk_guard.estimator import estimate_pooled
-from passk_guard.noise import measure_noise
-from passk_guard.probe import ProbeSet
-from passk_guard.refresh import Refresh
-from passk_guard.types import ProbeGram
+from passk_guard.estimation.estimate import estimate_pooled
+from passk_guard.estimation.noise import measure_noise
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.refresh import Refresh
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 from passk_guard.analysis.prompts import prompt_text
 from passk_guard.analysis.settings import Settings
-from passk_guard.probe import ProbeSet
-from passk_guard.scoring import Verifier
+from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.verifier import Verifier
 from passk_guard.utils.errors import GuardError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import coefficients
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.estimation.ustatistics import coefficients
 
 Coefficients = tuple[Tensor, Tensor]
 

@@ -11,10 +11,10 @@ from passk_guard.analysis.kernels import at_k, kernel_of, mixed
 from passk_guard.analysis.numbers import jackknife_error, mean, with_error
 from passk_guard.analysis.record import AtK, Curve, Kernel, Number
 from passk_guard.analysis.settings import Settings
-from passk_guard.estimator import estimate_pooled
-from passk_guard.intervals import student_t_quantile
+from passk_guard.estimation.estimate import estimate_pooled
+from passk_guard.estimation.intervals import student_t_quantile
+from passk_guard.estimation.records import ConflictEstimate, ProbeGram
 from passk_guard.passk.closed_forms import pass_at_k, unbiased_passk_weight
-from passk_guard.types import ConflictEstimate, ProbeGram
 
 
 def estimate_each(probe: ProbeGram, settings: Settings) -> dict[int, ConflictEstimate]:

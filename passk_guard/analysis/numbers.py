@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from passk_guard.analysis.record import Number
-from passk_guard.intervals import student_t_quantile
+from passk_guard.estimation.intervals import student_t_quantile
 
 
 def normal_quantile(confidence: float) -> float:

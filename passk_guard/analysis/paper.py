@@ -28,9 +28,9 @@ from passk_guard.analysis.measure import cosine_of, estimate_each, inner_product
 from passk_guard.analysis.numbers import jackknife_error, with_error
 from passk_guard.analysis.record import PaperRow, PaperTable
 from passk_guard.analysis.settings import Settings
-from passk_guard.intervals import student_t_quantile
+from passk_guard.estimation.intervals import student_t_quantile
+from passk_guard.estimation.records import ProbeGram
 from passk_guard.passk.closed_forms import passk_weight
-from passk_guard.types import ProbeGram
 
 
 def paper_table(probes: dict[str, ProbeGram], settings: Settings) -> PaperTable:

@@ -18,10 +18,10 @@ from passk_guard.analysis.measure import cosine_of
 from passk_guard.analysis.numbers import image, jackknife_error
 from passk_guard.analysis.record import Number, Prediction
 from passk_guard.analysis.settings import Settings
+from passk_guard.estimation.records import ConflictEstimate, ProbeGram
 from passk_guard.mitigation.project import plan_projection
 from passk_guard.mitigation.reweight import solve_floor
 from passk_guard.passk.closed_forms import sample_coefficients
-from passk_guard.types import ConflictEstimate, ProbeGram
 
 
 def predictions(probe: ProbeGram, estimates: Mapping[int, ConflictEstimate], settings: Settings) -> list[Prediction]:

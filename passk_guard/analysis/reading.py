@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from passk_guard.analysis import record
 from passk_guard.analysis.settings import Settings
-from passk_guard.noise import noise_from
+from passk_guard.estimation.noise import noise_from
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import brief, one_line
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from passk_guard.analysis.bars import SketchWithBar, bar, wanted
 from passk_guard.analysis.conclude import Measured, conclude
 from passk_guard.analysis.drawing import drawn_probe
 from passk_guard.analysis.fingerprint import keys_fingerprint, model_fingerprint
@@ -18,13 +17,13 @@ from passk_guard.analysis.record import Analysis, Sketch
 from passk_guard.analysis.rollouts import RolloutStore
 from passk_guard.analysis.sampling import SharedSampling
 from passk_guard.analysis.settings import Settings
-from passk_guard.assembly import limits_of
-from passk_guard.probe import ProbeSet
-from passk_guard.refresh import Refresh, Refresher
-from passk_guard.rollout_checks import check_rollouts
-from passk_guard.sampling import GenerateSampler, Sampler
-from passk_guard.scoring import Verifier, resolve_verifier
-from passk_guard.types import Outcomes, Rollouts
+from passk_guard.probe.progress import SketchWithBar, bar, wanted
+from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.refresh import Refresh, Refresher
+from passk_guard.probe.rollout_checks import check_rollouts, limits_of
+from passk_guard.probe.samplers import GenerateSampler, Sampler
+from passk_guard.probe.verifier import Verifier, resolve_verifier
 from passk_guard.utils.errors import GuardError, VoidRefresh
 from passk_guard.utils.isolation import seeded, untouched
 from passk_guard.utils.ranks import Ranks

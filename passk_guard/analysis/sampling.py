@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from passk_guard.analysis.rollouts import PromptRollouts, RolloutStore
-from passk_guard.probe import Row
-from passk_guard.sampling import Sampler
-from passk_guard.types import Rollouts
+from passk_guard.probe.prompts import Row
+from passk_guard.probe.records import Rollouts
+from passk_guard.probe.samplers import Sampler
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.ranks import Ranks
 

@@ -24,10 +24,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from passk_guard.agreement import mean_positive_and_negative
-from passk_guard.gram_checks import checked_probe
-from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import Moments, coefficients, pooled_moments
+from passk_guard.estimation.agreement import mean_positive_and_negative
+from passk_guard.estimation.gram import checked_probe
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.estimation.ustatistics import Moments, coefficients, pooled_moments
 from passk_guard.utils.arguments import as_real
 from passk_guard.utils.errors import GuardError
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from passk_guard.config import GuardConfig
-from passk_guard.noise import average_noise, measure_noise
+from passk_guard.estimation.noise import average_noise, measure_noise
+from passk_guard.estimation.records import ProbeGram
 from passk_guard.planning.plan import Cost, make_plan
 from passk_guard.planning.words import plan_line
-from passk_guard.types import ProbeGram
 
 
 def refresh_noise(probe: ProbeGram, k: int) -> dict[str, Any] | None:

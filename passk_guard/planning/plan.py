@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from passk_guard.config import GuardConfig
-from passk_guard.decision import DecisionRule
-from passk_guard.noise import Noise
-from passk_guard.power import Signal, fewest_prompts, look_of, looks_until_called, signal_of
+from passk_guard.estimation.noise import Noise
+from passk_guard.estimation.power import Signal, fewest_prompts, look_of, looks_until_called, signal_of
+from passk_guard.estimation.verdict import DecisionRule
 from passk_guard.utils.errors import GuardError
 
 PROMPTS = (32, 64, 128, 256, 512)

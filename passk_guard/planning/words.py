@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from passk_guard.estimation.power import MOST_LOOKS, MOST_PROMPTS
 from passk_guard.planning.plan import Option, Plan
-from passk_guard.power import MOST_LOOKS, MOST_PROMPTS
 
 
 def plan_line(plan: Plan) -> str:

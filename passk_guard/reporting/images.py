@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from passk_guard.estimation.records import ConflictEstimate, ProbeGram
 from passk_guard.reporting.metrics import PREFIX
 from passk_guard.reporting.pictures import curve_picture, kernel_picture
-from passk_guard.types import ConflictEstimate, ProbeGram
 from passk_guard.utils.text import describe_error
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passk_guard.types import ConflictEstimate, Status
+from passk_guard.estimation.records import ConflictEstimate, Status
 
 
 def describe_estimate(estimate: ConflictEstimate) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from passk_guard.types import ConflictEstimate, Status
+from passk_guard.estimation.records import ConflictEstimate, Status
 
 Metrics = Mapping[str, float | None]
 PREFIX = "passk_guard/"

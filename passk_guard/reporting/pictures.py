@@ -7,9 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from passk_guard.estimation.records import ConflictCurve
 from passk_guard.pixels import NEGATIVE, POSITIVE, averaged_down, colour_limit, on_white, signed_pixels
 from passk_guard.reporting.canvas import FAINT, GREY, INK, SIGN_HEIGHT, SIGN_WIDTH, blank, draw_line, fill, write
-from passk_guard.types import ConflictCurve
 
 _SIDE = 360  # pixels, about, of each side of a kernel; one with more prompts is averaged down to it
 _BAND = (190, 215, 235)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from passk_guard.estimation.records import ConflictEstimate, ProbeGram, Status
 from passk_guard.journal_file import JOURNAL_NAME
 from passk_guard.reporting.alerts import send_alert
 from passk_guard.reporting.images import Images
@@ -16,7 +17,6 @@ from passk_guard.reporting.message import blind, state_change, void_refresh
 from passk_guard.reporting.metrics import Metrics, estimate_metrics
 from passk_guard.reporting.pace import Pace
 from passk_guard.reporting.quiet import quietly
-from passk_guard.types import ConflictEstimate, ProbeGram, Status
 from passk_guard.utils.text import one_line
 
 logger = logging.getLogger("passk_guard")

@@ -11,10 +11,10 @@ from passk_guard.analysis import Settings, analyze
 from passk_guard.analysis.conclude import Measured, conclude
 from passk_guard.analysis.record import Sketch
 from passk_guard.cli import main
-from passk_guard.probe import ProbeSet
-from passk_guard.refresh import Refresh
-from passk_guard.sampling import Samples
-from passk_guard.types import ProbeGram
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.refresh import Refresh
+from passk_guard.probe.samplers import Samples
 from tests.populations import draw, population
 from tests.tiny import digit_reward, probe_rows, tiny_model, tiny_tokenizer
 

@@ -14,8 +14,8 @@ from passk_guard.analysis.paper import groups, mean_over_pairs, paper_kernel, pa
 from passk_guard.analysis.prompts import prompt_records
 from passk_guard.analysis.record import Number
 from passk_guard.analysis.settings import Settings
+from passk_guard.estimation.records import ProbeGram
 from passk_guard.passk.closed_forms import sample_coefficients
-from passk_guard.types import ProbeGram
 from tests.populations import draw, population
 
 

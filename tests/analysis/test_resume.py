@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from passk_guard import GuardError
-from passk_guard.sampling import GenerateSampler
+from passk_guard.probe.samplers import GenerateSampler
 from tests.analysis.cases import PromptSampler, command, quick, save_model, write_probe
 from tests.tiny import probe_rows, tiny_model
 

@@ -260,7 +260,7 @@ def sketch_raises(stack, trainer, given):
 @fault(engines=("ddp",))
 def gram_raises(stack, trainer, given):
     if RANK == 1:
-        stack.enter_context(patch("passk_guard.refresh.gram_matrix", no_room))
+        stack.enter_context(patch("passk_guard.probe.refresh.gram_matrix", no_room))
 
 
 @fault(engines=("ddp",))

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, PassKGuardCallback
-from passk_guard.sampling import Samples
+from passk_guard.probe.samplers import Samples
 from tests.distributed.launch import leave
 from tests.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model
 

@@ -11,12 +11,12 @@ from examples.interference.task import correct, make_prompts
 from examples.interference.train import build_trainer
 from examples.interference.warm_start import warm_start
 from passk_guard import ScoreSketcher
-from passk_guard.probe import ProbeSet
-from passk_guard.refresh import Refresher
-from passk_guard.sampling import TRLSampler
-from passk_guard.scoring import Verifier
-from passk_guard.sources import HeldOut
-from passk_guard.ustatistics import passk_rows, pooled_moments
+from passk_guard.estimation.ustatistics import passk_rows, pooled_moments
+from passk_guard.probe.held_out import HeldOut
+from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.refresh import Refresher
+from passk_guard.probe.samplers import TRLSampler
+from passk_guard.probe.verifier import Verifier
 from passk_guard.utils.ranks import Ranks
 
 CACHE = Path(__file__).parents[2] / "runs" / "warm_start"

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from passk_guard.probe.out_of_memory import halved, out_of_memory, until_it_fits
+from passk_guard.probe.samplers import GenerateSampler
 from passk_guard.protect import Pass1Loss
-from passk_guard.sampling import GenerateSampler
 from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
 from passk_guard.step_guard import StepGuard
-from passk_guard.token_budget import halved, out_of_memory, until_it_fits
 from passk_guard.utils.errors import VoidRefresh
 from passk_guard.utils.ranks import Ranks
 from tests.faults.harness import PROJECT, Texts, add_guard, assert_same, make, train

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from passk_guard.probe.records import Rollouts
+from passk_guard.probe.timeouts import Aside
 from passk_guard.protect import Pass1Loss
 from passk_guard.reporting.quiet import quietly
 from passk_guard.sketch import ScoreSketcher, TokenBatch
-from passk_guard.timeouts import Aside
-from passk_guard.types import Rollouts
 from passk_guard.utils.patching import MethodPatch
 from passk_guard.utils.text import Once
 from tests.faults.harness import PROJECT, Texts, add_guard, make, train

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from passk_guard.scoring import Verifier
-from passk_guard.timeouts import Overdue, TimeLimit, raised_by_a_signal
+from passk_guard.probe.timeouts import Overdue, TimeLimit, raised_by_a_signal
+from passk_guard.probe.verifier import Verifier
 from passk_guard.utils.errors import VoidRefresh
 from tests.test_scoring import rollouts
 
@@ -74,7 +74,7 @@ def test_a_call_in_the_main_thread_is_interrupted(hang):
 
 def test_the_way_out_of_a_call_is_never_interrupted(monkeypatch):
     """The signal comes all the time, also while the alarm is put away: nothing is raised outside of the call."""
-    monkeypatch.setattr("passk_guard.timeouts._POKE", 0.0001)
+    monkeypatch.setattr("passk_guard.probe.timeouts._POKE", 0.0001)
     for _ in range(30):
         with pytest.raises(Overdue):
             TimeLimit(0.005).call(computes)
@@ -227,7 +227,7 @@ def test_the_interpreter_does_not_wait_for_a_coroutine_that_hangs():
     """Threads of concurrent.futures are joined at exit."""
     script = """
 import threading
-from passk_guard.scoring import Verifier
+from passk_guard.probe.verifier import Verifier
 from tests.test_scoring import rollouts
 async def blocks(completions, **_):
     threading.Event().wait()

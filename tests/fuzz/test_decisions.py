@@ -7,9 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from passk_guard import GuardError
-from passk_guard.decision import DecisionRule, DecisionState, decide, step
-from passk_guard.run_evidence import LARGEST_SCORE, RunEvidence, normal_score
-from passk_guard.types import ConflictEstimate
+from passk_guard.estimation.evidence import LARGEST_SCORE, RunEvidence, normal_score
+from passk_guard.estimation.records import ConflictEstimate
+from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide, step
 from tests.fuzz.strategies import NUMBER, SCALAR
 
 STATUS = st.sampled_from(["clear", "conflict", "undetermined"])

@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from passk_guard import GuardError, estimate_conflict, estimate_pooled, solve_floor
+from passk_guard.estimation.evidence import RunEvidence, conflict_score
+from passk_guard.estimation.records import ProbeGram
 from passk_guard.mitigation import FloorState, smooth_floor
-from passk_guard.run_evidence import RunEvidence, conflict_score
-from passk_guard.types import ProbeGram
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, SCALAR
 from tests.populations import draw as drawn
 from tests.populations import population

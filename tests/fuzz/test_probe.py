@@ -5,7 +5,7 @@ import warnings
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from passk_guard.probe import ProbeSet, prompt_key
+from passk_guard.probe.prompts import ProbeSet, prompt_key
 from passk_guard.utils.errors import GuardError
 from tests.fuzz.strategies import ANY_TEXT, JSON_VALUE, ODD_TEXT, SCALAR, as_json, damaged, scratch
 

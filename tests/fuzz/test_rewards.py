@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from passk_guard.scoring import Verifier
+from passk_guard.probe.verifier import Verifier
 from passk_guard.utils.errors import GuardError, VoidRefresh
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, ODD_TEXT, SCALAR
 from tests.test_scoring import rollouts

@@ -5,9 +5,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from passk_guard.rollout_checks import check_rollouts
+from passk_guard.probe.records import Rollouts
+from passk_guard.probe.rollout_checks import check_rollouts
 from passk_guard.sketch import token_batches
-from passk_guard.types import Rollouts
 from passk_guard.utils.errors import VoidRefresh
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, SCALAR
 

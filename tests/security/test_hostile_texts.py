@@ -15,8 +15,8 @@ from passk_guard.analysis.terminal import print_analysis
 from passk_guard.cli import main
 from passk_guard.pages.analysis_page import analysis_page
 from passk_guard.pages.script import SCRIPT
+from passk_guard.probe.verifier import Verifier
 from passk_guard.reporting import Reporter
-from passk_guard.scoring import Verifier
 from passk_guard.utils.errors import VoidRefresh
 from passk_guard.utils.ranks import Ranks
 from tests.analysis.cases import QUICK, PromptSampler

@@ -14,7 +14,7 @@ from passk_guard.analysis.json_text import to_json
 from passk_guard.analysis.loading import load_model, load_tokenizer
 from passk_guard.cli import main
 from passk_guard.memory import FILE_NAME, load_memory
-from passk_guard.probe import ProbeSet
+from passk_guard.probe.prompts import ProbeSet
 from passk_guard.reporting import Journal
 from tests.analysis.cases import save_model, synthetic
 

@@ -6,13 +6,38 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from passk_guard.sampling.finite import FiniteLogits
-from passk_guard.sampling.lengths import context_length, refuse_misfits
-from passk_guard.sampling.protocol import Samples
-from passk_guard.utils.errors import GuardError
+from passk_guard.probe.samplers.protocol import Samples, context_length, refuse_misfits
+from passk_guard.utils.errors import GuardError, VoidRefresh
 from passk_guard.utils.isolation import sampling_mode
+
+# Logits that are not finite, noticed without stopping the generation in its middle.
+
+
+class FiniteLogits(LogitsProcessor):
+    """Puts 0 where a logit is NaN or +inf, remembers that there was one, and leaves finite ones as they are.
+
+    Drawing a token from NaN raises on a CPU and ends the process on a GPU; and a rank that stops within a generation
+    leaves the others waiting wherever weights are sharded. So the generation goes on, and `check` speaks at its end.
+    """
+
+    def __init__(self) -> None:
+        self._bad: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Finite scores [B, V] of the next token."""
+        bad = scores.isnan() | scores.isposinf()
+        found = bad.any()
+        self._bad = found if self._bad is None else self._bad | found
+        return torch.where(bad, torch.zeros_like(scores), scores)
+
+    def check(self) -> None:
+        """Raise VoidRefresh when a logit was not finite since this was made."""
+        if self._bad is not None and bool(self._bad):
+            raise VoidRefresh("the model's logits are not finite: completions cannot be sampled from them")
+
 
 Row = Mapping[str, Any]
 

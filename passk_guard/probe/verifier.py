@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passk_guard.timeouts import Aside, Overdue, TimeLimit, raised_by_a_signal
-from passk_guard.types import Outcomes, Rollouts
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.timeouts import Aside, Overdue, TimeLimit, raised_by_a_signal
 from passk_guard.utils.errors import GuardError, VoidRefresh
 from passk_guard.utils.text import brief, describe_error, one_line
 

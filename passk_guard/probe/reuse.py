@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from passk_guard.estimation.records import ProbeGram
 from passk_guard.passk.importance import effective_share, miss_estimates
-from passk_guard.refresh import Refresh, Refresher
-from passk_guard.score_sums import add_reweighted_scores_
-from passk_guard.token_budget import halved, largest, until_it_fits
-from passk_guard.types import Outcomes, ProbeGram, Rollouts
+from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.refresh import Refresh, Refresher
+from passk_guard.probe.score_sums import add_reweighted_scores_
 from passk_guard.utils.errors import VoidRefresh
 
 

@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from passk_guard.agreement import informative, prompt_view, weight_and_agreement
-from passk_guard.gram_checks import checked_probe
-from passk_guard.intervals import corrected_cosine, cosine_bounds, student_t_quantile
+from passk_guard.estimation.agreement import informative, prompt_view, weight_and_agreement
+from passk_guard.estimation.gram import checked_probe
+from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
+from passk_guard.estimation.records import ConflictCurve, ConflictEstimate, ProbeGram, Status
+from passk_guard.estimation.ustatistics import Moments, passk_rows, pooled_moments, weighting_rows
 from passk_guard.passk import Weighting
 from passk_guard.passk.closed_forms import pass_at_k
-from passk_guard.types import ConflictCurve, ConflictEstimate, ProbeGram, Status
-from passk_guard.ustatistics import Moments, passk_rows, pooled_moments, weighting_rows
 from passk_guard.utils.arguments import as_real
 from passk_guard.utils.errors import GuardError
 

@@ -10,10 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from passk_guard.score_sums import add_scores_, gram_matrix, sum_over_ranks_
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.probe.out_of_memory import largest, until_it_fits
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.score_sums import add_scores_, gram_matrix, sum_over_ranks_
 from passk_guard.sketch import ScoreSketcher, TokenBatch, filler_batch, token_batches
-from passk_guard.token_budget import largest, until_it_fits
-from passk_guard.types import Outcomes, ProbeGram, Rollouts
 from passk_guard.utils.errors import VoidRefresh
 from passk_guard.utils.ranks import Ranks
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passk_guard.types import ProbeGram
+from passk_guard.estimation.records import ProbeGram
 from passk_guard.utils.arguments import as_counts
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import brief

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from passk_guard.run_evidence import RunEvidence
-from passk_guard.types import ConflictEstimate, Status
+from passk_guard.estimation.evidence import RunEvidence
+from passk_guard.estimation.records import ConflictEstimate, Status
 from passk_guard.utils.arguments import as_real
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import brief

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from passk_guard.agreement import informative
-from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import passk_rows, refresh_moments
+from passk_guard.estimation.agreement import informative
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.estimation.ustatistics import passk_rows, refresh_moments
 from passk_guard.utils.arguments import as_real
 from passk_guard.utils.errors import GuardError
 

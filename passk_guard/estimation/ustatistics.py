@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from passk_guard.degenerate import overshoot_by_rows, without_overshoot
+from passk_guard.estimation.jackknife import overshoot_by_rows, without_overshoot
+from passk_guard.estimation.records import ProbeGram
 from passk_guard.passk import Weighting
 from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.passk.importance import reweighted
-from passk_guard.types import ProbeGram
 from passk_guard.utils.errors import GuardError
 
 _ROWS = 64

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from passk_guard.types import Rollouts
+from passk_guard.probe.records import Rollouts
+from passk_guard.probe.samplers.protocol import context_length
 from passk_guard.utils.errors import VoidRefresh
 from passk_guard.utils.text import brief
 
@@ -66,3 +67,19 @@ def _tokens(ids: Any, number: int) -> list[int]:
         return [operator.index(token) for token in ids]
     except Exception:
         raise VoidRefresh(f"sample {number} has the tokens {brief(ids)}; expected a list of whole numbers") from None
+
+
+def limits_of(model: Any) -> dict[str, int | None]:
+    """What the model can read: token ids below `vocabulary`, `context` tokens at once; None where it does not say."""
+    try:
+        vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        vocabulary = None
+    return {"vocabulary": vocabulary, "context": context_length(model) if hasattr(model, "config") else None}
+
+
+def padding_token(processing_class: Any) -> int:
+    """What batches of the sketch are filled up with; a processor's is its tokenizer's."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    candidates = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
+    return next(token for token in candidates if token is not None)

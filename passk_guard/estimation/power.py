@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from passk_guard.decision import DecisionRule
-from passk_guard.intervals import student_t_quantile
-from passk_guard.noise import Noise
-from passk_guard.run_evidence import LARGEST_SCORE, log_evidence, score_of
+from passk_guard.estimation.evidence import LARGEST_SCORE, log_evidence, score_of
+from passk_guard.estimation.intervals import student_t_quantile
+from passk_guard.estimation.noise import Noise
+from passk_guard.estimation.verdict import DecisionRule
 
 MOST_LOOKS = 200
 """Looks after which the search ends."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import passk_rows, refresh_moments
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.estimation.ustatistics import passk_rows, refresh_moments
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import describe_error
 

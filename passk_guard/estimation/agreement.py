@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.estimation.ustatistics import Rows, coefficients, other_prompt_sums, passk_rows, prompt_kernel
 from passk_guard.passk.closed_forms import unbiased_passk_weight
-from passk_guard.types import ProbeGram
-from passk_guard.ustatistics import Rows, coefficients, other_prompt_sums, passk_rows, prompt_kernel
 
 _PASS_AT_1 = passk_rows(torch.tensor([1]))
 

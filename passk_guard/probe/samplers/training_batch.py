@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from passk_guard.types import Rollouts
+from passk_guard.probe.records import Rollouts
 from passk_guard.utils.errors import GuardError, VoidRefresh
 from passk_guard.utils.patching import Method, MethodPatch
 from passk_guard.utils.private_api import check, is_trl, seams

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from passk_guard.probe import ProbeSet
-from passk_guard.sampling import Sampler
-from passk_guard.types import Rollouts
+from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.records import Rollouts
+from passk_guard.probe.samplers import Sampler
 
 
 @dataclass(frozen=True)
