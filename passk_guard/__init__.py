@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from passk_guard.callback import PassKGuardCallback
     from passk_guard.config import GuardConfig
     from passk_guard.objective import PassKObjective
-    from passk_guard.pages.run_report import RunReport, report
     from passk_guard.probe.prompts import ProbeSet
     from passk_guard.probe.samplers import GenerateSampler, Sampler, TRLSampler
     from passk_guard.probe.verifier import Verifier
+    from passk_guard.reporting.run_report import RunReport, report
     from passk_guard.sketch import ScoreSketcher
 
 _LAZY = {
@@ -34,13 +34,13 @@ _LAZY = {
     "PassKGuardCallback": "passk_guard.callback",
     "PassKObjective": "passk_guard.objective",
     "ProbeSet": "passk_guard.probe.prompts",
-    "RunReport": "passk_guard.pages.run_report",
+    "RunReport": "passk_guard.reporting.run_report",
     "Sampler": "passk_guard.probe.samplers",
     "ScoreSketcher": "passk_guard.sketch",
     "TRLSampler": "passk_guard.probe.samplers",
     "Verifier": "passk_guard.probe.verifier",
     "analyze": "passk_guard.analysis",
-    "report": "passk_guard.pages.run_report",
+    "report": "passk_guard.reporting.run_report",
 }
 
 __all__ = [

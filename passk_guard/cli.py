@@ -92,7 +92,7 @@ def _add_plan(commands: Any, arguments: Sequence[str]) -> None:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from passk_guard.pages.run_report import PAGE_NAME, report
+    from passk_guard.reporting.run_report import PAGE_NAME, report
 
     found = report(args.run_dir, args.other)
     out = args.out or found.journals[0].path.with_name(PAGE_NAME)

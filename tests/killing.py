@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from passk_guard.journal_file import JOURNAL_NAME
 from passk_guard.memory import FILE_NAME
+from passk_guard.reporting.journal import JOURNAL_NAME
 
 SIGKILL, SIGPROF = -signal.SIGKILL, -signal.SIGPROF  # as exit codes
 PLACES = (

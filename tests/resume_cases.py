@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
-from passk_guard.journal_file import read_journal
+from passk_guard.reporting.journal import read_journal
 from tests.killing import Last
 from tests.test_callback import FixedSampler
 from tests.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model, tiny_rows

@@ -202,7 +202,7 @@ def test_ctrl_c_leaves_with_130(run, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("passk_guard.pages.run_report.read_journal", interrupted)
+    monkeypatch.setattr("passk_guard.reporting.run_report.read_journal", interrupted)
     assert run("report", tmp_path) == (130, "", "passk-guard: interrupted\n")
 
 
@@ -219,7 +219,7 @@ READS_FOR_EVER = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 from passk_guard.cli import main
-from passk_guard.pages import run_report
+from passk_guard.reporting.html import run_report
 run_report.read_journal = lambda *_: print("reading", flush=True) or time.sleep(60)
 sys.exit(main(["report", sys.argv[1]]))
 """

@@ -10,9 +10,16 @@ import torch
 from passk_guard import ConflictEstimate, ProbeGram
 from passk_guard.estimation.records import ConflictCurve
 from passk_guard.reporting import Reporter
-from passk_guard.reporting.canvas import SIGN_WIDTH, blank, draw_line, fill, write
-from passk_guard.reporting.images import Images
-from passk_guard.reporting.pictures import curve_picture, kernel_picture
+from passk_guard.reporting.tracker_images import (
+    SIGN_WIDTH,
+    Images,
+    blank,
+    curve_picture,
+    draw_line,
+    fill,
+    kernel_picture,
+    write,
+)
 
 VERMILLION, BLUE, WHITE = [213, 94, 0], [0, 114, 178], [255, 255, 255]
 NAN = float("nan")
@@ -112,7 +119,7 @@ def test_nothing_is_drawn_where_nobody_looks(monkeypatch):
     def fails(*_):
         raise AssertionError("drawn for nobody")
 
-    monkeypatch.setattr("passk_guard.reporting.images.kernel_picture", fails)
+    monkeypatch.setattr("passk_guard.reporting.tracker_images.kernel_picture", fails)
     assert Images(trainer(), every=1).refresh(0, estimate()) == []
     assert Images(trainer(Writer()), every=0).refresh(0, estimate()) == []
     assert Images(trainer(Writer()), every=1).refresh(0, estimate(torch.empty(0, 0))) == []

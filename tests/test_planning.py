@@ -9,15 +9,15 @@ import torch
 
 from passk_guard import GuardConfig, ProbeGram
 from passk_guard.analysis import Analysis
-from passk_guard.analysis.folder import JSON_NAME
+from passk_guard.analysis.store import JSON_NAME
 from passk_guard.cli import main
 from passk_guard.estimation.noise import average_noise, measure_noise
-from passk_guard.journal_file import read_journal
 from passk_guard.memory import Memory
 from passk_guard.planning import Cost, make_plan, outlook, refresh_noise
 from passk_guard.planning.past import past_of
 from passk_guard.reporting import Journal
-from passk_guard.reporting.pace import Pace
+from passk_guard.reporting.journal import read_journal
+from passk_guard.reporting.reporter import Pace
 from passk_guard.utils.errors import GuardError
 from tests.analysis.cases import synthetic
 from tests.populations import draw, population

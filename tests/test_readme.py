@@ -8,7 +8,7 @@ import pytest
 import passk_guard
 from passk_guard import PassKGuardCallback
 from passk_guard.config import GuardConfig
-from passk_guard.reporting.metrics import estimate_metrics
+from passk_guard.reporting.log_rows import estimate_metrics
 from tests.tiny import digit_reward, probe_rows, tiny_grpo_trainer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -12,8 +12,7 @@ import torch
 from passk_guard import ConflictEstimate
 from passk_guard.reporting import Journal, describe_estimate, estimate_metrics
 from passk_guard.reporting.alerts import send_alert
-from passk_guard.reporting.message import state_change
-from passk_guard.reporting.metrics import log_row
+from passk_guard.reporting.log_rows import log_row, state_change
 
 COMMON = {"k": 8, "confidence": 0.95, "threshold": 0.0, "num_prompts": 192, "num_informative": 150, "num_refreshes": 3}
 CONFLICT = ConflictEstimate(

@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 
-from passk_guard.journal_file import read_journal
 from passk_guard.memory import load_memory
 from passk_guard.reporting import Journal
+from passk_guard.reporting.journal import read_journal
 from tests.killing import PLACES, UNGUARDED, Kill, attempt, draws, killed_and_resumed
 from tests.resume_cases import STEPS, events, put_to_work, raw_lines, ready, run, same_steps, same_weights
 

@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from passk_guard.analysis.correct import import_function
-from passk_guard.analysis.drawing import drawn_probe
-from passk_guard.analysis.folder import JSON_NAME, PAGE_NAME, ROLLOUTS_NAME
-from passk_guard.analysis.loading import load_model, load_tokenizer
-from passk_guard.analysis.run import analyze
+from passk_guard.analysis.analyze import analyze, drawn_probe
+from passk_guard.analysis.load import import_function, load_model, load_tokenizer
 from passk_guard.analysis.settings import Settings
+from passk_guard.analysis.store import JSON_NAME, PAGE_NAME, ROLLOUTS_NAME
 from passk_guard.analysis.terminal import print_analysis
 from passk_guard.probe.prompts import ProbeSet
 from passk_guard.probe.verifier import resolve_verifier

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from passk_guard.analysis.kernels import at_k, kernel_of, mixed
-from passk_guard.analysis.numbers import jackknife_error, mean, with_error
-from passk_guard.analysis.record import AtK, Curve, Kernel, Number
+from passk_guard.analysis.estimates import at_k, jackknife_error, kernel_of, mean, mixed, with_error
+from passk_guard.analysis.results import AtK, Curve, Kernel, Number
 from passk_guard.analysis.settings import Settings
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.intervals import student_t_quantile

@@ -23,10 +23,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from passk_guard.analysis.kernels import kernel_of
+from passk_guard.analysis.estimates import jackknife_error, kernel_of, with_error
 from passk_guard.analysis.measure import cosine_of, estimate_each, inner_product_of
-from passk_guard.analysis.numbers import jackknife_error, with_error
-from passk_guard.analysis.record import PaperRow, PaperTable
+from passk_guard.analysis.results import PaperRow, PaperTable
 from passk_guard.analysis.settings import Settings
 from passk_guard.estimation.intervals import student_t_quantile
 from passk_guard.estimation.records import ProbeGram

@@ -12,11 +12,9 @@ from collections.abc import Mapping
 
 import torch
 
-from passk_guard.analysis.angle import angle
-from passk_guard.analysis.kernels import at_k, kernel_of
+from passk_guard.analysis.estimates import angle, at_k, image, jackknife_error, kernel_of
 from passk_guard.analysis.measure import cosine_of
-from passk_guard.analysis.numbers import image, jackknife_error
-from passk_guard.analysis.record import Number, Prediction
+from passk_guard.analysis.results import Number, Prediction
 from passk_guard.analysis.settings import Settings
 from passk_guard.estimation.records import ConflictEstimate, ProbeGram
 from passk_guard.mitigation.project import plan_projection

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passk_guard.analysis.kernels import at_k, kernel_of, mixed, off_diagonal_rows
-from passk_guard.analysis.numbers import wilson
-from passk_guard.analysis.record import Number, Prompt
+from passk_guard.analysis.estimates import at_k, kernel_of, mixed, off_diagonal_rows, wilson
+from passk_guard.analysis.results import Number, Prompt
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.passk.closed_forms import passk_weight, unbiased_passk_weight
 

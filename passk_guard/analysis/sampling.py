@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from passk_guard.analysis.rollouts import PromptRollouts, RolloutStore
+from passk_guard.analysis.store import PromptRollouts, RolloutStore
 from passk_guard.probe.prompts import Row
 from passk_guard.probe.records import Rollouts
 from passk_guard.probe.samplers import Sampler

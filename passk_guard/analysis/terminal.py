@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from passk_guard.analysis.record import Analysis
-from passk_guard.pages import analysis_words as words
+from passk_guard.analysis import words
+from passk_guard.analysis.results import Analysis
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import plain_text
 

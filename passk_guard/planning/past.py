@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.noise import Noise, average_noise, noise_from
-from passk_guard.journal_file import JOURNAL_NAME, Event, RunJournal, read_journal
 from passk_guard.planning.plan import Cost
+from passk_guard.reporting.journal import JOURNAL_NAME, Event, RunJournal, read_journal
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import describe_error
 

@@ -2,22 +2,81 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from passk_guard.estimation.records import ConflictEstimate, ProbeGram, Status
-from passk_guard.journal_file import JOURNAL_NAME
 from passk_guard.reporting.alerts import send_alert
-from passk_guard.reporting.images import Images
-from passk_guard.reporting.journal import Journal
-from passk_guard.reporting.log_rows import LogRows
-from passk_guard.reporting.message import blind, state_change, void_refresh
-from passk_guard.reporting.metrics import Metrics, estimate_metrics
-from passk_guard.reporting.pace import Pace
-from passk_guard.reporting.quiet import quietly
-from passk_guard.utils.text import one_line
+from passk_guard.reporting.journal import JOURNAL_NAME, Journal
+from passk_guard.reporting.log_rows import LogRows, Metrics, blind, estimate_metrics, state_change, void_refresh
+from passk_guard.reporting.tracker_images import Images
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import Once, describe_error, one_line
+
+# How long a training step takes, between refreshes and without them.
+
+
+class Pace:
+    """Seconds of a step, from the end of one refresh to the beginning of the next.
+
+    Args:
+        clock: seconds of any origin.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._since: tuple[int, float] | None = None
+
+    def forget(self) -> None:
+        """What happens from here on is no training: a run that begins, or a refresh of unknown length."""
+        self._since = None
+
+    def arrive(self, step: int, probe_seconds: float | None) -> float | None:
+        """Seconds a step since `leave`, less the refresh that has just taken `probe_seconds`; None where unknown."""
+        if self._since is None or probe_seconds is None or step <= self._since[0]:
+            return None
+        return max(0.0, self._clock() - self._since[1] - probe_seconds) / (step - self._since[0])
+
+    def leave(self, step: int) -> None:
+        """A refresh before this step is over."""
+        self._since = step, self._clock()
+
+
+# Telling must not stop what is told of: a report that fails is one line in the log, and training goes on.
+
+
+logger = logging.getLogger(__name__)
+
+Method = TypeVar("Method", bound=Callable[..., None])
+_TOLD = "_told_of"
+
+
+def quietly(method: Method) -> Method:
+    """Of a method: its exceptions, but for a GuardError, are logged once each for an object and go no further.
+
+    Not even the log is relied on: a handler of the user's, which sends lines elsewhere, may be what fails.
+    """
+
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except GuardError:
+            raise
+        except Exception as error:
+            reason = f"{method.__name__}: {describe_error(error)}"
+            told: Once = vars(self).setdefault(_TOLD, Once())
+            if told.new(reason):
+                with suppress(Exception):
+                    logger.warning("passk_guard: part of a report is missing (%s)", reason)
+
+    return cast(Method, guarded)
+
 
 logger = logging.getLogger("passk_guard")
 

@@ -8,8 +8,8 @@ import json
 import torch
 
 from passk_guard.analysis import Settings, analyze
-from passk_guard.analysis.conclude import Measured, conclude
-from passk_guard.analysis.record import Sketch
+from passk_guard.analysis.analyze import Measured, conclude
+from passk_guard.analysis.results import Sketch
 from passk_guard.cli import main
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.probe.prompts import ProbeSet

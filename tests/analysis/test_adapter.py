@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from passk_guard import GuardError
-from passk_guard.analysis.loading import load_model, load_tokenizer
+from passk_guard.analysis.load import load_model, load_tokenizer
 from tests.analysis.cases import command, save_model, write_probe
 from tests.tiny import tiny_model
 

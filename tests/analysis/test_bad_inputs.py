@@ -7,8 +7,7 @@ import pytest
 
 from passk_guard import GuardError
 from passk_guard.analysis import Settings
-from passk_guard.analysis.correct import import_function
-from passk_guard.analysis.loading import load_model
+from passk_guard.analysis.load import import_function, load_model
 from tests.analysis.cases import PromptSampler, command, quick, save_model, write_probe
 from tests.tiny import probe_rows, tiny_model
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from passk_guard import GuardError
-from passk_guard.analysis import run
+from passk_guard.analysis import analyze as run
 from passk_guard.analysis.last_layer import last_hidden_layer, only_last_hidden_layer
-from passk_guard.analysis.rollouts import RolloutStore
+from passk_guard.analysis.store import RolloutStore
 from passk_guard.probe.refresh import Refresher
 from tests.analysis.cases import QUICK, PromptSampler, quick
 from tests.tiny import digit_reward, probe_rows, tiny_model, tiny_tokenizer

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from passk_guard import estimate_conflict, passk_weight
-from passk_guard.analysis.angle import angle
-from passk_guard.analysis.kernels import at_k, kernel_of
+from passk_guard.analysis.estimates import angle, at_k, image, jackknife_error, kernel_of, mean, wilson
 from passk_guard.analysis.measure import kernel_from, measure_at
-from passk_guard.analysis.numbers import image, jackknife_error, mean, wilson
 from passk_guard.analysis.paper import groups, mean_over_pairs, paper_kernel, paper_table
 from passk_guard.analysis.prompts import prompt_records
-from passk_guard.analysis.record import Number
+from passk_guard.analysis.results import Number
 from passk_guard.analysis.settings import Settings
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.passk.closed_forms import sample_coefficients

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from passk_guard.pages.analysis_page import analysis_page
+from passk_guard.analysis.page import analysis_page
 from tests.analysis.cases import synthetic
 
 SECTIONS = [

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from passk_guard.analysis import words
+from passk_guard.analysis.page import analysis_page
 from passk_guard.analysis.terminal import print_analysis, tables
-from passk_guard.pages import analysis_words as words
-from passk_guard.pages.analysis_page import analysis_page
 from passk_guard.utils.text import plain_text
 from tests.analysis.cases import synthetic
 

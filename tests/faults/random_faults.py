@@ -14,9 +14,9 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard import callback
-from passk_guard.journal_file import JOURNAL_NAME
 from passk_guard.protect import Pass1Loss
 from passk_guard.reporting import reporter
+from passk_guard.reporting.journal import JOURNAL_NAME
 from passk_guard.sketch import ScoreSketcher
 from tests.faults.harness import Texts
 from tests.faults.test_probe_faults import SAMPLERS, hangs, hangs_busily

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from passk_guard.probe.records import Rollouts
 from passk_guard.probe.timeouts import Aside
 from passk_guard.protect import Pass1Loss
-from passk_guard.reporting.quiet import quietly
+from passk_guard.reporting.reporter import quietly
 from passk_guard.sketch import ScoreSketcher, TokenBatch
 from passk_guard.utils.patching import MethodPatch
 from passk_guard.utils.text import Once

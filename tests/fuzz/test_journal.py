@@ -8,9 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from passk_guard.cli import main
-from passk_guard.journal_file import JOURNAL_NAME, read_journal
-from passk_guard.pages.run_report import report
 from passk_guard.reporting import Journal
+from passk_guard.reporting.journal import JOURNAL_NAME, read_journal
+from passk_guard.reporting.run_report import report
 from passk_guard.utils.errors import GuardError
 from tests.fuzz.strategies import ANY_TEXT, JSON_VALUE, NUMBER, SCALAR, as_json, damaged, scratch
 from tests.pages.journals import HOSTILE, write_run

@@ -6,7 +6,7 @@ import json
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from passk_guard.analysis.json_text import to_json
+from passk_guard.analysis.results import to_json
 from passk_guard.cli import main
 from passk_guard.reporting import JOURNAL_NAME
 from tests.analysis.cases import synthetic

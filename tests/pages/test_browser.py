@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from passk_guard.pages import (
+from passk_guard.reporting.html import (
     Band,
     Column,
     Distribution,
@@ -26,7 +26,7 @@ from passk_guard.pages import (
     scatter,
     table,
 )
-from passk_guard.pages.run_report import report
+from passk_guard.reporting.run_report import report
 from tests.pages.browser import Browser, find_chromium
 from tests.pages.journals import HOSTILE, write_run
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from passk_guard.pages import Band, Distribution, Points, Series, Upright, histogram, line_chart, scatter
-from passk_guard.pages.axes import make_axis, padded, round_ticks, write_number
-from passk_guard.pages.charts import runs
-from passk_guard.pages.frame import BOTTOM, LEFT, RIGHT, TOP
+from passk_guard.reporting.html import Band, Distribution, Points, Series, Upright, histogram, line_chart, scatter
+from passk_guard.reporting.html.axes import make_axis, padded, round_ticks, write_number
+from passk_guard.reporting.html.charts import runs
+from passk_guard.reporting.html.frame import BOTTOM, LEFT, RIGHT, TOP
 
 NAN = float("nan")
 AXES = {"x_label": "x", "y_label": "y", "alt": "a picture"}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passk_guard.pages import (
+from passk_guard.reporting.html import (
     Column,
     Distribution,
     Html,

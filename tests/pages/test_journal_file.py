@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from passk_guard.journal_file import read_journal
 from passk_guard.reporting import JOURNAL_NAME
+from passk_guard.reporting.journal import read_journal
 from passk_guard.utils.errors import GuardError
 from tests.pages.journals import write_run
 

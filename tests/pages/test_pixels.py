@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from passk_guard.pages import heat_map
-from passk_guard.pixels import averaged_down, colour_limit, encode_png, on_white, signed_pixels
+from passk_guard.reporting.html import heat_map
+from passk_guard.reporting.pixels import averaged_down, colour_limit, encode_png, on_white, signed_pixels
 from passk_guard.utils.errors import GuardError
 
 NAN = float("nan")

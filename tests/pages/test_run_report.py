@@ -6,11 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from passk_guard.journal_file import read_journal
-from passk_guard.pages.document import page_kind
-from passk_guard.pages.run_numbers import Run, alerts, number, verdict_spans
-from passk_guard.pages.run_page import KIND
-from passk_guard.pages.run_report import report
+from passk_guard.reporting.html.page import page_kind
+from passk_guard.reporting.journal import read_journal
+from passk_guard.reporting.run_charts import Run, alerts, number, verdict_spans
+from passk_guard.reporting.run_report import KIND, report
 from passk_guard.utils.errors import GuardError
 from tests.pages.journals import write_run
 from tests.pages.test_html import Elements

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from passk_guard.pages import Column, cut_text, paragraph, table
+from passk_guard.reporting.html import Column, cut_text, paragraph, table
 
 
 def cells(markup):

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from passk_guard.analysis.rollouts import PromptRollouts, RolloutStore
+from passk_guard.analysis.store import PromptRollouts, RolloutStore
 from passk_guard.cli import main
 from passk_guard.memory import FILE_NAME, Memory, load_memory, save_memory
 from passk_guard.reporting import JOURNAL_NAME, Journal

@@ -11,12 +11,12 @@ from html.parser import HTMLParser
 import pytest
 
 from passk_guard.analysis import analyze
+from passk_guard.analysis.page import analysis_page
 from passk_guard.analysis.terminal import print_analysis
 from passk_guard.cli import main
-from passk_guard.pages.analysis_page import analysis_page
-from passk_guard.pages.script import SCRIPT
 from passk_guard.probe.verifier import Verifier
 from passk_guard.reporting import Reporter
+from passk_guard.reporting.html.page import SCRIPT
 from passk_guard.utils.errors import VoidRefresh
 from passk_guard.utils.ranks import Ranks
 from tests.analysis.cases import QUICK, PromptSampler

@@ -9,9 +9,8 @@ import torch
 
 from passk_guard import GuardError
 from passk_guard.analysis import Analysis
-from passk_guard.analysis.correct import import_function
-from passk_guard.analysis.json_text import to_json
-from passk_guard.analysis.loading import load_model, load_tokenizer
+from passk_guard.analysis.load import import_function, load_model, load_tokenizer
+from passk_guard.analysis.results import to_json
 from passk_guard.cli import main
 from passk_guard.memory import FILE_NAME, load_memory
 from passk_guard.probe.prompts import ProbeSet

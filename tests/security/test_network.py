@@ -6,10 +6,9 @@ import socket
 import pytest
 
 from passk_guard import GuardConfig
+from passk_guard.analysis.page import analysis_page
 from passk_guard.cli import main
-from passk_guard.pages.analysis_page import analysis_page
-from passk_guard.pages.script import SCRIPT
-from passk_guard.pages.style import STYLE
+from passk_guard.reporting.html.page import SCRIPT, STYLE
 from tests.analysis.cases import command, save_model, synthetic, write_probe
 from tests.pages.journals import write_run
 

@@ -13,7 +13,7 @@ TEMPLATES = {"jinja2", "string.Template"}
 NETWORK = {"socket", "ssl", "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "xmlrpc"}
 PROCESSES = {"subprocess", "pty", "webbrowser"}
 LOGGERS = {f"logger.{level}" for level in ("debug", "info", "warning", "error", "exception", "critical")}
-IMPORT_BY_NAME = {"passk_guard/__init__.py", "passk_guard/analysis/correct.py"}
+IMPORT_BY_NAME = {"passk_guard/__init__.py", "passk_guard/analysis/load.py"}
 """The first imports from a fixed table, the second what the user typed after `--correct`."""
 
 

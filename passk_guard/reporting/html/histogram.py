@@ -6,9 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from passk_guard.pages.axes import Axis, is_number, make_axis, padded, write_number
-from passk_guard.pages.frame import BOTTOM, LEFT, RIGHT, TOP, Key, Upright, chart, classes, mark_keys, swatch, uprights
-from passk_guard.pages.html import Html, tag
+from passk_guard.reporting.html.axes import Axis, is_number, make_axis, padded, write_number
+from passk_guard.reporting.html.elements import Html, tag
+from passk_guard.reporting.html.frame import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
+    Key,
+    Upright,
+    chart,
+    classes,
+    mark_keys,
+    swatch,
+    uprights,
+)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from passk_guard.pages.axes import make_axis
-from passk_guard.pages.frame import LEFT, RIGHT, WIDTH, Key, classes, figure, legend, swatch
-from passk_guard.pages.html import Html, join, tag
+from passk_guard.reporting.html.axes import make_axis
+from passk_guard.reporting.html.elements import Html, join, tag
+from passk_guard.reporting.html.frame import LEFT, RIGHT, WIDTH, Key, classes, figure, legend, swatch
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from passk_guard.pages.axes import Axis, is_number, make_axis, padded, write_number
-from passk_guard.pages.frame import (
+from passk_guard.reporting.html.axes import Axis, is_number, make_axis, padded, write_number
+from passk_guard.reporting.html.elements import Html, tag
+from passk_guard.reporting.html.frame import (
     BOTTOM,
     LEFT,
     RIGHT,
@@ -22,7 +23,6 @@ from passk_guard.pages.frame import (
     swatch,
     uprights,
 )
-from passk_guard.pages.html import Html, tag
 
 _DOTS_UP_TO = 60  # points of a curve; beyond, single points only where the curve is broken on both sides
 _LABELLED_UP_TO = 3000

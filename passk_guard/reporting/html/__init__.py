@@ -3,14 +3,13 @@
 `Section`s of components go into `render_page`. Text is escaped wherever it enters; only components make `Html`.
 """
 
-from passk_guard.pages.blocks import bullets, callout, facts, figures, paragraph
-from passk_guard.pages.charts import Band, Points, Series, line_chart, scatter
-from passk_guard.pages.document import Section, in_a_frame, page_kind, render_page
-from passk_guard.pages.frame import Level, Upright
-from passk_guard.pages.heat_map import heat_map
-from passk_guard.pages.histogram import Distribution, histogram
-from passk_guard.pages.html import Html, escape, join, tag
-from passk_guard.pages.table import Column, cut_text, table
+from passk_guard.reporting.html.charts import Band, Points, Series, line_chart, scatter
+from passk_guard.reporting.html.elements import Html, bullets, callout, escape, facts, figures, join, paragraph, tag
+from passk_guard.reporting.html.frame import Level, Upright
+from passk_guard.reporting.html.heat_map import heat_map
+from passk_guard.reporting.html.histogram import Distribution, histogram
+from passk_guard.reporting.html.page import Section, in_a_frame, page_kind, render_page
+from passk_guard.reporting.html.table import Column, cut_text, table
 
 __all__ = [
     "Band",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from passk_guard.pages.axes import Axis
-from passk_guard.pages.html import Html, escape, join, tag
+from passk_guard.reporting.html.axes import Axis
+from passk_guard.reporting.html.elements import Html, escape, join, tag
 
 # In user units; the margins hold tick labels at the size they have on a narrow screen.
 WIDTH, HEIGHT = 620, 340

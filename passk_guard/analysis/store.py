@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +10,109 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from passk_guard.reporting.html import page_kind
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import cut_unfinished, write_whole
 from passk_guard.utils.text import one_line
+
+# The output folder: nothing of the user's in it is overwritten unasked, and nothing is ever left half written.
+
+
+JSON_NAME, PAGE_NAME, ROLLOUTS_NAME = "analysis.json", "analysis.html", "rollouts"
+
+
+def check_folder(folder: Path, fingerprint: str, settings: dict[str, Any], *, force: bool) -> None:
+    """Refuse a folder whose content this run would mix with or overwrite.
+
+    A folder that does not exist, an empty one, and one that an interrupted run of ours left are fine. So is a
+    finished analysis of the same model and settings, which is written once more.
+
+    Args:
+        folder: where the results go.
+        fingerprint: of the model.
+        settings: of this run, as JSON has them.
+        force: accept anything but a file in place of the folder; the user's other files stay as they are.
+
+    Raises:
+        GuardError: naming what is in the way.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise GuardError(f"Expected a folder to write to; found a file at {str(folder)!r}. Pass another one.")
+    if force or not folder.exists():
+        return
+    foreign = sorted(entry.name for entry in folder.iterdir() if not _ours(entry))
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise GuardError(
+            f"Expected an empty output folder, or one of an earlier analysis; found {shown} in {str(folder)!r}. "
+            "Pass another folder, or --force (force=True) to write next to them."
+        )
+    if (folder / JSON_NAME).exists():
+        _check_finished(folder / JSON_NAME, fingerprint, settings)
+
+
+def _ours(entry: Path) -> bool:
+    if entry.name == PAGE_NAME:
+        return entry.is_file() and page_kind(entry.read_text(encoding="utf-8", errors="replace"), PAGE_KIND)
+    return entry.name in (JSON_NAME, ROLLOUTS_NAME)
+
+
+def _check_finished(path: Path, fingerprint: str, settings: dict[str, Any]) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = sorted(name for name in settings if found["settings"].get(name) != settings[name])
+        differing += ["the model"] if found["model"]["fingerprint"] != fingerprint else []
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        differing = ["everything: it is no analysis that can be read"]
+    if differing:
+        raise GuardError(
+            f"Expected no other analysis in the output folder {str(path.parent)!r}; found {path.name}, which differs "
+            f"in {', '.join(differing)}. Pass another folder, or --force (force=True) to overwrite it; samples that "
+            "still fit are used again."
+        )
+
+
+# Whether two runs looked at the same model and the same prompts.
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """32 hexadecimal digits from the model's config and from every parameter and buffer: name, dtype, shape, bytes.
+
+    Of the loaded model and not of its files, so that it covers adapters and the dtype it was loaded in, and serves a
+    model that never was on disk. About a second for a gigabyte.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        digest.update(_canonical(_without_places(config.to_dict())))
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def keys_fingerprint(keys: Sequence[str]) -> str:
+    """32 hexadecimal digits from the keys of the prompts, in order."""
+    return hashlib.blake2b(_canonical(list(keys)), digest_size=16).hexdigest()
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    # Where a model was loaded from, and by which version, does not change what it computes.
+    return {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=repr).encode()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+
 
 _SETTINGS = "settings.json"
 
@@ -143,3 +244,6 @@ def _read(path: Path) -> Iterator[PromptRollouts]:
                 f"{one_line(str(error), 200)}. Remove the line (its prompt is sampled again), or the file."
             ) from None
         yield kept
+
+
+PAGE_KIND = "analysis"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from passk_guard.pages.axes import is_number, write_number
-from passk_guard.pages.html import Html, join, tag
+from passk_guard.reporting.html.axes import is_number, write_number
+from passk_guard.reporting.html.elements import Html, join, tag
 
 _SHORT = 80  # characters of a text that are shown at once
 _WRAPPED = 24  # a longer text may be broken into lines, and gets a column wide enough for that

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from passk_guard.pages.axes import write_number
+from passk_guard.reporting.html.axes import write_number
 
 UNDETERMINED = "undetermined"
 _TIED = "\u00a0"  # keeps an interval on one line of a narrow column

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from passk_guard.analysis.conclude import Measured, conclude
-from passk_guard.analysis.drawing import drawn_probe
-from passk_guard.analysis.fingerprint import keys_fingerprint, model_fingerprint
-from passk_guard.analysis.folder import ROLLOUTS_NAME, check_folder
+from passk_guard.analysis.estimates import mixed
 from passk_guard.analysis.last_layer import last_hidden_layer, only_last_hidden_layer
-from passk_guard.analysis.record import Analysis, Sketch
-from passk_guard.analysis.rollouts import RolloutStore
+from passk_guard.analysis.measure import curve_of, estimate_each, inner_product_of, kernel_from, measure_at
+from passk_guard.analysis.paper import paper_table
+from passk_guard.analysis.predict import predictions
+from passk_guard.analysis.prompts import prompt_records, prompt_text
+from passk_guard.analysis.results import Analysis, AtK, Number, Sketch
 from passk_guard.analysis.sampling import SharedSampling
 from passk_guard.analysis.settings import Settings
+from passk_guard.analysis.store import ROLLOUTS_NAME, RolloutStore, check_folder, keys_fingerprint, model_fingerprint
+from passk_guard.estimation.estimate import estimate_pooled
+from passk_guard.estimation.noise import measure_noise
+from passk_guard.estimation.records import ProbeGram
 from passk_guard.probe.progress import SketchWithBar, bar, wanted
 from passk_guard.probe.prompts import ProbeSet
 from passk_guard.probe.records import Outcomes, Rollouts
@@ -27,6 +31,110 @@ from passk_guard.probe.verifier import Verifier, resolve_verifier
 from passk_guard.utils.errors import GuardError, VoidRefresh
 from passk_guard.utils.isolation import seeded, untouched
 from passk_guard.utils.ranks import Ranks
+
+# The prompts of an analysis, checked before a model is loaded.
+
+
+def drawn_probe(probe: Any, verifier: Verifier, settings: Settings) -> ProbeSet:
+    """The prompts that the settings ask for, with all that the verifier needs.
+
+    Raises:
+        GuardError: a probe that cannot be read, columns that are missing, or more prompts asked for than there are.
+    """
+    whole = ProbeSet.of(probe)
+    whole.require_columns(verifier.required_columns)
+    _refuse_broken_text(whole)
+    if settings.prompts is None:
+        return whole
+    if settings.prompts > len(whole):
+        raise GuardError(
+            f"Expected `prompts` of at most {len(whole)}, the different prompts in the probe; found "
+            f"{settings.prompts}. Leave it out to take all."
+        )
+    return ProbeSet(whole[i] for i in whole.draw(0, settings.prompts, settings.seed))
+
+
+def _refuse_broken_text(probe: ProbeSet) -> None:
+    for row in probe.rows:
+        text = prompt_text(row)
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise GuardError(
+                f"Expected prompts of whole characters; found half of a surrogate pair in {text[:60]!r}, which no "
+                "tokenizer takes. Mend the probe: JSON writes such a character as two \\u escapes."
+            )
+
+
+# From the Gram matrices to the record: no model is needed any more, and every rank comes to the same.
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the model was needed for.
+
+    Attributes:
+        refreshes: set of parameters -> counts and Gram matrix; the first is the one the analysis is about.
+        sketch: how the first was made.
+    """
+
+    refreshes: dict[str, Refresh]
+    sketch: Sketch
+
+
+def conclude(
+    measured: Measured, prompts: ProbeSet, verifier: str, model: dict[str, str], settings: Settings
+) -> Analysis:
+    """All numbers of the record.
+
+    Args:
+        measured: from the samples.
+        prompts: all m of them, in the order of their places.
+        verifier: name of the function that means correct.
+        model: its name and fingerprint.
+        settings: of the analysis.
+    """
+    refresh = next(iter(measured.refreshes.values()))
+    probe, names = refresh.probe, [int(key) for key in refresh.probe.prompt_keys]
+    estimates = estimate_each(probe, settings)
+    at_k = [measure_at(probe, k, estimates.get(k), settings.confidence) for k in settings.ks]
+    texts = [prompt_text(prompts[i]) for i in names]
+    constant = ~mixed(probe)
+    noise = measure_noise(probe, settings.k)
+    grams = {what: one.probe for what, one in measured.refreshes.items()}
+    return Analysis(
+        model=model,
+        settings=settings.to_dict(),
+        verifier=verifier,
+        num_prompts=len(prompts),
+        left_out=len(prompts) - len(names),
+        never_solved=int((constant & (probe.num_correct == 0)).sum()),
+        always_solved=int((constant & (probe.num_correct > 0)).sum()),
+        remark=refresh.remark,
+        at_k=at_k,
+        curve=curve_of(estimates),
+        mean_agreement=mean_agreement(probe, settings.confidence),
+        reweighted_agreement=reweighted_agreement(at_k[-1]),
+        prompts=prompt_records(probe, settings.k, names, texts, settings.confidence),
+        kernel=kernel_from(probe, names),
+        predictions=predictions(probe, estimates, settings),
+        paper=paper_table(grams, settings) if settings.protocol == "paper" else None,
+        sketch=measured.sketch,
+        noise=None if noise is None else noise.to_dict(),
+    )
+
+
+def mean_agreement(probe: ProbeGram, confidence: float) -> Number:
+    """E[a] = |grad J_1|^2: the inner product at k = 1."""
+    return inner_product_of(estimate_pooled([probe], 1, confidence=confidence))
+
+
+def reweighted_agreement(at: AtK) -> Number:
+    """E[w_k a] / E[w_k], its standard error and interval those of E[w_k a] alone over the estimated E[w_k]."""
+    weight = at.mean_weight.value
+    if not weight or at.inner_product.value is None:
+        return Number()
+    parts = (at.inner_product.value, at.inner_product.standard_error, at.inner_product.low, at.inner_product.high)
+    return Number(*(None if part is None else part / weight for part in parts))
+
 
 ALL, LAST = "all trainable parameters", "last hidden layer"
 

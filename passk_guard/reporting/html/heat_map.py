@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from passk_guard.pages.axes import round_ticks, write_number
-from passk_guard.pages.frame import figure
-from passk_guard.pages.html import Html, join, tag
-from passk_guard.pixels import averaged_down, colour_limit, encode_png, signed_pixels
+from passk_guard.reporting.html.axes import round_ticks, write_number
+from passk_guard.reporting.html.elements import Html, join, tag
+from passk_guard.reporting.html.frame import figure
+from passk_guard.reporting.pixels import averaged_down, colour_limit, encode_png, signed_pixels
 from passk_guard.utils.errors import GuardError
 
 _LARGEST = 400  # rows and columns that are drawn one by one; more are averaged

@@ -1,0 +1,138 @@
+"""The angle between two weightings of the same prompts' gradients, as the estimator has it for J_k and J_1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from passk_guard.analysis.results import Number
+from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
+from passk_guard.estimation.jackknife import jackknife_overshoot
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.estimation.ustatistics import Moments, coefficients
+
+# Inner products between prompts' gradients, from one Gram matrix.
+
+
+Coefficients = tuple[Tensor, Tensor]
+
+
+def at_k(probe: ProbeGram, k: int) -> Coefficients:
+    """[m] and [m]: what S+ and S- of each prompt are multiplied with to give the leave-one-out g_k."""
+    positive, negative = coefficients(probe, torch.tensor([k])).view(2, -1)
+    return positive, negative
+
+
+def kernel_of(probe: ProbeGram, left: Coefficients, right: Coefficients) -> Tensor:
+    """[m, m] inner products <g(x), h(x')>, g and h given by their coefficients of S+ and S-."""
+    m = probe.num_samples.numel()
+    weighted = torch.cat(left)[:, None] * probe.gram * torch.cat(right)[None, :]
+    return weighted.view(2, m, 2, m).sum((0, 2))
+
+
+def off_diagonal_rows(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """[m] mean of each row without its diagonal entry, and the standard error of that mean over the other prompts."""
+    m = kernel.shape[0]
+    others = kernel - torch.diag(kernel.diagonal())
+    means = others.sum(1) / (m - 1)
+    squares = (others.square().sum(1) - (m - 1) * means.square()).clamp(min=0)
+    return means, (squares / ((m - 1) * max(m - 2, 1))).sqrt()
+
+
+def mixed(probe: ProbeGram) -> Tensor:
+    """[m] bool: prompts with right and wrong samples both; the others have no gradient estimate but zero."""
+    return (probe.num_correct > 0) & (probe.num_correct < probe.num_samples)
+
+
+# Estimates with their uncertainty: means, Wilson's interval, and the jackknife over prompts.
+
+
+def normal_quantile(confidence: float) -> float:
+    """Of the two-sided interval."""
+    return float(torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64)))
+
+
+def mean(values: Tensor, confidence: float, *, low: float = -math.inf, high: float = math.inf) -> Number:
+    """Mean of independent values [m] with its standard error and Student's interval, cut to [low, high].
+
+    Where all values are equal, as for prompts that are all solved every time, no spread is seen and no interval given.
+    """
+    m, value = values.numel(), float(values.double().mean())
+    if m < 2 or not (error := float(values.double().std()) / math.sqrt(m)) > 0:
+        return Number(value)
+    room = student_t_quantile((1 + confidence) / 2, m - 1) * error
+    return Number(value, error, max(low, value - room), min(high, value + room))
+
+
+def wilson(correct: int, samples: int, confidence: float) -> Number:
+    """c/n with Wilson's interval (1927), which stays inside [0, 1] and opens at c = 0 and c = n."""
+    z, p = normal_quantile(confidence), correct / samples
+    centre = (p + z * z / (2 * samples)) / (1 + z * z / samples)
+    room = z / (1 + z * z / samples) * math.sqrt(p * (1 - p) / samples + z * z / (4 * samples**2))
+    low = 0.0 if correct == 0 else max(0.0, centre - room)
+    high = 1.0 if correct == samples else min(1.0, centre + room)
+    return Number(p, math.sqrt(p * (1 - p) / samples), low, high)
+
+
+def with_error(value: float, error: float, quantile: float) -> Number:
+    """value, and the interval of so many standard errors on both sides."""
+    return Number(value, error, value - quantile * error, value + quantile * error)
+
+
+def jackknife_error(without: Tensor) -> float:
+    """Standard error from the leave-one-out values [m] of a statistic: sqrt((m-1)/m sum of squared deviations)."""
+    m = without.numel()
+    return float(((m - 1) / m * (without - without.mean()).square().sum()).sqrt())
+
+
+def image(function: Callable[[float], float], number: Number) -> Number:
+    """The value of a function of a number, and the range it takes on the number's interval (looked at in 200 steps)."""
+    if number.value is None or number.low is None or number.high is None:
+        return Number()
+    inside = torch.linspace(number.low, number.high, 201, dtype=torch.float64).tolist()
+    reached = [function(x) for x in (number.value, *inside)]
+    return Number(function(number.value), None, min(reached), max(reached))
+
+
+def angle(probe: ProbeGram, left: Coefficients, right: Coefficients, confidence: float) -> Number:
+    r"""cos(E[g], E[h]) from U-statistics over pairs of different prompts, with its interval.
+
+    $U_{gh} / \sqrt{U_{gg} U_{hh}}$; bounds by `intervals.cosine_bounds` from the jackknife over prompts.
+
+    Args:
+        probe: m prompts.
+        left, right: coefficients of S+ and S- that give g(x) and h(x).
+        confidence: of the two-sided interval.
+
+    Returns:
+        Nothing where a squared norm is not positive, where no cosine can be ruled out, or below three prompts with a
+        gradient.
+    """
+    if int(mixed(probe).sum()) < 3:
+        return Number()
+    pairs = [(left, right), (right, right), (left, left)]
+    kernels = [kernel_of(probe, *pair) for pair in pairs]
+    values, changes = zip(*(_statistic(kernel) for kernel in kernels), strict=True)
+    value, influence = torch.stack(values), torch.stack(changes)
+    if not bool((value[1:] > 0).all()):
+        return Number()
+    symmetric = torch.stack([(kernel + kernel.T) / 2 for kernel in kernels])
+    moments = Moments(value[None], influence.T[:, None], value[None], lambda: jackknife_overshoot(symmetric)[:, None])
+    covariance = moments.covariance[0]
+    cosine, error = corrected_cosine(value, covariance)
+    degrees = float(moments.degrees_at(torch.tensor([cosine], dtype=torch.float64))[0])
+    low, high = cosine_bounds(value, covariance, student_t_quantile((1 + confidence) / 2, degrees))
+    if (low, high) == (-1.0, 1.0):
+        return Number()
+    return Number(cosine, error, low, high)
+
+
+def _statistic(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean off the diagonal, and [m] what it is with each prompt left out."""
+    m = kernel.shape[0]
+    others = kernel - torch.diag(kernel.diagonal())
+    total = others.sum()
+    return total / (m * (m - 1)), (total - others.sum(0) - others.sum(1)) / ((m - 1) * (m - 2))
