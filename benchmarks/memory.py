@@ -38,9 +38,9 @@ ROWS = [
 
 def peak(what: str, prompts: int, max_tokens: int) -> tuple[int, int]:
     """Bytes at the peak, and bytes kept."""
+    from passk_guard.mitigation.protected_direction import pass1_loss
     from passk_guard.probe.records import Outcomes, Rollouts
     from passk_guard.probe.refresh import Refresher
-    from passk_guard.protect import pass1_loss
     from passk_guard.sketch import ScoreSketcher
     from passk_guard.utils.ranks import Ranks
 

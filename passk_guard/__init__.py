@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from passk_guard.analysis import Analysis, analyze
     from passk_guard.callback import PassKGuardCallback
     from passk_guard.config import GuardConfig
-    from passk_guard.objective import PassKObjective
+    from passk_guard.mitigation.objective import PassKObjective
     from passk_guard.probe.prompts import ProbeSet
     from passk_guard.probe.samplers import GenerateSampler, Sampler, TRLSampler
     from passk_guard.probe.verifier import Verifier
@@ -32,7 +32,7 @@ _LAZY = {
     "GenerateSampler": "passk_guard.probe.samplers",
     "GuardConfig": "passk_guard.config",
     "PassKGuardCallback": "passk_guard.callback",
-    "PassKObjective": "passk_guard.objective",
+    "PassKObjective": "passk_guard.mitigation.objective",
     "ProbeSet": "passk_guard.probe.prompts",
     "RunReport": "passk_guard.reporting.run_report",
     "Sampler": "passk_guard.probe.samplers",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from passk_guard.objective import PassKObjective
+from passk_guard.mitigation.objective import PassKObjective
 from passk_guard.probe.samplers import Sampler, TRLSampler
 from passk_guard.utils.private_api import check, seams
 

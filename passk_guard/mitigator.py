@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from passk_guard.config import GuardConfig
-from passk_guard.engines import choose_engine
 from passk_guard.estimation.estimate import in_conflict
 from passk_guard.estimation.records import ConflictEstimate
-from passk_guard.floor_guard import FloorGuard, choose_mitigation, installed_objective
 from passk_guard.memory import Memory
+from passk_guard.mitigation.engines import choose_engine
+from passk_guard.mitigation.floor_guard import FloorGuard, choose_mitigation, installed_objective
+from passk_guard.mitigation.gradient_guard import StepGuard
+from passk_guard.mitigation.protected_direction import pass1_loss
 from passk_guard.probe.refresh import Refresh
-from passk_guard.protect import pass1_loss
-from passk_guard.step_guard import StepGuard
 from passk_guard.utils.isolation import without_dropout
 from passk_guard.utils.ranks import Ranks
 

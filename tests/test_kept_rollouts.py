@@ -14,11 +14,11 @@ from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.ustatistics import coefficients
 from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide
 from passk_guard.memory import Memory, load_memory, save_memory
+from passk_guard.mitigation.protected_direction import pass1_loss
 from passk_guard.passk.closed_forms import passk_weight
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.refresh import Refresher
 from passk_guard.probe.reuse import RolloutKeeper, _in_halves, look_again
-from passk_guard.protect import pass1_loss
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.utils.ranks import Ranks
 from tests.test_callback import guard_of, run

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 
 from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
 from passk_guard.compatibility import check_compatibility
-from passk_guard.engines.choose import choose_engine
-from passk_guard.engines.deepspeed import deepspeed_engine
+from passk_guard.mitigation.engines.choose import choose_engine
+from passk_guard.mitigation.engines.deepspeed.choose import deepspeed_engine
 from passk_guard.probe.samplers import BatchTap, TRLSampler
 from passk_guard.utils import private_api
 from passk_guard.utils.errors import GuardError

@@ -8,10 +8,10 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, PassKGuardCallback, ScoreSketcher
+from passk_guard.mitigation.protected_direction import Pass1Loss, pass1_loss
 from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.refresh import Refresher
-from passk_guard.protect import Pass1Loss, pass1_loss
 from passk_guard.utils.ranks import Ranks
 from tests.test_callback import CONFIG, conflicted, guard_of, journal
 from tests.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model
@@ -265,7 +265,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_stop_training(tmp_path, ca
     def full(self, folder):
         raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
 
-    monkeypatch.setattr("passk_guard.step_guard.StepGuard.save", full)
+    monkeypatch.setattr("passk_guard.mitigation.gradient_guard.StepGuard.save", full)
     trainer = tiny_lm_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     guard_of(trainer, **PROJECT)
     with caplog.at_level(logging.WARNING, logger="passk_guard"):

@@ -9,9 +9,9 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, GuardError, PassKGuardCallback, PassKObjective
-from passk_guard.floor_guard import FloorGuard
 from passk_guard.memory import load_memory
 from passk_guard.mitigation import FloorState, solve_floor
+from passk_guard.mitigation.floor_guard import FloorGuard
 from passk_guard.utils.ranks import Ranks
 from tests.test_callback import CONFIG, guard_of, journal
 from tests.tiny import digit_reward, tiny_grpo_trainer, tiny_lm_trainer, tiny_rloo_trainer

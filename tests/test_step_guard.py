@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from passk_guard.engines.inner import local_inner_products
 from passk_guard.memory import load_memory
 from passk_guard.mitigation import projection_coefficient
-from passk_guard.step_guard import StepGuard
+from passk_guard.mitigation.engines.inner_products import local_inner_products
+from passk_guard.mitigation.gradient_guard import StepGuard
 from passk_guard.utils.ranks import Ranks
 
 

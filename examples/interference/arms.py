@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 
 from examples.interference.task import MIXTURE, correct, make_prompts
 from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective, ProbeSet, combine, passk_advantages
-from passk_guard.step_guard import StepGuard
+from passk_guard.mitigation.gradient_guard import StepGuard
 
 
 @dataclass(frozen=True)

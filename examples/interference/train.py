@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from examples.interference.exact import Rows, evaluate, gradient_cosine
 from examples.interference.task import MIXTURE, correct, make_prompts
 from examples.interference.warm_start import warm_start
-from passk_guard.objective import PassKObjective
+from passk_guard.mitigation.objective import PassKObjective
 
 PROMPTS_PER_STEP, SAMPLES_PER_PROMPT = 32, 16
 

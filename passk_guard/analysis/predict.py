@@ -17,8 +17,8 @@ from passk_guard.analysis.measure import cosine_of
 from passk_guard.analysis.results import Number, Prediction
 from passk_guard.analysis.settings import Settings
 from passk_guard.estimation.records import ConflictEstimate, ProbeGram
-from passk_guard.mitigation.project import plan_projection
-from passk_guard.mitigation.reweight import solve_floor
+from passk_guard.mitigation.floor import solve_floor
+from passk_guard.mitigation.projection import plan_projection
 from passk_guard.passk.closed_forms import sample_coefficients
 
 

@@ -1,8 +1,13 @@
 """The algebra of changing a gradient: what is added to it, or which floor lies under the weights it is made of."""
 
 from passk_guard.mitigation.combine import combine
-from passk_guard.mitigation.project import ProjectionResult, plan_projection, project_gradient, projection_coefficient
-from passk_guard.mitigation.reweight import FloorSolution, FloorState, smooth_floor, solve_floor
+from passk_guard.mitigation.floor import FloorSolution, FloorState, smooth_floor, solve_floor
+from passk_guard.mitigation.projection import (
+    ProjectionResult,
+    plan_projection,
+    project_gradient,
+    projection_coefficient,
+)
 
 __all__ = [
     "FloorSolution",

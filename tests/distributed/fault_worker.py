@@ -20,8 +20,8 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard import GuardConfig, PassKGuardCallback
-from passk_guard.engines.backward import BackwardEngine
-from passk_guard.protect import Pass1Loss
+from passk_guard.mitigation.engines.backward import BackwardEngine
+from passk_guard.mitigation.protected_direction import Pass1Loss
 from passk_guard.sketch import ScoreSketcher
 from tests.distributed.launch import leave
 from tests.distributed.projection_worker import GUARD, arguments
@@ -149,7 +149,7 @@ def gradient_is_infinite_in_training(stack, trainer, given):
 
 @fault(engines=("ddp",), gives_up=False)
 def inner_products_fail(stack, trainer, given):
-    import passk_guard.engines.inner as inner
+    import passk_guard.mitigation.engines.inner_products as inner
 
     def no_room(*_):
         raise torch.OutOfMemoryError("no room for an inner product")

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard import GuardConfig, PassKGuardCallback
-from passk_guard.protect import Pass1Loss
+from passk_guard.mitigation.protected_direction import Pass1Loss
 from tests.distributed.launch import leave
 from tests.distributed.worker import SameEverywhere
 from tests.tiny import digit_reward, probe_rows, tiny_lm_trainer, tiny_model

@@ -20,7 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from passk_guard.engines.deepspeed import deepspeed_engine
+from passk_guard.mitigation.engines.deepspeed.choose import deepspeed_engine
 from passk_guard.utils.errors import GuardError, VoidRefresh
 from tests.distributed.launch import leave
 from tests.engines import oracle

@@ -3,7 +3,7 @@
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from passk_guard.engines.choose import choose_engine
+from passk_guard.mitigation.engines.choose import choose_engine
 from tests.engines import oracle
 
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from passk_guard.engines.choose import choose_engine
+from passk_guard.mitigation.engines.choose import choose_engine
 from passk_guard.utils.errors import GuardError
 
 
@@ -28,7 +28,7 @@ def test_a_plain_model():
 
 def test_deepspeed_is_asked_for_its_own(monkeypatch):
     module = SimpleNamespace(deepspeed_engine=lambda trainer: ("deepspeed", trainer))
-    monkeypatch.setitem(sys.modules, "passk_guard.engines.deepspeed", module)
+    monkeypatch.setitem(sys.modules, "passk_guard.mitigation.engines.deepspeed.choose", module)
     under_deepspeed = trainer(deepspeed_engine_wrapped=object())
     assert choose_engine(under_deepspeed) == ("deepspeed", under_deepspeed)
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from passk_guard.engines.deepspeed import deepspeed_engine
-from passk_guard.engines.deepspeed_lent import Lent
+from passk_guard.mitigation.engines.deepspeed.choose import deepspeed_engine
+from passk_guard.mitigation.engines.deepspeed.restore import Lent
 from passk_guard.utils.errors import GuardError
 from tests.engines import neutral, oracle
 from tests.engines.deepspeed_cases import CASES, EXACT, HARD, OVERFLOWING, ROUNDED, STAGES, UNEVEN

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from passk_guard.engines import untraced
+from passk_guard.mitigation.engines import untraced
 from passk_guard.utils.errors import GuardError
 
 

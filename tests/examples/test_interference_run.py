@@ -16,7 +16,7 @@ from examples.interference import train as train_module
 from examples.interference.model import make_model
 from examples.interference.tokenizer import make_tokenizer
 from examples.interference.train import build_trainer, train
-from passk_guard.objective import PassKObjective
+from passk_guard.mitigation.objective import PassKObjective
 
 SMALL = {"per_device_train_batch_size": 32, "num_generations": 8, "report_to": "none", "disable_tqdm": True}
 

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard import callback
-from passk_guard.protect import Pass1Loss
+from passk_guard.mitigation.protected_direction import Pass1Loss
 from passk_guard.reporting import reporter
 from passk_guard.reporting.journal import JOURNAL_NAME
 from passk_guard.sketch import ScoreSketcher

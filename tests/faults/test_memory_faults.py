@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from passk_guard.mitigation.gradient_guard import StepGuard
+from passk_guard.mitigation.protected_direction import Pass1Loss
 from passk_guard.probe.out_of_memory import halved, out_of_memory, until_it_fits
 from passk_guard.probe.samplers import GenerateSampler
-from passk_guard.protect import Pass1Loss
 from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
-from passk_guard.step_guard import StepGuard
 from passk_guard.utils.errors import VoidRefresh
 from passk_guard.utils.ranks import Ranks
 from tests.faults.harness import PROJECT, Texts, add_guard, assert_same, make, train
@@ -232,7 +232,7 @@ def test_halves_hold_the_same_samples():
 
 
 def test_a_rank_that_cannot_compute_its_inner_products_says_so_to_all():
-    from passk_guard.engines.inner import local_inner_products
+    from passk_guard.mitigation.engines.inner_products import local_inner_products
 
     class NoRoom(torch.Tensor):
         def detach(self):

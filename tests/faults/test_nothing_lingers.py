@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from passk_guard.mitigation.protected_direction import Pass1Loss
 from passk_guard.probe.records import Rollouts
 from passk_guard.probe.timeouts import Aside
-from passk_guard.protect import Pass1Loss
 from passk_guard.reporting.reporter import quietly
 from passk_guard.sketch import ScoreSketcher, TokenBatch
 from passk_guard.utils.patching import MethodPatch

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from passk_guard.protect import Pass1Loss
+from passk_guard.mitigation.protected_direction import Pass1Loss
 from passk_guard.sketch import ScoreSketcher
 from tests.faults.harness import KINDS, PROJECT, Texts, add_guard, assert_same, make, train
 from tests.tiny import digit_reward
@@ -210,7 +210,7 @@ def test_an_error_in_solving_for_the_floor(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise ArithmeticError("not foreseen")
 
-    monkeypatch.setattr("passk_guard.floor_guard.solve_floor", broken)
+    monkeypatch.setattr("passk_guard.mitigation.floor_guard.solve_floor", broken)
     runs = []
     for guarded in (False, True):
         trainer = make("grpo", tmp_path / str(guarded), scale_rewards="none", loss_type="dr_grpo")

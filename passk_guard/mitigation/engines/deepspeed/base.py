@@ -11,13 +11,96 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from passk_guard.engines.deepspeed_hook import StepHook
-from passk_guard.engines.deepspeed_probe import accumulate
-from passk_guard.engines.deepspeed_restore import engine_untouched
-from passk_guard.engines.inner import local_inner_products
-from passk_guard.engines.protocol import Batch, Parts
-from passk_guard.utils.errors import GuardError
+from passk_guard.mitigation.engines.deepspeed.restore import engine_untouched
+from passk_guard.mitigation.engines.inner_products import local_inner_products
+from passk_guard.mitigation.engines.protocol import Batch, Parts
+from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.patching import Method, MethodPatch
 from passk_guard.utils.private_api import Seam, check, seams
+
+# The moment before DeepSpeed's step.
+
+
+class StepHook:
+    """Calls a function before each optimizer step of one `DeepSpeedEngine`, by a patch of that instance's `step`.
+
+    DeepSpeed clips, steps and clears the gradient inside `engine.step`, which accelerate calls from within backward:
+    by `on_pre_optimizer_step` the gradient is gone. `step` may be called on every micro-batch; only the last one of a
+    window counts.
+
+    Attributes:
+        inside: True while the function runs.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.inside = False
+        self._engine = engine
+        self._patch: MethodPatch | None = None
+
+    def install(self, before_step: Callable[[], None]) -> None:
+        """Raises GuardError when a hook is installed on this engine."""
+
+        def make(step: Method) -> Method:
+            def stepping(*args: Any, **kwargs: Any) -> Any:
+                if self._engine.is_gradient_accumulation_boundary():
+                    self.inside = True
+                    try:
+                        before_step()
+                    finally:
+                        self.inside = False
+                return step(*args, **kwargs)
+
+            return stepping
+
+        self._patch = MethodPatch(self._engine, "step", make, owner="passk_guard.mitigation.engines").install()
+
+    def remove(self) -> None:
+        """Does nothing when none is installed."""
+        if self._patch is not None:
+            self._patch.remove()
+            self._patch = None
+
+
+# Backward passes of a probe loss through a DeepSpeed engine, as one accumulation window.
+
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def accumulate(engine: Any, batches: Sequence[Batch], loss: Loss[Batch], on_any_rank: Callable[[bool], bool]) -> None:
+    """Leave in `engine` the gradient of the sum over batches of loss(engine, batch), times its loss scale.
+
+    Forwards go through the engine: under ZeRO-3 it counts micro-batches there, and a forward through `engine.module`
+    would overwrite what the batches before have left. Reduced over ranks at the latest with the last batch.
+
+    Args:
+        on_any_rank: whether something is true on any rank, collectively.
+
+    Raises:
+        Whatever `loss` raises; GuardError where it is no scalar with a gradient; VoidRefresh where it raised on another
+        rank, which would otherwise leave this one waiting in backward.
+    """
+    for index, batch in enumerate(batches):
+        engine.set_gradient_accumulation_boundary(is_boundary=index == len(batches) - 1)
+        engine.backward(_agreed(engine, batch, loss, on_any_rank), scale_wrt_gas=False)
+
+
+def _agreed(engine: Any, batch: Batch, loss: Loss[Batch], on_any_rank: Callable[[bool], bool]) -> Tensor:
+    try:
+        with torch.enable_grad():
+            value = loss(engine, batch)
+        if value.numel() != 1 or not value.requires_grad:
+            raise GuardError(
+                "Expected `loss` to return a scalar that depends on the trained parameters; found shape "
+                f"{tuple(value.shape)}, requires_grad={value.requires_grad}."
+            )
+    except Exception:
+        on_any_rank(True)
+        raise
+    if on_any_rank(False):
+        raise VoidRefresh("the probe loss failed on another rank")
+    return value
+
 
 Take = Callable[[], Sequence[Tensor]]
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passk_guard.engines.deepspeed_base import DeepSpeedGradient, Take, synchronize
-from passk_guard.engines.deepspeed_lent import Lent
-from passk_guard.engines.deepspeed_zero3 import Zero3
-from passk_guard.engines.deepspeed_zero12 import Zero12
+from passk_guard.mitigation.engines.deepspeed.base import DeepSpeedGradient, Take, synchronize
+from passk_guard.mitigation.engines.deepspeed.restore import Lent
+from passk_guard.mitigation.engines.deepspeed.stages import Zero3, Zero12
 from passk_guard.utils.private_api import seams
 
 

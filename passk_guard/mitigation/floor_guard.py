@@ -9,8 +9,8 @@ import torch
 
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.mitigation import FloorSolution, FloorState, smooth_floor, solve_floor
-from passk_guard.objective import PassKObjective
+from passk_guard.mitigation.floor import FloorSolution, FloorState, smooth_floor, solve_floor
+from passk_guard.mitigation.objective import PassKObjective
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.ranks import Ranks
 

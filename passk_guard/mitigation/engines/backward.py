@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passk_guard.engines.inner import local_inner_products
-from passk_guard.engines.protocol import Parts
+from passk_guard.mitigation.engines.inner_products import local_inner_products
+from passk_guard.mitigation.engines.protocol import Parts
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.patching import Method, MethodPatch
 
@@ -47,7 +47,9 @@ class BackwardEngine:
 
         if self._patch is not None:
             raise GuardError(f"Expected one install of the {self.name} engine; it is installed. Call `remove()` first.")
-        self._patch = MethodPatch(accelerator, "backward", make_wrapper, owner="passk_guard.engines").install()
+        self._patch = MethodPatch(
+            accelerator, "backward", make_wrapper, owner="passk_guard.mitigation.engines"
+        ).install()
 
     def remove(self) -> None:
         """See `GradientEngine.remove`."""

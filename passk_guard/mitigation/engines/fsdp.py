@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from passk_guard.engines.backward import BackwardEngine
-from passk_guard.engines.protocol import Batch
+from passk_guard.mitigation.engines.backward import BackwardEngine
+from passk_guard.mitigation.engines.protocol import Batch
 from passk_guard.utils.private_api import check, seams
 
 

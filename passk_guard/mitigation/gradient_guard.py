@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passk_guard.engines import GradientEngine
-from passk_guard.mitigation import ProjectionResult, plan_projection
+from passk_guard.mitigation.engines import GradientEngine
+from passk_guard.mitigation.projection import ProjectionResult, plan_projection
+from passk_guard.mitigation.protected_direction import Share, share_of
 from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
-from passk_guard.protected_share import Share, share_of
 from passk_guard.sketch import TokenBatch, filler_batch
 from passk_guard.utils.checkpoint import save_whole
 from passk_guard.utils.errors import VoidRefresh

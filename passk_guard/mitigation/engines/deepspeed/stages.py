@@ -1,0 +1,170 @@
+"""BF16_Optimizer: ZeRO-1 in bf16 with fp32 accumulation, whose gradient is replicated although its state is sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from passk_guard.mitigation.engines.deepspeed.base import DeepSpeedGradient, Take
+from passk_guard.mitigation.engines.deepspeed.restore import Lent
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.private_api import Seam, check, seams
+
+# ZeRO-0: plain data parallelism; every rank holds the whole averaged gradient in `.grad`.
+
+
+class Zero0(DeepSpeedGradient):
+    """Gradient parts: `.grad` of each trained parameter, in the model's order. The optimizer is torch's own."""
+
+    sharded = False
+
+    def _describe(self) -> str:
+        return "DeepSpeed ZeRO-0"
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self._engine.module.parameters() if p.requires_grad and p.numel()]
+
+    def _parts(self) -> list[Tensor]:
+        # At a boundary DeepSpeed has filled in zeros where there was no gradient.
+        return [p.grad for p in self._trained() if p.grad is not None]
+
+    def _at_boundary(self) -> bool:
+        return all(p.grad is None for p in self._engine.module.parameters())
+
+    @contextmanager
+    def _lend(self) -> Iterator[Take]:
+        try:
+            yield self._parts
+        finally:
+            for parameter in self._engine.module.parameters():
+                parameter.grad = None
+
+
+# ZeRO-1 and ZeRO-2: each rank holds the averaged gradient of its slice of every parameter group.
+
+
+_NO_MICRO_STEP = -1
+
+
+class Zero12(DeepSpeedGradient):
+    """Gradient parts: `averaged_gradients`, one list of tensors per parameter group, of which a step makes a flat one.
+
+    The flat partition is built from these tensors inside the step, so writing to them reaches the optimizer, the
+    overflow check and the clipping norm. Alignment padding that DeepSpeed marks as such is left out.
+    """
+
+    needs: ClassVar[tuple[Seam, ...]] = (seams.ZERO12,)
+
+    def _describe(self) -> str:
+        return f"DeepSpeed ZeRO-{2 if self._optimizer.partition_gradients else 1}"
+
+    def _parts(self) -> list[Tensor]:
+        groups = (self._optimizer.averaged_gradients[i] for i in range(len(self._optimizer.bit16_groups)))
+        return [part for group in groups for part in group if not getattr(part, "_zero_padding", False)]
+
+    def _at_boundary(self) -> bool:
+        held = (p.grad is not None for group in self._optimizer.bit16_groups for p in group)
+        return self._optimizer.micro_step_id == _NO_MICRO_STEP and not any(held)
+
+    @contextmanager
+    def _lend(self) -> Iterator[Take]:
+        # averaged_gradients, all_grad_tensors and micro_step_id are put back with the rest of the optimizer's
+        # attributes; zero_grad alone would leave them, and the probe would be added to the next training gradient.
+        try:
+            yield lambda: [part.detach().clone() for part in self._parts()]
+        finally:
+            self._clear()
+
+
+# ZeRO-3: parameters and gradients are sharded, the gradient in one persistent buffer per rank.
+
+
+class Zero3(DeepSpeedGradient):
+    """Gradient part: the flat buffer that the tensors in `averaged_gradients` are views of.
+
+    The buffer is not cleared by a step: the first micro-batch writes over it. Parameters that training leaves unused
+    keep what it holds, so a probe gives it its contents back.
+    """
+
+    needs: ClassVar[tuple[Seam, ...]] = (seams.ZERO3,)
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        check(seams.ZERO3_SHARDER, self._optimizer.parameter_offload)
+        for parameter in islice(engine.module.parameters(), 1):
+            check(seams.ZERO3_PARAMETER, parameter)
+
+    def _describe(self) -> str:
+        return "DeepSpeed ZeRO-3"
+
+    def _parts(self) -> list[Tensor]:
+        flat = self._optimizer.grad_partitions_flat_buffer
+        groups = (self._optimizer.averaged_gradients[i] for i in range(len(self._optimizer.fp16_groups)))
+        views = [view for group in groups for view in group]
+        storage = flat.untyped_storage().data_ptr()
+        if sum(v.numel() for v in views) != flat.numel() or any(
+            v.numel() and v.untyped_storage().data_ptr() != storage for v in views
+        ):
+            raise GuardError(
+                "Expected ZeRO-3's averaged_gradients to be views of grad_partitions_flat_buffer; found tensors of "
+                "their own. Train all parameters that the optimizer holds (requires_grad), or mitigate by `reweight`."
+            )
+        return [flat]
+
+    def _at_boundary(self) -> bool:
+        seen = self._optimizer._epilogue_ran_this_backward
+        return self._optimizer.micro_step_id == 0 and not seen
+
+    @contextmanager
+    def _lend(self) -> Iterator[Take]:
+        lent = Lent([self._optimizer.grad_partitions_flat_buffer])
+        try:
+            yield lent.take
+        finally:
+            self._clear()
+            lent.restore()
+
+    @contextmanager
+    def _back_to_rest(self) -> Iterator[None]:
+        gathered = [p for p in self._optimizer.persistent_parameters if p.ds_status.name == "AVAILABLE"]
+        try:
+            yield
+        except BaseException:
+            for module in self._engine.module.modules():
+                if hasattr(module._parameters, "_in_forward"):
+                    module._parameters._in_forward = False
+            self._optimizer.parameter_offload.partition_all_parameters()
+            if gathered:
+                gathered[0].all_gather(gathered)
+            raise
+
+
+class Bf16(DeepSpeedGradient):
+    """Gradient parts: `fp32_groups_gradients_flat`, one flat fp32 tensor per parameter group, the same on each rank.
+
+    Each rank clips by the norm of its own whole copy and steps on its partition of it: the whole copy is edited.
+    """
+
+    sharded = False
+    needs = (seams.BF16,)
+
+    def _describe(self) -> str:
+        return "DeepSpeed ZeRO-1 (BF16_Optimizer)"
+
+    def _parts(self) -> list[Tensor]:
+        return list(self._optimizer.fp32_groups_gradients_flat)
+
+    def _at_boundary(self) -> bool:
+        return not any(any(group) for group in self._optimizer.fp32_groups_has_gradients)
+
+    @contextmanager
+    def _lend(self) -> Iterator[Take]:
+        lent = Lent(self._parts())
+        try:
+            yield lent.take
+        finally:
+            self._clear()  # the buffers, which are zero at a boundary, and which of them were filled
