@@ -14,7 +14,7 @@ from passk_guard.cli import main
 from passk_guard.estimation.noise import average_noise, measure_noise
 from passk_guard.memory import Memory
 from passk_guard.planning import Cost, make_plan, outlook, refresh_noise
-from passk_guard.planning.past import past_of
+from passk_guard.planning.inputs import past_of
 from passk_guard.reporting import Journal
 from passk_guard.reporting.journal import read_journal
 from passk_guard.reporting.reporter import Pace

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from passk_guard.planning.past import read_past
+from passk_guard.planning.inputs import read_past
 from passk_guard.planning.plan import PROMPTS, make_plan
-from passk_guard.planning.words import describe_plan
+from passk_guard.planning.summary import describe_plan
 
 
 def add_parser(subparsers: Any) -> None:
