@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.calibration_reuse_draws import NOW, Draw, K, LogLinear, cosine_of, with_cosine
+from passk_guard.callback.state import Memory
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.intervals import student_t_quantile
-from passk_guard.memory import Memory
 
 POOL = 3
 REFRESHES = (1, 3, 5)

@@ -18,7 +18,7 @@ from passk_guard.utils.errors import GuardError, VoidRefresh
 
 if TYPE_CHECKING:
     from passk_guard.analysis import Analysis, analyze
-    from passk_guard.callback import PassKGuardCallback
+    from passk_guard.callback.guard import PassKGuardCallback
     from passk_guard.config import GuardConfig
     from passk_guard.mitigation.objective import PassKObjective
     from passk_guard.probe.prompts import ProbeSet
@@ -31,7 +31,7 @@ _LAZY = {
     "Analysis": "passk_guard.analysis",
     "GenerateSampler": "passk_guard.probe.samplers",
     "GuardConfig": "passk_guard.config",
-    "PassKGuardCallback": "passk_guard.callback",
+    "PassKGuardCallback": "passk_guard.callback.guard",
     "PassKObjective": "passk_guard.mitigation.objective",
     "ProbeSet": "passk_guard.probe.prompts",
     "RunReport": "passk_guard.reporting.run_report",

@@ -105,14 +105,14 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    from passk_guard.config_file import config_schema
+    from passk_guard.config import config_schema
 
     print(json.dumps(config_schema(), indent=2))
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
-    from passk_guard.config_file import config_problems
+    from passk_guard.config import config_problems
 
     problems = config_problems(args.config)
     for problem in problems:

@@ -1,6 +1,9 @@
 """Every setting of the guard, with its bounds and its help; from Python, YAML or a command line (TrlParser)."""
 
+from __future__ import annotations
+
 import dataclasses
+import difflib
 import json
 from datetime import date
 from pathlib import Path
@@ -152,7 +155,7 @@ class GuardConfig:
         return "off" if value is False else value
 
     @model_validator(mode="after")
-    def _samples_reach_k(self) -> "GuardConfig":
+    def _samples_reach_k(self) -> GuardConfig:
         if self.num_samples < self.k:
             raise ValueError(
                 f"Expected `num_samples` >= k; found num_samples={self.num_samples}, k={self.k}. No unbiased estimate "
@@ -176,7 +179,7 @@ class GuardConfig:
         return self
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> "GuardConfig":
+    def from_yaml(cls, path: str | Path) -> GuardConfig:
         """Read a YAML or JSON mapping of settings, either the whole file or what stands under `passk_guard:`.
 
         Raises:
@@ -231,3 +234,49 @@ def _is_single(value: Any) -> bool:
     if isinstance(value, int):
         return abs(value) < 2**64  # Python refuses to write thousands of digits
     return isinstance(value, (str, float, date, type(None)))
+
+
+# The guard's settings as a file: its JSON schema, and everything that is wrong with one.
+
+
+def config_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of `GuardConfig`, with the help of each setting as its description."""
+    schema = TypeAdapter(GuardConfig).json_schema()
+    for field in dataclasses.fields(GuardConfig):
+        schema["properties"][field.name]["description"] = field.metadata["help"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def config_problems(path: str | Path) -> list[str]:
+    """What keeps a YAML or JSON file from being settings, one line each; empty where nothing does.
+
+    As in `GuardConfig.from_yaml`, the settings are the whole file or what stands under `passk_guard:`.
+
+    Raises:
+        GuardError: no such file, none that can be read, neither YAML nor JSON, or not a mapping.
+    """
+    content = read_settings(Path(path))
+    try:
+        TypeAdapter(GuardConfig).validate_python(content)
+    except ValidationError as error:
+        return [_line(problem) for problem in error.errors()]
+    return []
+
+
+def _line(problem: Any) -> str:
+    name = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"{name}: unknown setting{_meant(name)}"
+    text = problem["msg"].removeprefix("Value error, ")
+    if not name:
+        return text
+    # YAML 1.1 takes off, on, yes and no without quotes for booleans.
+    hint = " (quote it in YAML)" if problem["type"] == "literal_error" and isinstance(problem["input"], bool) else ""
+    return f"{name}: {text}; found {brief(problem['input'])}{hint}"
+
+
+def _meant(name: str) -> str:
+    known = [field.name for field in dataclasses.fields(GuardConfig)]
+    plain = name.lower().replace("-", "_")
+    close = [plain] if plain in known else difflib.get_close_matches(plain, known, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

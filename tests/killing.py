@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from passk_guard.memory import FILE_NAME
+from passk_guard.callback.state import FILE_NAME
 from passk_guard.reporting.journal import JOURNAL_NAME
 
 SIGKILL, SIGPROF = -signal.SIGKILL, -signal.SIGPROF  # as exit codes

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, GuardError, PassKGuardCallback, PassKObjective
-from passk_guard.memory import load_memory
+from passk_guard.callback.state import load_memory
 from tests.tiny import (
     digit_reward,
     probe_rows,

@@ -9,7 +9,7 @@ import pytest
 
 from passk_guard import GuardConfig
 from passk_guard.cli import main
-from passk_guard.config_file import config_problems, config_schema
+from passk_guard.config import config_problems, config_schema
 from passk_guard.utils.errors import GuardError
 from tests.pages.journals import write_run
 

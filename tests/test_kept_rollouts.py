@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from passk_guard import GuardConfig
+from passk_guard.callback.state import Memory, load_memory, save_memory
 from passk_guard.estimation.evidence import RunEvidence
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.ustatistics import coefficients
 from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide
-from passk_guard.memory import Memory, load_memory, save_memory
 from passk_guard.mitigation.protected_direction import pass1_loss
 from passk_guard.passk.closed_forms import passk_weight
 from passk_guard.probe.records import Outcomes, Rollouts

@@ -10,9 +10,9 @@ import torch
 from passk_guard import GuardConfig, ProbeGram
 from passk_guard.analysis import Analysis
 from passk_guard.analysis.store import JSON_NAME
+from passk_guard.callback.state import Memory
 from passk_guard.cli import main
 from passk_guard.estimation.noise import average_noise, measure_noise
-from passk_guard.memory import Memory
 from passk_guard.planning import Cost, make_plan, outlook, refresh_noise
 from passk_guard.planning.inputs import past_of
 from passk_guard.reporting import Journal
@@ -261,8 +261,8 @@ def test_nothing_that_fails_in_it_reaches_training(tmp_path, caplog, monkeypatch
     def broken(*_):
         raise ZeroDivisionError("planned")
 
-    monkeypatch.setattr("passk_guard.callback.outlook", broken)
-    monkeypatch.setattr("passk_guard.callback.refresh_noise", broken)
+    monkeypatch.setattr("passk_guard.callback.guard.outlook", broken)
+    monkeypatch.setattr("passk_guard.callback.guard.refresh_noise", broken)
     trainer = tiny_lm_trainer(tmp_path, max_steps=4)
     sampler = FixedSampler(trainer.processing_class, lambda row: 0.5)
     guard = guard_of(trainer, sampler=sampler, refresh_steps=1)

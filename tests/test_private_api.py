@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
-from passk_guard.compatibility import check_compatibility
+from passk_guard.callback.setup import check_compatibility
 from passk_guard.mitigation.engines.choose import choose_engine
 from passk_guard.mitigation.engines.deepspeed.choose import deepspeed_engine
 from passk_guard.probe.samplers import BatchTap, TRLSampler
@@ -179,7 +179,7 @@ def test_the_shape_of_a_weight_that_zero3_has_emptied():
 
 
 def test_versions_of_tensors(monkeypatch):
-    monkeypatch.setattr("passk_guard.compatibility.torch.Tensor", object)
+    monkeypatch.setattr("passk_guard.callback.setup.torch.Tensor", object)
     with pytest.raises(GuardError, match="lacks `_version`"):
         asked(SimpleNamespace(model=nn.Linear(2, 2)))
 

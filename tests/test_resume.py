@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from passk_guard.memory import load_memory
+from passk_guard.callback.state import load_memory
 from passk_guard.reporting import Journal
 from passk_guard.reporting.journal import read_journal
 from tests.killing import PLACES, UNGUARDED, Kill, attempt, draws, killed_and_resumed

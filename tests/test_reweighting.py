@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, GuardError, PassKGuardCallback, PassKObjective
-from passk_guard.memory import load_memory
+from passk_guard.callback.state import load_memory
 from passk_guard.mitigation import FloorState, solve_floor
 from passk_guard.mitigation.floor_guard import FloorGuard
 from passk_guard.utils.ranks import Ranks

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from passk_guard.memory import load_memory
+from passk_guard.callback.state import load_memory
 from passk_guard.mitigation import projection_coefficient
 from passk_guard.mitigation.engines.inner_products import local_inner_products
 from passk_guard.mitigation.gradient_guard import StepGuard

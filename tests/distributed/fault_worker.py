@@ -269,7 +269,7 @@ def estimate_raises(stack, trainer, given):
         raise ArithmeticError("not foreseen")
 
     if RANK == 1:
-        stack.enter_context(patch("passk_guard.callback.estimate_pooled", broken))
+        stack.enter_context(patch("passk_guard.callback.guard.estimate_pooled", broken))
 
 
 # Reports and disks

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from passk_guard import callback
+from passk_guard.callback import guard as callback
 from passk_guard.mitigation.protected_direction import Pass1Loss
 from passk_guard.reporting import reporter
 from passk_guard.reporting.journal import JOURNAL_NAME

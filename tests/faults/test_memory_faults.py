@@ -103,7 +103,7 @@ def assert_close(left, right):
 @pytest.fixture(autouse=True)
 def harvested(monkeypatch):
     """Keep the direction that a guard protects beyond the end of its run."""
-    from passk_guard.callback import PassKGuardCallback
+    from passk_guard.callback.guard import PassKGuardCallback
 
     undo = PassKGuardCallback._undo
 

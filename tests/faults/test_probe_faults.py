@@ -195,7 +195,7 @@ def test_an_error_in_any_stage(where, references, tmp_path, monkeypatch):
     if where == "sketch":
         monkeypatch.setattr(ScoreSketcher, "sketch", broken)
     elif where == "estimate":
-        monkeypatch.setattr("passk_guard.callback.estimate_pooled", broken)
+        monkeypatch.setattr("passk_guard.callback.guard.estimate_pooled", broken)
     else:
         monkeypatch.setattr(Pass1Loss, "__call__", broken)
     trainer = make("lm", tmp_path)
@@ -226,7 +226,7 @@ def test_the_restoring_of_state_that_fails(references, tmp_path, monkeypatch):
     def broken(memory, *args, **kwargs):
         raise ZeroDivisionError("after the stages")
 
-    monkeypatch.setattr("passk_guard.memory.Memory.with_refresh", broken)
+    monkeypatch.setattr("passk_guard.callback.state.Memory.with_refresh", broken)
     trainer = make("lm", tmp_path)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
     expect_void(run, "ZeroDivisionError: after the stages")

@@ -114,7 +114,7 @@ def test_a_full_disk_at_the_checkpoint(mitigation, tmp_path, monkeypatch, caplog
 
 
 def test_a_checkpoint_folder_that_is_gone(references, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("passk_guard.callback._checkpoint", lambda args, state: tmp_path / "never made")
+    monkeypatch.setattr("passk_guard.callback.guard._checkpoint", lambda args, state: tmp_path / "never made")
     trainer = make("lm", tmp_path, save_strategy="steps", save_steps=2)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class)))
     assert "the checkpoint holds no memory of the guard" in caplog.text

@@ -10,11 +10,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from passk_guard.callback.state import FILE_NAME, Memory, load_memory, save_memory
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.evidence import RunEvidence
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide
-from passk_guard.memory import FILE_NAME, Memory, load_memory, save_memory
 from passk_guard.mitigation import FloorState
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, SCALAR, damaged, replaced, scratch
 from tests.populations import draw, population

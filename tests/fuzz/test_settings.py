@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from passk_guard import GuardConfig, GuardError
 from passk_guard.cli import main
-from passk_guard.config_file import config_problems
+from passk_guard.config import config_problems
 from tests.fuzz.strategies import ANY_TEXT, JSON_VALUE, NUMBER, ODD_TEXT, SCALAR, as_json, damaged, scratch
 
 FIELDS = [field.name for field in dataclasses.fields(GuardConfig)]

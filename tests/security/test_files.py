@@ -6,8 +6,8 @@ import stat
 import pytest
 
 from passk_guard.analysis.store import PromptRollouts, RolloutStore
+from passk_guard.callback.state import FILE_NAME, Memory, load_memory, save_memory
 from passk_guard.cli import main
-from passk_guard.memory import FILE_NAME, Memory, load_memory, save_memory
 from passk_guard.reporting import JOURNAL_NAME, Journal
 from passk_guard.utils.files import write_whole
 from tests.analysis.cases import synthetic

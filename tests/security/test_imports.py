@@ -11,8 +11,8 @@ from passk_guard import GuardError
 from passk_guard.analysis import Analysis
 from passk_guard.analysis.load import import_function, load_model, load_tokenizer
 from passk_guard.analysis.results import to_json
+from passk_guard.callback.state import FILE_NAME, load_memory
 from passk_guard.cli import main
-from passk_guard.memory import FILE_NAME, load_memory
 from passk_guard.probe.prompts import ProbeSet
 from passk_guard.reporting import Journal
 from tests.analysis.cases import save_model, synthetic

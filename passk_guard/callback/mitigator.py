@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from passk_guard.callback.state import Memory
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import in_conflict
 from passk_guard.estimation.records import ConflictEstimate
-from passk_guard.memory import Memory
 from passk_guard.mitigation.engines import choose_engine
 from passk_guard.mitigation.floor_guard import FloorGuard, choose_mitigation, installed_objective
 from passk_guard.mitigation.gradient_guard import StepGuard

@@ -15,17 +15,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from passk_guard.assembly import check_groups, choose_verifier, held_out_source
-from passk_guard.attachment import Attachment
-from passk_guard.compatibility import check_compatibility
+from passk_guard.callback.mitigator import Mitigator
+from passk_guard.callback.setup import Attachment, check_compatibility, check_groups, choose_verifier, held_out_source
+from passk_guard.callback.state import Memory, load_memory, save_memory
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.evidence import conflict_score
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.verdict import DecisionRule, decide
-from passk_guard.memory import Memory, load_memory, save_memory
 from passk_guard.mitigation.engines import untraced
-from passk_guard.mitigator import Mitigator
 from passk_guard.planning import outlook, refresh_noise
 from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.progress import sampling_bar, wants_bar
