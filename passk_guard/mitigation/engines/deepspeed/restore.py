@@ -91,8 +91,8 @@ class Lent:
 
     def take(self) -> list[Tensor]:
         """What the buffers hold now, in storage of its own; the buffers hold again what they did at first."""
-        for buffer, copy in zip(self._buffers, self._copies, strict=True):
-            swap_(buffer, copy)
+        for buffer, kept in zip(self._buffers, self._copies, strict=True):
+            swap_(buffer, kept)
         self._taken = True
         return self._copies
 
