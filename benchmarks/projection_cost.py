@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
 
 from passk_guard import GuardConfig, PassKGuardCallback
-from tests.tiny import probe_rows, tiny_tokenizer
+from tests.helpers.tiny import probe_rows, tiny_tokenizer
 
 VOCAB, TOKENS, BATCH = 8192, 128, 8
 

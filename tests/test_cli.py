@@ -11,7 +11,7 @@ from passk_guard import GuardConfig
 from passk_guard.cli import main
 from passk_guard.config import config_problems, config_schema
 from passk_guard.utils.errors import GuardError
-from tests.pages.journals import write_run
+from tests.helpers.journals import write_run
 
 
 @pytest.fixture

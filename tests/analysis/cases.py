@@ -15,8 +15,8 @@ from passk_guard.estimation.records import ProbeGram
 from passk_guard.probe.prompts import ProbeSet
 from passk_guard.probe.refresh import Refresh
 from passk_guard.probe.samplers import Samples
-from tests.populations import draw, population
-from tests.tiny import digit_reward, probe_rows, tiny_model, tiny_tokenizer
+from tests.helpers.populations import draw, population
+from tests.helpers.tiny import digit_reward, probe_rows, tiny_model, tiny_tokenizer
 
 QUICK = {"ks": (1, 2, 4), "num_samples": 8, "max_new_tokens": 4, "batch_size": 32, "sketch_dim": 1024}
 
@@ -64,7 +64,7 @@ def write_probe(path, rows=None):
     return path
 
 
-def command(model, probe, out, *more, correct="tests.tiny:digit_reward"):
+def command(model, probe, out, *more, correct="tests.helpers.tiny:digit_reward"):
     """Run `analyze` as the command line does; returns the exit status."""
     given = ["analyze", str(model), "--probe", str(probe), "--correct", correct, "--out", str(out)]
     given += ["--samples", "8", "--k", "1,2,4", "--max-new-tokens", "4", "--sketch-dim", "1024", *more]

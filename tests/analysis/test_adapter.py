@@ -9,7 +9,7 @@ import torch
 from passk_guard import GuardError
 from passk_guard.analysis.load import load_model, load_tokenizer
 from tests.analysis.cases import command, save_model, write_probe
-from tests.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 peft = pytest.importorskip("peft")
 

@@ -9,7 +9,7 @@ from passk_guard import GuardError
 from passk_guard.analysis import Settings
 from passk_guard.analysis.load import import_function, load_model
 from tests.analysis.cases import PromptSampler, command, quick, save_model, write_probe
-from tests.tiny import probe_rows, tiny_model
+from tests.helpers.tiny import probe_rows, tiny_model
 
 
 def needs_solution(completions, solution):
@@ -30,10 +30,10 @@ def model(tmp_path_factory):
         (("--delta-1", "0.8"), "delta_1=0.8, delta_2=0.75"),
         (("--temperature", "0"), "`temperature` > 0"),
         (("--max-new-tokens", "64"), "do not fit"),
-        (("--correct", "tests.tiny:no_such"), "Expected a function 'no_such' in 'tests.tiny'"),
+        (("--correct", "tests.helpers.tiny:no_such"), "Expected a function 'no_such' in 'tests.helpers.tiny'"),
         (("--correct", "no.such.module:f"), "No module named 'no'"),
-        (("--correct", "tests/tiny.py"), "as module:function"),
-        (("--correct", "tests.tiny:SPECIAL"), "found list"),
+        (("--correct", "tests/helpers/tiny.py"), "as module:function"),
+        (("--correct", "tests.helpers.tiny:SPECIAL"), "found list"),
         (("--correct", "tests.analysis.test_bad_inputs:needs_solution"), "column `solution`"),
     ],
 )
@@ -105,7 +105,7 @@ def test_a_verifier_that_always_raises_says_so():
 
     from passk_guard.analysis import analyze
     from tests.analysis.cases import QUICK
-    from tests.tiny import tiny_tokenizer
+    from tests.helpers.tiny import tiny_tokenizer
 
     with pytest.raises(GuardError, match="`broken` raised on each of 40 samples, first ConnectionError: no sandbox"):
         analyze(tiny_model(), tiny_tokenizer(), probe_rows(5), broken, sampler=PromptSampler(), **QUICK)

@@ -7,7 +7,7 @@ import pytest
 
 from tests.analysis.cases import command, save_model, write_probe
 from tests.distributed.launch import launch
-from tests.tiny import probe_rows
+from tests.helpers.tiny import probe_rows
 
 pytestmark = pytest.mark.distributed
 WORKER = "tests.analysis.worker"

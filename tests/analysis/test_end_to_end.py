@@ -9,7 +9,7 @@ import torch
 from passk_guard import GuardError, pass_at_k
 from passk_guard.analysis import Analysis, analyze
 from tests.analysis.cases import QUICK, PromptSampler, command, quick, save_model, write_probe
-from tests.tiny import digit_reward, probe_rows, tiny_chat_rows, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import digit_reward, probe_rows, tiny_chat_rows, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])

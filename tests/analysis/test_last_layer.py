@@ -9,7 +9,7 @@ from passk_guard.analysis.last_layer import last_hidden_layer, only_last_hidden_
 from passk_guard.analysis.store import RolloutStore
 from passk_guard.probe.refresh import Refresher
 from tests.analysis.cases import QUICK, PromptSampler, quick
-from tests.tiny import digit_reward, probe_rows, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import digit_reward, probe_rows, tiny_model, tiny_tokenizer
 
 
 def score_sums(model, parameters, rows):

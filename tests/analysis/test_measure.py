@@ -14,7 +14,7 @@ from passk_guard.analysis.results import Number
 from passk_guard.analysis.settings import Settings
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.passk.closed_forms import sample_coefficients
-from tests.populations import draw, population
+from tests.helpers.populations import draw, population
 
 
 @pytest.fixture(scope="module")

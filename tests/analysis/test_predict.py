@@ -11,7 +11,7 @@ from passk_guard.analysis.predict import floored, harmless_ratio, predictions, p
 from passk_guard.analysis.settings import Settings
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.mitigation.floor import solve_floor
-from tests.populations import draw, population
+from tests.helpers.populations import draw, population
 
 SETTINGS = Settings(ks=(8,), num_samples=16, gamma=0.2, floor_gamma=0.2)
 

@@ -8,7 +8,7 @@ import pytest
 from passk_guard import GuardError
 from passk_guard.probe.samplers import GenerateSampler
 from tests.analysis.cases import PromptSampler, command, quick, save_model, write_probe
-from tests.tiny import probe_rows, tiny_model
+from tests.helpers.tiny import probe_rows, tiny_model
 
 ROWS = probe_rows(13)
 

@@ -10,7 +10,7 @@ import torch
 from passk_guard import GuardError
 from tests.analysis.cases import command, quick
 from tests.distributed.launch import leave
-from tests.tiny import digit_reward
+from tests.helpers.tiny import digit_reward
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -47,7 +47,7 @@ def first_rank_refuses(folder):
 def quick_with(verifier, folder):
     from passk_guard.analysis import analyze
     from tests.analysis.cases import QUICK, PromptSampler
-    from tests.tiny import probe_rows, tiny_model, tiny_tokenizer
+    from tests.helpers.tiny import probe_rows, tiny_model, tiny_tokenizer
 
     analyze(tiny_model(), tiny_tokenizer(), probe_rows(11), verifier, sampler=PromptSampler(), **QUICK)
 

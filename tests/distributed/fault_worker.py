@@ -28,7 +28,7 @@ from tests.distributed.projection_worker import GUARD, arguments
 from tests.distributed.worker import SameEverywhere
 from tests.faults.harness import PROJECT, At
 from tests.faults.test_report_faults import Broken
-from tests.tiny import digit_reward, probe_rows, tiny_lm_trainer, tiny_model
+from tests.helpers.tiny import digit_reward, probe_rows, tiny_lm_trainer, tiny_model
 
 RANK = int(os.environ.get("RANK", 0))
 FAULTS = {}

@@ -14,7 +14,7 @@ from passk_guard import GuardConfig, PassKGuardCallback
 from passk_guard.mitigation.protected_direction import Pass1Loss
 from tests.distributed.launch import leave
 from tests.distributed.worker import SameEverywhere
-from tests.tiny import digit_reward, probe_rows, tiny_lm_trainer, tiny_model
+from tests.helpers.tiny import digit_reward, probe_rows, tiny_lm_trainer, tiny_model
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 GUARD = {"k": 4, "num_samples": 8, "probe_prompts": 11, "refresh_steps": 2, "patience": 1, "sketch_dim": 1024}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from tests.killing import PLACES, UNGUARDED, attempt, draws, killed_and_resumed
-from tests.resume_cases import MODES, STEPS, events, raw_lines, ready, run
+from tests.helpers.killing import PLACES, UNGUARDED, attempt, draws, killed_and_resumed
+from tests.helpers.resume_cases import MODES, STEPS, events, raw_lines, ready, run
 
 RANKS = 2
 CASES = {"unguarded": 1, "observe": 1, "both": 2, "batch_reweight": 1}

@@ -5,7 +5,7 @@ import torch
 
 from tests.distributed.launch import launch
 from tests.distributed.projection_worker import run
-from tests.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 pytestmark = pytest.mark.distributed
 ENGINES = ["ddp", "zero0", "zero1", "zero2", "zero3"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.launch import ROOT
-from tests.resume_cases import put_to_work, same_steps, same_weights
+from tests.helpers.resume_cases import put_to_work, same_steps, same_weights
 
 pytestmark = pytest.mark.resume
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from passk_guard import GuardConfig, PassKGuardCallback
 from passk_guard.probe.samplers import Samples
 from tests.distributed.launch import leave
-from tests.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model
+from tests.helpers.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model
 
 RANK = int(os.environ.get("RANK", 0))
 CONFIG = {"k": 4, "num_samples": 8, "probe_prompts": 11, "refresh_steps": 1, "patience": 1, "sketch_dim": 1024}

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, PassKGuardCallback
 from passk_guard.probe.samplers import Samples
-from tests.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model
+from tests.helpers.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model
 
 SMALL = {"k": 4, "num_samples": 8, "probe_prompts": 12, "refresh_steps": 2, "patience": 1, "sketch_dim": 1024}
 SMALL |= {"probe_max_new_tokens": 4}

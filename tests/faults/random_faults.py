@@ -20,7 +20,7 @@ from passk_guard.reporting.journal import JOURNAL_NAME
 from passk_guard.sketch import ScoreSketcher
 from tests.faults.harness import Texts
 from tests.faults.test_probe_faults import SAMPLERS, hangs, hangs_busily
-from tests.tiny import digit_reward
+from tests.helpers.tiny import digit_reward
 
 
 def raises(completions, **_):

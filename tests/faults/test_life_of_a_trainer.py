@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 from passk_guard import GuardError
 from passk_guard.callback.state import load_memory
 from tests.faults.harness import KINDS, PROJECT, At, Run, Texts, add_guard, assert_same, make, train
-from tests.tiny import tiny_rows, tiny_tokenizer
+from tests.helpers.tiny import tiny_rows, tiny_tokenizer
 
 
 def always_void(completions, **_):

@@ -11,8 +11,8 @@ from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
 from passk_guard.utils.errors import VoidRefresh
 from passk_guard.utils.ranks import Ranks
 from tests.faults.harness import PROJECT, Texts, add_guard, assert_same, make, train
-from tests.test_step_guard import Engine
-from tests.tiny import tiny_grpo_trainer, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import tiny_grpo_trainer, tiny_model, tiny_tokenizer
+from tests.mitigation.test_gradient_guard import Engine
 
 ALONE = Ranks(torch.device("cpu"))
 

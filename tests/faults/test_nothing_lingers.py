@@ -19,7 +19,7 @@ from passk_guard.utils.patching import MethodPatch
 from passk_guard.utils.text import Once
 from tests.faults.harness import PROJECT, Texts, add_guard, make, train
 from tests.faults.test_probe_faults import SAMPLERS, raises
-from tests.tiny import digit_reward
+from tests.helpers.tiny import digit_reward
 
 
 def alive():

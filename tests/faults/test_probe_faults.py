@@ -10,7 +10,7 @@ import torch
 from passk_guard.mitigation.protected_direction import Pass1Loss
 from passk_guard.sketch import ScoreSketcher
 from tests.faults.harness import KINDS, PROJECT, Texts, add_guard, assert_same, make, train
-from tests.tiny import digit_reward
+from tests.helpers.tiny import digit_reward
 
 
 def raises(completions, **_):

@@ -17,7 +17,7 @@ import pytest
 from passk_guard.probe.timeouts import Overdue, TimeLimit, raised_by_a_signal
 from passk_guard.probe.verifier import Verifier
 from passk_guard.utils.errors import VoidRefresh
-from tests.test_scoring import rollouts
+from tests.probe.test_verifier import rollouts
 
 LIMIT = 0.3
 
@@ -228,7 +228,7 @@ def test_the_interpreter_does_not_wait_for_a_coroutine_that_hangs():
     script = """
 import threading
 from passk_guard.probe.verifier import Verifier
-from tests.test_scoring import rollouts
+from tests.probe.test_verifier import rollouts
 async def blocks(completions, **_):
     threading.Event().wait()
 try:

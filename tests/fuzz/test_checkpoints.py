@@ -17,8 +17,8 @@ from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide
 from passk_guard.mitigation import FloorState
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, SCALAR, damaged, replaced, scratch
-from tests.populations import draw, population
-from tests.test_step_guard import Engine, guard
+from tests.helpers.populations import draw, population
+from tests.mitigation.test_gradient_guard import Engine, guard
 
 TENSOR = st.one_of(
     st.sampled_from([torch.zeros(0), torch.ones(3), torch.tensor(float("nan")), torch.eye(6), torch.zeros(3, 3)]),

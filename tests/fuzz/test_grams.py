@@ -12,8 +12,8 @@ from passk_guard.estimation.evidence import RunEvidence, conflict_score
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.mitigation import FloorState, smooth_floor
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, SCALAR
-from tests.populations import draw as drawn
-from tests.populations import population
+from tests.helpers.populations import draw as drawn
+from tests.helpers.populations import population
 
 SCALE = st.sampled_from([0.0, 5e-324, 1e-300, 1e-100, 1e-30, 1e-10, 1.0, 1e10, 1e30, 1e100, 1e150, 1e300])
 ODD_ENTRY = st.sampled_from([math.nan, math.inf, -math.inf, 1e308, -1.0, 1e30, 0.0])

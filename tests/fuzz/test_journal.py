@@ -13,7 +13,7 @@ from passk_guard.reporting.journal import JOURNAL_NAME, read_journal
 from passk_guard.reporting.run_report import report
 from passk_guard.utils.errors import GuardError
 from tests.fuzz.strategies import ANY_TEXT, JSON_VALUE, NUMBER, SCALAR, as_json, damaged, scratch
-from tests.pages.journals import HOSTILE, write_run
+from tests.helpers.journals import HOSTILE, write_run
 
 NAMES = st.one_of(
     st.sampled_from(

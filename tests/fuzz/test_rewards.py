@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from passk_guard.probe.verifier import Verifier
 from passk_guard.utils.errors import GuardError, VoidRefresh
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, ODD_TEXT, SCALAR
-from tests.test_scoring import rollouts
+from tests.probe.test_verifier import rollouts
 
 
 class Odd:

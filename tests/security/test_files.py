@@ -11,7 +11,7 @@ from passk_guard.cli import main
 from passk_guard.reporting import JOURNAL_NAME, Journal
 from passk_guard.utils.files import write_whole
 from tests.analysis.cases import synthetic
-from tests.pages.journals import write_run
+from tests.helpers.journals import write_run
 
 NAMES = ["../../escaped", "/tmp/escaped", "a\x00b", "..", "con", "x/../../y", "~/escaped", "$(touch escaped)"]
 

@@ -20,9 +20,9 @@ from passk_guard.reporting.html.page import SCRIPT
 from passk_guard.utils.errors import VoidRefresh
 from passk_guard.utils.ranks import Ranks
 from tests.analysis.cases import QUICK, PromptSampler
-from tests.pages.journals import HOSTILE, write_run
-from tests.test_scoring import rollouts
-from tests.tiny import digit_reward, tiny_model, tiny_tokenizer
+from tests.helpers.journals import HOSTILE, write_run
+from tests.helpers.tiny import digit_reward, tiny_model, tiny_tokenizer
+from tests.probe.test_verifier import rollouts
 
 PAYLOADS = [
     "</script><script>document.title='broken'</script>",
@@ -202,7 +202,7 @@ def test_an_error_on_the_command_line_is_one_line(tmp_path, capsys):
     assert all(line.startswith("passk-guard: error: ") and line.isprintable() for line in lines)
     probe = tmp_path / "probe.jsonl"
     probe.write_text("".join(json.dumps({payload: payload}) + "\n" for payload in PAYLOADS))
-    given = ["--probe", str(probe), "--correct", "tests.tiny:digit_reward", "--out", str(tmp_path / "out")]
+    given = ["--probe", str(probe), "--correct", "tests.helpers.tiny:digit_reward", "--out", str(tmp_path / "out")]
     assert main(["analyze", str(tmp_path), *given]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.isprintable()

@@ -10,7 +10,7 @@ from passk_guard.analysis.page import analysis_page
 from passk_guard.cli import main
 from passk_guard.reporting.html.page import SCRIPT, STYLE
 from tests.analysis.cases import command, save_model, synthetic, write_probe
-from tests.pages.journals import write_run
+from tests.helpers.journals import write_run
 
 
 @pytest.fixture

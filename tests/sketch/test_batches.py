@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
 from passk_guard.utils.errors import GuardError
-from tests.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 PAD = 99
 TOKENS = st.integers(0, 75)

@@ -8,9 +8,9 @@ from transformers import BartConfig, BartForCausalLM
 
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.sketch.layers import LinearContribution
+from tests.helpers.tiny import tiny_model
 from tests.sketch.models import VOCAB, DroppingLM
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
-from tests.tiny import tiny_model
 
 DROPOUT = {
     "qwen2": {"attention_dropout": 0.5},

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from passk_guard.sketch import ScoreSketcher
+from tests.helpers.tiny import tiny_model
 from tests.sketch.models import VOCAB, FusedHeadLM, GatedRMSNorm, PlainLM, ScaledLM
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
-from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2"])

@@ -8,8 +8,8 @@ import torch
 from benchmarks import gpu
 from benchmarks.sketch_speed import peak_bytes
 from passk_guard.sketch import ScoreSketcher
+from tests.helpers.tiny import tiny_model
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
-from tests.tiny import tiny_model
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GemmaConfig, Qwen3Config
 
 from passk_guard.sketch import ScoreSketcher
+from tests.helpers.tiny import tiny_model
 from tests.sketch.models import VOCAB, HandCheckpointedLM, PlainLM
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
-from tests.tiny import tiny_model
 
 
 def identity(model, batch, num_slots=6, temperature=1.0):

@@ -6,10 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from passk_guard.sketch import ScoreSketcher
+from tests.helpers.tiny import tiny_model
 from tests.sketch.models import VOCAB, NamedHeadLM, TwiceHeadLM
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
 from tests.sketch.test_lora import lora_model
-from tests.tiny import tiny_model
 
 METHODS = ["identity", "kronecker", "countsketch"]
 

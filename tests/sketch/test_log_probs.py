@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from passk_guard.sketch import ScoreSketcher
+from tests.helpers.tiny import tiny_model
 from tests.sketch.oracle import log_prob, ragged_batch
-from tests.tiny import tiny_model
 
 
 def one_by_one(model, batch, temperature):

@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from passk_guard.sketch import ScoreSketcher
+from tests.helpers.tiny import tiny_model
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
-from tests.tiny import tiny_model
 
 
 def lora_model(kind="qwen2", **extra):

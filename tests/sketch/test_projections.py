@@ -6,8 +6,8 @@ import torch
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.sketch.kronecker import is_vocabulary, split_dim
 from passk_guard.sketch.projections import draw_side, generator_for, random_signs
+from tests.helpers.tiny import tiny_model
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
-from tests.tiny import tiny_model
 
 METHODS = ["kronecker", "countsketch"]
 SEEDS = 60

@@ -5,9 +5,9 @@ import torch
 
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.utils.errors import GuardError, VoidRefresh
+from tests.helpers.tiny import tiny_model
 from tests.sketch.models import VOCAB, PlainLM
 from tests.sketch.oracle import ragged_batch
-from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

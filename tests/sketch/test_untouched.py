@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from passk_guard.sketch import ScoreSketcher
+from tests.helpers.tiny import tiny_model
 from tests.sketch.models import VOCAB, BrokenLM, RestlessLM
 from tests.sketch.oracle import ragged_batch
-from tests.tiny import tiny_model
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -1,0 +1,119 @@
+"""The journal as it lies on the disk: growing, cut off, begun again, damaged."""
+
+import json
+
+import pytest
+
+from passk_guard.reporting import JOURNAL_NAME
+from passk_guard.reporting.journal import read_journal
+from passk_guard.utils.errors import GuardError
+from tests.helpers.journals import write_run
+
+
+def line(event, step, **fields):
+    return json.dumps({"event": event, "step": step, **fields})
+
+
+def written(folder, *lines, end="\n"):
+    (folder / JOURNAL_NAME).write_text("\n".join(lines) + end)
+    return folder
+
+
+def steps(journal):
+    return [(e["event"], e["step"]) for e in journal.events]
+
+
+def test_every_prefix_of_a_growing_file_reads_up_to_its_last_whole_line(tmp_path):
+    content = (write_run(tmp_path / "whole", guarded=True) / JOURNAL_NAME).read_bytes()[:3000]
+    whole = [json.loads(part) for part in content.split(b"\n")[:-1]]
+    folder = tmp_path / "growing"
+    folder.mkdir()
+    for length in range(content.index(b"\n") + 1, len(content), 7):
+        (folder / JOURNAL_NAME).write_bytes(content[:length])
+        journal = read_journal(folder)
+        complete = content[:length].count(b"\n")
+        rest = content[:length].rsplit(b"\n", 1)[1]
+        assert journal.events[:complete] == whole[:complete]
+        assert journal.unfinished == (bool(rest) and not rest.endswith(b"}"))
+        assert len(journal.events) == complete + (bool(rest) and not journal.unfinished)
+
+
+def test_a_last_line_that_is_whole_but_for_its_end_counts(tmp_path):
+    journal = read_journal(written(tmp_path, line("refresh", 0), line("refresh", 5), end=""))
+    assert steps(journal) == [("refresh", 0), ("refresh", 5)]
+    assert not journal.unfinished
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ("{broken", "line 2: not JSON"),
+        ("[1, 2]", "line 2: expected an object with `event` and a whole number `step`"),
+        ('{"event": "refresh"}', "line 2: expected an object"),
+        ('{"event": "refresh", "step": true}', "line 2: expected an object"),
+        ('{"event": 3, "step": 1}', "line 2: expected an object"),
+    ],
+)
+def test_a_malformed_line_is_named(bad, words, tmp_path):
+    folder = written(tmp_path, line("refresh", 0), bad, line("refresh", 5))
+    with pytest.raises(GuardError, match=words):
+        read_journal(folder)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / JOURNAL_NAME).write_bytes(line("refresh", 0).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(GuardError, match="line 2: not JSON"):
+        read_journal(tmp_path)
+    (tmp_path / JOURNAL_NAME).write_bytes(line("refresh", 0).encode() + b"\n\xff\xfe")
+    assert read_journal(tmp_path).unfinished
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(GuardError, match=r"found no .*nowhere"):
+        read_journal(tmp_path / "nowhere")
+    with pytest.raises(GuardError, match=r"Expected `passk_guard.jsonl` in .*; found none"):
+        read_journal(tmp_path)
+    for content in ("", "\n\n", '{"event": "ref', '{"event": "novelty", "step": 0}\n'):
+        (tmp_path / JOURNAL_NAME).write_text(content)
+        if "novelty" in content:
+            assert read_journal(tmp_path).events == []
+            continue
+        with pytest.raises(GuardError, match="found none yet"):
+            read_journal(tmp_path)
+
+
+def test_a_file_may_be_named_itself(tmp_path):
+    folder = written(tmp_path, line("refresh", 0))
+    assert steps(read_journal(folder / JOURNAL_NAME)) == [("refresh", 0)]
+
+
+def test_unknown_events_are_ignored(tmp_path):
+    journal = read_journal(written(tmp_path, line("refresh", 0), line("novelty", 3, x=1), line("void", 5, reason="r")))
+    assert steps(journal) == [("refresh", 0), ("void", 5)]
+
+
+def test_a_resumed_run_replaces_what_it_took_again(tmp_path):
+    first = [line("refresh", 0, n=1), line("steps", 5), line("refresh", 5, n=1), line("state", 5), line("steps", 9)]
+    again = [line("refresh", 5, n=2), line("steps", 9, n=2), line("refresh", 10, n=2)]
+    journal = read_journal(written(tmp_path, *first, *again))
+    assert steps(journal) == [("refresh", 0), ("steps", 5), ("refresh", 5), ("steps", 9), ("refresh", 10)]
+    assert [e.get("n") for e in journal.of("refresh")] == [1, 2, 2]
+    assert journal.restarts == [5]
+
+
+def test_a_run_resumed_at_its_last_refresh_takes_it_once(tmp_path):
+    journal = read_journal(written(tmp_path, line("refresh", 0), line("void", 5), line("refresh", 5, n=2)))
+    assert steps(journal) == [("refresh", 0), ("refresh", 5)]
+
+
+def test_a_run_begun_anew_in_the_same_folder_stands_alone(tmp_path):
+    old = [line("refresh", s) for s in (0, 5, 10)]
+    journal = read_journal(written(tmp_path, *old, line("refresh", 0, n=2)))
+    assert steps(journal) == [("refresh", 0)]
+    assert journal.restarts == [0]
+
+
+def test_the_settings_of_the_newest_start(tmp_path):
+    lines = [line("start", 0, settings={"k": 4}), line("refresh", 0), line("start", 0, settings={"k": 8})]
+    assert read_journal(written(tmp_path, *lines, line("refresh", 5))).settings == {"k": 8}
+    assert read_journal(written(tmp_path, line("refresh", 5))).settings == {}
