@@ -11,7 +11,7 @@ and then, by --mitigation: nothing; a floor under the weights of the prompts in 
 the pass@1 loss on the probe's samples, whose gradient each training gradient is turned towards before the step.
 
 Left out: a key-value cache, several updates on the same samples with clipped ratios, a KL penalty, Adam (the plain
-gradient is what the theory is about), micro-batches, devices, checkpoints, a refresh that fails (`VoidRefresh`), and
+gradient is what the theory is about), micro-batches, devices, checkpoints, a refresh that fails (`FailedRefresh`), and
 more than one process: there, sum the sketches over ranks before the Gram matrix, and the protected gradient too.
 """
 

@@ -14,7 +14,7 @@ from passk_guard.passk import Weighting, named_weighting
 from passk_guard.passk.closed_forms import pass_at_k, passk_advantages, passk_weight
 from passk_guard.passk.max_at_k import max_at_k, pkpo_transform
 from passk_guard.passk.population import population_conflict
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 
 if TYPE_CHECKING:
     from passk_guard.analysis import Analysis, analyze
@@ -58,7 +58,7 @@ __all__ = [
     "ScoreSketcher",
     "TRLSampler",
     "Verifier",
-    "VoidRefresh",
+    "FailedRefresh",
     "Weighting",
     "analyze",
     "combine",

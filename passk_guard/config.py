@@ -133,7 +133,9 @@ class GuardConfig:
     probe_max_new_tokens: AtLeast1 = _setting(
         256, "Longest completion with model.generate; TRL trainers use their own."
     )
-    void_alert: AtLeast1 = _setting(3, "Void refreshes in a row after which an alert says that the guard is blind.")
+    failed_refresh_alert: AtLeast1 = _setting(
+        3, "Void refreshes in a row after which an alert says that the guard is blind."
+    )
     probe_seed: Natural = _setting(0, "Seed of the probe's own randomness; training's is never touched.")
     image_refreshes: Natural = _setting(
         5, "Refreshes between pictures of the kernel and the k curve in TensorBoard, wandb and trackio; 0 sends none."

@@ -28,7 +28,7 @@ from passk_guard.probe.refresh import Refresh, Refresher
 from passk_guard.probe.rollout_checks import check_rollouts, limits_of
 from passk_guard.probe.samplers import GenerateSampler, Sampler
 from passk_guard.probe.verifier import Verifier, resolve_verifier
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 from passk_guard.utils.isolation import seeded, untouched
 from passk_guard.utils.ranks import Ranks
 
@@ -195,7 +195,7 @@ def analyze(
     _on_first(ranks, lambda: job.prepare(store, fingerprint, force))
     try:
         measured = job.measure(store)
-    except VoidRefresh as error:
+    except FailedRefresh as error:
         if isinstance(error.__cause__, GuardError):
             raise error.__cause__ from None
         raise GuardError(f"The samples hold no answer: {error}.") from error

@@ -34,7 +34,7 @@ from passk_guard.probe.rollout_checks import check_rollouts, limits_of, padding_
 from passk_guard.probe.samplers import BatchTap, Sampler
 from passk_guard.reporting import Reporter
 from passk_guard.sketch import ScoreSketcher
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 from passk_guard.utils.isolation import seeded, untouched
 from passk_guard.utils.ranks import Ranks
 from passk_guard.utils.text import describe_error
@@ -163,7 +163,7 @@ class PassKGuardCallback(TrainerCallback):
                 if self._mitigator is not None:
                     memory = self._mitigator.react(refresh, estimate, memory)
         except Exception as error:  # whatever it was, training goes on
-            self._void(step_number, str(error) if isinstance(error, VoidRefresh) else describe_error(error))
+            self._void(step_number, str(error) if isinstance(error, FailedRefresh) else describe_error(error))
             return
         decision, evidence, verdict = decide(
             memory.decision, memory.evidence, estimate, score, self._rule, fresh=not refresh.probe.reused
@@ -190,7 +190,7 @@ class PassKGuardCallback(TrainerCallback):
         if self._mitigator is not None:
             self._mitigator.leave_unguarded()
         self.memory = self.memory.with_void(step_number)
-        self._reporter.void(step_number, reason, streak=self.memory.voids, alert_after=self.config.void_alert)
+        self._reporter.void(step_number, reason, streak=self.memory.voids, alert_after=self.config.failed_refresh_alert)
 
     def _sample(self, source: HeldOut, number: int) -> tuple[Rollouts, Outcomes]:
         with sampling_bar(source.sampler, wants_bar(self.config.progress_bar, self._trainer)):
@@ -217,7 +217,7 @@ class PassKGuardCallback(TrainerCallback):
             probes = memory.pooled(config.pool_refreshes)
             return estimate_pooled(probes, config.k, threshold=config.threshold, confidence=config.confidence)
         except GuardError as error:  # the user has made no mistake here: this refresh is at fault
-            raise VoidRefresh(str(error)) from error
+            raise FailedRefresh(str(error)) from error
 
     def _step_metrics(self) -> dict[str, float | None]:
         return self._mitigator.step_metrics() if self._mitigator is not None else {}

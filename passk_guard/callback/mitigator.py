@@ -67,7 +67,7 @@ class Mitigator:
         """Solve for the floor, open or close the gate, and behind an open one take a new direction to protect.
 
         Raises:
-            VoidRefresh: the direction could not be taken; the same on every rank.
+            FailedRefresh: the direction could not be taken; the same on every rank.
         """
         if self.steps is not None:
             wanted = self._config.gate == "always" or in_conflict(estimate, self._config.gate_confidence)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 from passk_guard.utils.text import brief
 
 Weighting = Callable[[Tensor], Tensor]
@@ -45,14 +45,14 @@ def combine(gramian: Tensor, method: str | Weighting) -> Tensor:
 
     Raises:
         GuardError: an unknown method, torchjd not installed, or a matrix of another shape.
-        VoidRefresh: a matrix with NaN or inf, or whose diagonal is not positive; or weights that are not finite.
+        FailedRefresh: a matrix with NaN or inf, or whose diagonal is not positive; or weights that are not finite.
     """
     if not isinstance(gramian, Tensor) or gramian.is_complex() or tuple(gramian.shape) != (2, 2):
         found = list(gramian.shape) if isinstance(gramian, Tensor) else type(gramian).__name__
         raise GuardError(f"Expected a real [2, 2] Gram matrix [[gg, gp], [gp, pp]]; found {found}.")
     wide = gramian.detach().double()
     if not bool(torch.isfinite(wide).all()) or not bool((wide.diagonal() > 0).all()) or not _possible(wide):
-        raise VoidRefresh(f"no weights follow from the Gram matrix {wide.tolist()}")
+        raise FailedRefresh(f"no weights follow from the Gram matrix {wide.tolist()}")
     chosen = _weighting(method) if isinstance(method, str) else method
     if not callable(chosen):
         raise GuardError(f"Expected `method` to be a name or a weighting of torchjd; found {brief(method)}.")
@@ -60,7 +60,7 @@ def combine(gramian: Tensor, method: str | Weighting) -> Tensor:
     if not isinstance(weights, Tensor) or weights.shape != (2,):
         raise GuardError(f"Expected a weighting that returns 2 weights; {brief(method)} gave {brief(weights)}.")
     if not bool(torch.isfinite(weights).all()):
-        raise VoidRefresh(f"{method} gave the weights {weights.tolist()} for the Gram matrix {wide.tolist()}")
+        raise FailedRefresh(f"{method} gave the weights {weights.tolist()} for the Gram matrix {wide.tolist()}")
     return weights.detach().to(wide)
 
 

@@ -39,7 +39,7 @@ class FloorGuard:
         weight has no unbiased estimate from samples of an earlier policy.
 
         Raises:
-            VoidRefresh: it could not be solved for on some rank.
+            FailedRefresh: it could not be solved for on some rank.
         """
         if probes[-1].reused:
             self.solution = FloorSolution("undetermined", "no fresh samples")

@@ -17,7 +17,7 @@ from passk_guard.mitigation.protected_direction import Share, share_of
 from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.sketch import TokenBatch, filler_batch
 from passk_guard.utils.checkpoint import save_whole
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 from passk_guard.utils.text import Once, brief, describe_error, one_line
 
@@ -82,7 +82,7 @@ class StepGuard:
         Where memory runs out on a rank, all ranks try again with batches of half the size, and keep to that size.
 
         Raises:
-            VoidRefresh: on all ranks, when the loss failed on one or the gradient is not finite.
+            FailedRefresh: on all ranks, when the loss failed on one or the gradient is not finite.
         """
         pieces = list(batches)
         for _ in range(self._halvings):
@@ -106,7 +106,7 @@ class StepGuard:
         new = until_it_fits(self._ranks, lambda: self._ranks.together(probe), smaller)
         norm_sq = self.engine.inner_products([(new, new)])[0]
         if not math.isfinite(norm_sq):
-            raise VoidRefresh("the probe's pass@1 gradient is not finite")
+            raise FailedRefresh("the probe's pass@1 gradient is not finite")
         if self.protected is not None and self._average:
             for old, fresh in zip(self.protected, new, strict=True):
                 fresh.mul_(1 - self._average).add_(old, alpha=self._average)
@@ -132,14 +132,14 @@ class StepGuard:
             self._turn(self.protected)
         except Exception as error:  # on every rank alike: a version of the engine that is not what it was taken for
             self.open = False
-            reason = str(error) if isinstance(error, VoidRefresh) else describe_error(error)
+            reason = str(error) if isinstance(error, FailedRefresh) else describe_error(error)
             self._fail(f"steps are left unguarded until the next refresh: {reason}")
 
     def _turn(self, protected: list[Tensor]) -> None:
         began = time.perf_counter()
         gradient, scale = self._ranks.together(lambda: (self.engine.gradient(), self.engine.loss_scale()))
         if not self._proven and [part.shape for part in gradient] != [part.shape for part in protected]:
-            raise VoidRefresh("the protected direction in the checkpoint is of another model")
+            raise FailedRefresh("the protected direction in the checkpoint is of another model")
         self._proven = True
         pairs = [(gradient, protected), (gradient, gradient)]
         if self._norm_sq is None:

@@ -1,5 +1,6 @@
-"""What an objective of RL with 0/1 rewards does to prompts: its weight on each prompt's gradient, as published."""
+"""Closed forms of pass@k, and of other objectives as the weight that each puts on a prompt's gradient."""
 
+from passk_guard.passk.closed_forms import pass_at_k, passk_advantages, passk_weight, unbiased_passk_weight
 from passk_guard.passk.objectives import dr_grpo, grpo, maxrl, named_weighting, passk, passk_training, rloo, rs_grpo
 from passk_guard.passk.weighting import Weighting
 
@@ -9,8 +10,12 @@ __all__ = [
     "grpo",
     "maxrl",
     "named_weighting",
+    "pass_at_k",
     "passk",
+    "passk_advantages",
     "passk_training",
+    "passk_weight",
     "rloo",
     "rs_grpo",
+    "unbiased_passk_weight",
 ]

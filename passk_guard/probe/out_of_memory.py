@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from passk_guard.sketch import TokenBatch, filler_batch
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 
 T = TypeVar("T")
@@ -22,26 +22,26 @@ def until_it_fits(ranks: Ranks, attempt: Callable[[], T], smaller: Callable[[], 
 
     Args:
         ranks: the processes of the run.
-        attempt: raises VoidRefresh on all ranks or on none, as `Ranks.together` sees to.
+        attempt: raises FailedRefresh on all ranks or on none, as `Ranks.together` sees to.
         smaller: makes the next attempt smaller; False where it cannot be. The same answer on every rank.
 
     Returns:
         What the attempt that fitted returned.
 
     Raises:
-        VoidRefresh: that of the attempt, when it failed for another reason or cannot be made smaller.
+        FailedRefresh: that of the attempt, when it failed for another reason or cannot be made smaller.
     """
     while True:
         try:
             return attempt()
-        except VoidRefresh as error:
+        except FailedRefresh as error:
             # Without its traceback, in whose frames the tensors of the attempt live on.
             reason, short = str(error), out_of_memory(error)
         if not ranks.max(int(short)):
-            raise VoidRefresh(reason)
+            raise FailedRefresh(reason)
         free_memory()
         if not smaller():
-            raise VoidRefresh(reason)
+            raise FailedRefresh(reason)
 
 
 def out_of_memory(error: BaseException | None) -> bool:

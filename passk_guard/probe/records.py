@@ -1,4 +1,4 @@
-"""."""
+"""The records of one refresh before there is a Gram matrix: sampled completions and their verdicts."""
 
 from __future__ import annotations
 

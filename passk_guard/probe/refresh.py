@@ -15,7 +15,7 @@ from passk_guard.probe.out_of_memory import largest, until_it_fits
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.score_sums import add_scores_, gram_matrix, sum_over_ranks_
 from passk_guard.sketch import ScoreSketcher, TokenBatch, filler_batch, token_batches
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 
 
@@ -71,7 +71,7 @@ class Refresher:
     keeps_log_probs: bool = False
 
     def run(self, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable], seed: int) -> Refresh:
-        """Run all stages. Every rank calls this, and every rank gets the same Gram matrix or the same VoidRefresh.
+        """Run all stages. Every rank calls this, and every rank gets the same Gram matrix or the same FailedRefresh.
 
         Where memory runs out on a rank, all ranks try again with half of it, as long as there is a smaller piece.
 
@@ -81,7 +81,7 @@ class Refresher:
             seed: of the projections, new for each refresh so that pooling averages the sketch's error out.
 
         Raises:
-            VoidRefresh: a stage failed on some rank, too few prompts have k verdicts, or a score is not finite.
+            FailedRefresh: a stage failed on some rank, too few prompts have k verdicts, or a score is not finite.
         """
         rollouts, outcomes = until_it_fits(self.ranks, lambda: self.ranks.together(sample), self.sample_fewer)
         num_samples, num_correct = self._counts(rollouts, outcomes)
@@ -89,12 +89,12 @@ class Refresher:
         kept = (num_samples >= self.k).nonzero().squeeze(1)
         remark = _remark(outcomes, failures, num_correct, dropped=num_samples.numel() - kept.numel(), k=self.k)
         if kept.numel() == 0:
-            raise VoidRefresh(f"no prompt has {self.k} samples with a verdict; {remark}")
+            raise FailedRefresh(f"no prompt has {self.k} samples with a verdict; {remark}")
         mixed = (num_samples >= self.k) & (num_correct > 0) & (num_correct < num_samples)
         batches, log_probs, sums = self._sketched(rollouts, _slots(rollouts, outcomes, mixed), seed)
         gram = self.gram(sums, kept)
         if not bool(torch.stack(gram.aminmax()).isfinite().all()):  # NaN comes through
-            raise VoidRefresh("the inner products of the score vectors are not finite")
+            raise FailedRefresh("the inner products of the score vectors are not finite")
         names = [keys[i] for i in kept.tolist()] if len(keys) else ()
         return Refresh(
             probe=ProbeGram(gram, num_samples[kept], num_correct[kept], names),
@@ -175,7 +175,7 @@ class Refresher:
         """[2m, dim] sketched sums S+ and S- over the samples of all ranks; `add(total, i)` adds those of pass i.
 
         Raises:
-            VoidRefresh: on all ranks, when a pass failed on one.
+            FailedRefresh: on all ranks, when a pass failed on one.
         """
         self.sketcher.reseed(seed)
         total = torch.zeros(num_slots, self.sketcher.dim, device=self.ranks.device)

@@ -14,7 +14,7 @@ from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.refresh import Refresh, Refresher
 from passk_guard.probe.score_sums import add_reweighted_scores_
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 
 
 class RolloutKeeper:
@@ -45,7 +45,7 @@ class RolloutKeeper:
         """From the kept rollouts where there are some and they are worth it, else from fresh ones; as `Refresher.run`.
 
         Raises:
-            VoidRefresh: on all ranks; drop the rollouts then.
+            FailedRefresh: on all ranks; drop the rollouts then.
         """
         self._share, self._left_at = 1.0, None
         if self._drawn is not None and self._used < self._refreshes:
@@ -86,7 +86,7 @@ def look_again(drawn: Refresh, refresher: Refresher, seed: int, least: float) ->
         below `least`, and where a ratio or an inner product is beyond what a number can hold. Then the share.
 
     Raises:
-        VoidRefresh: on all ranks, when a pass failed on one.
+        FailedRefresh: on all ranks, when a pass failed on one.
     """
     ranks, m = refresher.ranks, drawn.num_samples.numel()
     ratios = list[Tensor]()
@@ -129,7 +129,7 @@ def _worth(refresher: Refresher, drawn: Refresh, ratios: Sequence[Tensor]) -> tu
         log_ratios, wrong, counted = _by_prompt(torch.cat(list(ratios)), slots, m, n)
         here = counted.any(1)
         if bool((counted.sum(1) != drawn.num_samples)[here].any()):
-            raise VoidRefresh("the samples of a prompt are on several ranks, and their ratios belong together")
+            raise FailedRefresh("the samples of a prompt are on several ranks, and their ratios belong together")
         misses = miss_estimates(log_ratios, wrong, drawn.num_samples)
         share = effective_share(log_ratios, counted)
         found = torch.cat([misses, share[:, None], torch.ones_like(share)[:, None]], 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from passk_guard.probe.records import Rollouts
 from passk_guard.probe.samplers.protocol import context_length
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.text import brief
 
 _LARGEST = 2**31  # above the vocabulary of any model
@@ -22,7 +22,7 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
         context: tokens the model has positions for; None for unknown.
 
     Raises:
-        VoidRefresh: lists of different lengths or none at all, no token in any completion, a token id that is no whole
+        FailedRefresh: lists of different lengths or none at all, no token in any completion, a token id that is no whole
             number or that the model does not have, no token in a prompt, or a prompt with its
             completion longer than the context.
     """
@@ -33,25 +33,25 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
     }
     if set(counts.values()) != {len(rollouts)}:
         found = ", ".join(f"{'no list of' if count is None else count} {name}" for name, count in counts.items())
-        raise VoidRefresh(f"the sampler returned {found}; expected {len(rollouts)} of each")
+        raise FailedRefresh(f"the sampler returned {found}; expected {len(rollouts)} of each")
     some, limit = False, _LARGEST if vocabulary is None else vocabulary
     for number, (prompt, completion) in enumerate(zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)):
         ids = [*_tokens(prompt, number), *_tokens(completion, number)]
         some = some or len(completion) > 0
         if len(prompt) == 0:  # the first token of a completion is predicted from the last one of the prompt
-            raise VoidRefresh(f"sample {number} has no prompt token; start prompts with a BOS token")
+            raise FailedRefresh(f"sample {number} has no prompt token; start prompts with a BOS token")
         if context is not None and len(ids) > context:
-            raise VoidRefresh(
+            raise FailedRefresh(
                 f"sample {number} has {len(prompt)} + {len(completion)} tokens; the model has positions for {context}"
             )
         lowest, highest = min(ids, default=0), max(ids, default=0)
         if ids and (lowest < 0 or highest >= limit):
             odd = lowest if lowest < 0 else highest
-            raise VoidRefresh(
+            raise FailedRefresh(
                 f"sample {number} has the token id {brief(odd)}; the model has ids from 0 to {vocabulary}"
             )
     if len(rollouts) and not some:
-        raise VoidRefresh(f"the sampler returned no token in any of {len(rollouts)} completions")
+        raise FailedRefresh(f"the sampler returned no token in any of {len(rollouts)} completions")
 
 
 def _length(value: Any) -> int | None:
@@ -66,7 +66,7 @@ def _tokens(ids: Any, number: int) -> list[int]:
     try:
         return [operator.index(token) for token in ids]
     except Exception:
-        raise VoidRefresh(f"sample {number} has the tokens {brief(ids)}; expected a list of whole numbers") from None
+        raise FailedRefresh(f"sample {number} has the tokens {brief(ids)}; expected a list of whole numbers") from None
 
 
 def limits_of(model: Any) -> dict[str, int | None]:

@@ -33,7 +33,7 @@ def add_scores_(
         `total`, or a copy in float64 where the sketch is (of a float64 model) and `total` was not.
 
     Raises:
-        GuardError, VoidRefresh: as `ScoreSketcher.sketch`.
+        GuardError, FailedRefresh: as `ScoreSketcher.sketch`.
     """
     found, local = batch.slots.unique(return_inverse=True)
     unused = int(bool((found == -1).any()))  # sorted: -1 is the first, and becomes -1 again
@@ -67,7 +67,7 @@ def add_reweighted_scores_(
         `total` as of `add_scores_`, and [B] float64 log ratios, 0 for slot -1.
 
     Raises:
-        GuardError, VoidRefresh: as `ScoreSketcher.sketch`.
+        GuardError, FailedRefresh: as `ScoreSketcher.sketch`.
     """
     counted = batch.slots >= 0
     size, found = int(counted.sum()), torch.empty_like(drawn)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.timeouts import Aside, Overdue, TimeLimit, raised_by_a_signal
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 from passk_guard.utils.text import brief, describe_error, one_line
 
 RewardFunction = Callable[..., Any]
@@ -73,7 +73,7 @@ class Verifier:
             Outcomes with correct [B].
 
         Raises:
-            VoidRefresh: the function raised on every sample, did not come back in time, or returned something else
+            FailedRefresh: the function raised on every sample, did not come back in time, or returned something else
                 than one number or None a sample.
         """
         scored = [i for i, prompt in enumerate(rollouts.prompt_index) if prompt >= 0]
@@ -83,7 +83,7 @@ class Verifier:
         try:
             given, failures, reason = self._limit.call(lambda: self._call(rollouts, scored, trainer_state))
         except Overdue as late:
-            raise VoidRefresh(f"`{self.name}` {late}") from None
+            raise FailedRefresh(f"`{self.name}` {late}") from None
         for i, reward in zip(scored, given, strict=True):
             rewards[i] = reward
         return self.outcomes(rewards, failures=failures, reason=reason)
@@ -118,16 +118,16 @@ class Verifier:
     def _merge(self, results: list[Any]) -> tuple[list[float], int, str | None]:
         errors = [describe_error(r) for r in results if isinstance(r, BaseException)]
         if len(errors) == len(results):
-            raise VoidRefresh(f"`{self.name}` raised on each of {len(results)} samples, first {errors[0]}")
+            raise FailedRefresh(f"`{self.name}` raised on each of {len(results)} samples, first {errors[0]}")
         rewards = [math.nan if isinstance(r, BaseException) else self._numbers(r, 1)[0] for r in results]
         return rewards, len(errors), errors[0] if errors else None
 
     def _numbers(self, result: Any, expected: int) -> list[float]:
         """`expected` rewards as floats, None as NaN."""
 
-        def refused(found: str) -> VoidRefresh:
+        def refused(found: str) -> FailedRefresh:
             wanted = f"expected a list of {expected}, one float, bool or None a completion"
-            return VoidRefresh(f"`{self.name}` returned {found}; {wanted}")
+            return FailedRefresh(f"`{self.name}` returned {found}; {wanted}")
 
         if isinstance(result, _NO_LIST) or not hasattr(result, "__iter__"):
             raise refused(f"{type(result).__name__} {brief(result)}")

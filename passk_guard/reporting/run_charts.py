@@ -112,7 +112,7 @@ def alerts(run: Run) -> list[tuple[int, str, str]]:
 
 def blind_events(run: Run) -> list[Event]:
     """Void refreshes that completed a row after which the guard alerts."""
-    after = number(run.journal.settings.get("void_alert")) or 3  # the default of GuardConfig
+    after = number(run.journal.settings.get("failed_refresh_alert")) or 3  # the default of GuardConfig
     return [e for e in run.journal.of("void") if e.get("alert", e.get("streak") == after)]
 
 

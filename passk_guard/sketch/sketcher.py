@@ -13,7 +13,7 @@ from passk_guard.sketch.checks import check_batch, check_dim, check_log_probs, c
 from passk_guard.sketch.countsketch import CountSketchAccumulator, IdentityAccumulator
 from passk_guard.sketch.coverage import Coverage, Plan, make_plan, trainable_ids, warn_if_low, warn_missed
 from passk_guard.sketch.kronecker import KroneckerAccumulator
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 
 Method = Literal["kronecker", "countsketch", "identity"]
 
@@ -111,7 +111,7 @@ class ScoreSketcher:
         Raises:
             GuardError: arguments that do not fit together, packed or left-padded rows, a model that returns no
                 logits.
-            VoidRefresh: NaN or infinity in the result; names the samples.
+            FailedRefresh: NaN or infinity in the result; names the samples.
         """
         check_batch(input_ids, attention_mask, completion_mask, slots, num_slots, temperature)
         check_log_probs(log_probs, len(slots))
@@ -167,7 +167,7 @@ class ScoreSketcher:
             S_plus and S_minus, each [m, dim].
 
         Raises:
-            GuardError, VoidRefresh: as in `sketch`.
+            GuardError, FailedRefresh: as in `sketch`.
         """
         check_prompts(prompt_index, correct, num_prompts)
         correct = correct.to(prompt_index.device)
@@ -204,4 +204,4 @@ def _check_finite(sketch: Tensor, log_probs: Tensor) -> None:
         if found
         else "every log-probability is finite, so the backward overflowed"
     )
-    raise VoidRefresh(f"The sketched score vectors hold NaN or infinity: {cause}.")
+    raise FailedRefresh(f"The sketched score vectors hold NaN or infinity: {cause}.")

@@ -5,5 +5,5 @@ class GuardError(ValueError):
     """Misuse: raised at construction or at train begin, and says what to pass instead."""
 
 
-class VoidRefresh(Exception):
+class FailedRefresh(Exception):
     """One refresh gave no estimate. It is logged with its reason, and training goes on."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.text import describe_error
 
 T = TypeVar("T")
@@ -58,14 +58,14 @@ class Ranks:
         A rank that raised would otherwise leave the others waiting in their next collective for ever.
 
         Raises:
-            VoidRefresh: with the reason of the first rank that failed.
+            FailedRefresh: with the reason of the first rank that failed.
         """
         reason: str | None = None
         cause: Exception | None = None
         result: T | None = None
         try:
             result = stage()
-        except VoidRefresh as error:
+        except FailedRefresh as error:
             reason, cause = str(error), error
         except Exception as error:  # whatever it was, training goes on
             reason, cause = describe_error(error), error
@@ -76,7 +76,7 @@ class Ranks:
             reason = f"rank {failed}: {reasons[failed]}"
         if reason is not None:
             try:
-                raise VoidRefresh(reason) from cause
+                raise FailedRefresh(reason) from cause
             finally:
                 del cause  # in a cycle with its traceback, the tensors of the stage would wait for the collector
         return result  # type: ignore[return-value]

@@ -220,7 +220,7 @@ def test_void_refreshes_alert_once_and_recover(tmp_path, caplog):
         return ["yes"] * len(completions) if len(calls) <= 3 else [1.0] * len(completions)
 
     trainer = tiny_lm_trainer(tmp_path, max_steps=6)
-    guard = guard_of(trainer, correct=sometimes, refresh_steps=1, void_alert=2)
+    guard = guard_of(trainer, correct=sometimes, refresh_steps=1, failed_refresh_alert=2)
     with caplog.at_level(logging.WARNING, logger="passk_guard"):
         trainer.train()
     text = "\n".join(r.getMessage() for r in caplog.records)

@@ -311,7 +311,7 @@ def tracker_takes_no_pictures(stack, trainer, given):
     broken_tracker(stack, trainer)
 
 
-@fault(engines=("ddp",), void_alert=1)
+@fault(engines=("ddp",), failed_refresh_alert=1)
 def tracker_takes_no_alerts(stack, trainer, given):
     broken_tracker(stack, trainer)
     verifier_raises(stack, trainer, given)

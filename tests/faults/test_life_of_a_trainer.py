@@ -16,7 +16,7 @@ from tests.faults.harness import KINDS, PROJECT, At, Run, Texts, add_guard, asse
 from tests.helpers.tiny import tiny_rows, tiny_tokenizer
 
 
-def always_void(completions, **_):
+def always_failing(completions, **_):
     raise ValueError("no verdict")
 
 
@@ -25,7 +25,7 @@ def refreshes(run):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", [{}, {"correct": always_void} | PROJECT], ids=["observe", "void"])
+@pytest.mark.parametrize("config", [{}, {"correct": always_failing} | PROJECT], ids=["observe", "void"])
 def test_train_called_twice(kind, config, tmp_path):
     runs = []
     for guarded in (False, True):
@@ -71,7 +71,7 @@ def test_a_guard_added_after_a_resume(tmp_path):
     saved = {"save_strategy": "steps", "save_steps": 2}
     whole = train(make("lm", tmp_path / "whole", **saved))
     trainer = make("lm", tmp_path / "late", **saved)
-    guard = add_guard(trainer, correct=always_void, sampler=Texts(trainer.processing_class), **PROJECT)
+    guard = add_guard(trainer, correct=always_failing, sampler=Texts(trainer.processing_class), **PROJECT)
     run = train(trainer, guard, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert run.error is None
     assert refreshes(run) == [2]
@@ -81,7 +81,7 @@ def test_a_guard_added_after_a_resume(tmp_path):
 @pytest.mark.parametrize("event", ["on_step_begin", "on_step_end", "on_log"])
 def test_a_guard_added_while_training_goes_on(event, references, tmp_path):
     trainer = make("lm", tmp_path)
-    guard = add_guard(trainer, correct=always_void, sampler=Texts(trainer.processing_class), **PROJECT)
+    guard = add_guard(trainer, correct=always_failing, sampler=Texts(trainer.processing_class), **PROJECT)
     trainer.remove_callback(guard)
     trainer.add_callback(At(event, 1, lambda: trainer.add_callback(guard)))
     run = train(trainer, guard)
@@ -190,7 +190,7 @@ class Terminate(TrainerCallback):
             time.sleep(0.2)  # transformers' handler starts a timer
 
 
-@pytest.mark.parametrize("config", [{}, {"correct": always_void} | PROJECT], ids=["observe", "void"])
+@pytest.mark.parametrize("config", [{}, {"correct": always_failing} | PROJECT], ids=["observe", "void"])
 def test_sigterm_between_probe_and_step(config, tmp_path):
     """transformers writes a checkpoint there and stops; it is that of no guard, and so is what is resumed from it."""
     resumed, cut = [], []

@@ -8,7 +8,7 @@ from passk_guard.mitigation.protected_direction import Pass1Loss
 from passk_guard.probe.out_of_memory import halved, out_of_memory, until_it_fits
 from passk_guard.probe.samplers import GenerateSampler
 from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 from tests.faults.harness import PROJECT, Texts, add_guard, assert_same, make, train
 from tests.helpers.tiny import tiny_grpo_trainer, tiny_model, tiny_tokenizer
@@ -176,7 +176,7 @@ def test_the_trainers_own_generation_in_smaller_batches(tmp_path, monkeypatch):
 def test_what_counts_as_out_of_memory(error, expected):
     assert out_of_memory(error) is expected
     if error is not None:
-        with pytest.raises(VoidRefresh) as raised:
+        with pytest.raises(FailedRefresh) as raised:
             ALONE.together(lambda: (_ for _ in ()).throw(error))
         assert out_of_memory(raised.value) is expected
 
@@ -186,9 +186,9 @@ def test_another_failure_is_not_tried_again():
 
     def attempt():
         attempts.append(1)
-        raise VoidRefresh("not finite")
+        raise FailedRefresh("not finite")
 
-    with pytest.raises(VoidRefresh, match="not finite"):
+    with pytest.raises(FailedRefresh, match="not finite"):
         until_it_fits(ALONE, attempt, lambda: True)
     assert attempts == [1]
 
@@ -207,7 +207,7 @@ def test_the_tensors_of_a_failed_attempt_are_gone_before_the_next():
         try:
             no_room()
         except torch.OutOfMemoryError as error:
-            raise VoidRefresh("no room") from error
+            raise FailedRefresh("no room") from error
 
     gc.disable()
     try:

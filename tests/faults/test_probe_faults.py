@@ -81,7 +81,7 @@ SAMPLERS = {
 }
 
 
-def expect_void(run, words, refreshes=2):
+def expect_failed_refresh(run, words, refreshes=2):
     assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["void"] * refreshes, run.events
     assert words in run.of("void")[0]["reason"]
     assert run.guard.memory.voids == refreshes
@@ -95,7 +95,7 @@ def test_verifiers(verifier, mitigation, references, tmp_path):
     more = PROJECT if mitigation == "project" else {}
     sampler = Texts(trainer.processing_class)
     run = train(trainer, add_guard(trainer, correct=verifier, sampler=sampler, verifier_timeout=0.2, **more))
-    expect_void(run, VERIFIERS[verifier])
+    expect_failed_refresh(run, VERIFIERS[verifier])
     assert_same(run, references.of("lm"))
 
 
@@ -104,7 +104,7 @@ def test_verifiers(verifier, mitigation, references, tmp_path):
 def test_verifiers_beside_grpo(verifier, references, tmp_path):
     trainer = make("grpo", tmp_path)
     run = train(trainer, add_guard(trainer, correct=verifier, verifier_timeout=0.2))
-    expect_void(run, VERIFIERS[verifier])
+    expect_failed_refresh(run, VERIFIERS[verifier])
     assert_same(run, references.of("grpo"))
 
 
@@ -121,7 +121,7 @@ def test_generation(fault, references, tmp_path):
     change, words = SAMPLERS[fault]
     trainer = make("lm", tmp_path)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class, change=change), **PROJECT))
-    expect_void(run, words)
+    expect_failed_refresh(run, words)
     assert_same(run, references.of("lm"))
 
 
@@ -140,7 +140,7 @@ def test_logits_that_are_not_finite(damage, references, tmp_path):
     trainer = make("lm", tmp_path)
     damage(trainer)
     run = train(trainer, add_guard(trainer, **PROJECT))
-    expect_void(run, "the model's logits are not finite")
+    expect_failed_refresh(run, "the model's logits are not finite")
     assert_same(run, references.of("lm", damage))
 
 
@@ -148,7 +148,7 @@ def test_logits_that_are_not_finite_in_the_sketch(references, tmp_path):
     trainer = make("lm", tmp_path)
     nan_weights(trainer)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
-    expect_void(run, "The sketched score vectors hold NaN or infinity")
+    expect_failed_refresh(run, "The sketched score vectors hold NaN or infinity")
     assert_same(run, references.of("lm", nan_weights))
 
 
@@ -160,7 +160,7 @@ def test_scores_whose_sum_over_batches_overflows(references, tmp_path, monkeypat
     trainer = make("lm", tmp_path)
     sampler = Texts(trainer.processing_class)
     run = train(trainer, add_guard(trainer, sampler=sampler, max_probe_tokens=50, **PROJECT))
-    expect_void(run, "the inner products of the score vectors are not finite")
+    expect_failed_refresh(run, "the inner products of the score vectors are not finite")
     assert_same(run, references.of("lm"))
 
 
@@ -200,7 +200,7 @@ def test_an_error_in_any_stage(where, references, tmp_path, monkeypatch):
         monkeypatch.setattr(Pass1Loss, "__call__", broken)
     trainer = make("lm", tmp_path)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
-    expect_void(run, "ArithmeticError: not foreseen")
+    expect_failed_refresh(run, "ArithmeticError: not foreseen")
     assert_same(run, references.of("lm"))
 
 
@@ -216,7 +216,7 @@ def test_an_error_in_solving_for_the_floor(tmp_path, monkeypatch):
         trainer = make("grpo", tmp_path / str(guarded), scale_rewards="none", loss_type="dr_grpo")
         with PassKObjective(trainer, k=4):
             runs.append(train(trainer, add_guard(trainer, mitigation="reweight") if guarded else None))
-    expect_void(runs[1], "ArithmeticError: not foreseen")
+    expect_failed_refresh(runs[1], "ArithmeticError: not foreseen")
     assert_same(runs[1], runs[0])
 
 
@@ -229,7 +229,7 @@ def test_the_restoring_of_state_that_fails(references, tmp_path, monkeypatch):
     monkeypatch.setattr("passk_guard.callback.state.Memory.with_refresh", broken)
     trainer = make("lm", tmp_path)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
-    expect_void(run, "ZeroDivisionError: after the stages")
+    expect_failed_refresh(run, "ZeroDivisionError: after the stages")
     assert_same(run, references.of("lm"))
 
 

@@ -153,7 +153,9 @@ def test_a_tracker_that_raises(name, tracker, references, tmp_path, monkeypatch,
             raise ValueError
         return [float(c.isdigit()) for c in completions]
 
-    guard = add_guard(trainer, sampler=sampler, correct=sometimes, refresh_steps=1, image_refreshes=1, void_alert=1)
+    guard = add_guard(
+        trainer, sampler=sampler, correct=sometimes, refresh_steps=1, image_refreshes=1, failed_refresh_alert=1
+    )
     trainer.args.report_to = [name]
 
     # transformers looks for the module before training begins, so it comes after that.

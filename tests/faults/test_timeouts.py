@@ -16,7 +16,7 @@ import pytest
 
 from passk_guard.probe.timeouts import Overdue, TimeLimit, raised_by_a_signal
 from passk_guard.probe.verifier import Verifier
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 from tests.probe.test_verifier import rollouts
 
 LIMIT = 0.3
@@ -190,7 +190,7 @@ def test_a_function_that_asks_to_exit_is_a_failure_and_not_the_end_of_training()
     async def later(completions, **_):
         raise SystemExit(1)
 
-    with pytest.raises(VoidRefresh, match="SystemExit"):
+    with pytest.raises(FailedRefresh, match="SystemExit"):
         Verifier(later).score(rollouts(["a"]))
 
 
@@ -204,7 +204,7 @@ def test_a_coroutine_that_hangs_is_cancelled():
             cancelled.append(1)
             raise
 
-    with pytest.raises(VoidRefresh, match="`waits` was still running after"):
+    with pytest.raises(FailedRefresh, match="`waits` was still running after"):
         Verifier(waits, timeout=LIMIT).score(rollouts(["a"]))
     deadline = time.monotonic() + 10
     while not cancelled and time.monotonic() < deadline:
@@ -218,7 +218,7 @@ def test_the_limit_is_for_all_calls_of_one_refresh_together():
         raise ValueError
 
     began = time.monotonic()
-    with pytest.raises(VoidRefresh, match="still running"):
+    with pytest.raises(FailedRefresh, match="still running"):
         Verifier(raises_late, timeout=LIMIT).score(rollouts(["a"] * 100))
     assert time.monotonic() - began < 5
 
@@ -242,5 +242,5 @@ except Exception as error:
 
 @pytest.mark.parametrize("rewards", [iter(int, 1), (1.0 for _ in range(10**12)), [10**400, 1.0]])
 def test_rewards_without_end(rewards):
-    with pytest.raises(VoidRefresh, match="expected a list of 2"):
+    with pytest.raises(FailedRefresh, match="expected a list of 2"):
         Verifier(lambda completions, **_: rewards).score(rollouts(["a", "b"]))

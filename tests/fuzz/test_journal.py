@@ -34,7 +34,7 @@ EVENTS = st.builds(
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    folder = write_run(tmp_path_factory.mktemp("run"), guarded=True, settings={"k": 8, "void_alert": 3})
+    folder = write_run(tmp_path_factory.mktemp("run"), guarded=True, settings={"k": 8, "failed_refresh_alert": 3})
     return (folder / JOURNAL_NAME).read_bytes()
 
 
@@ -64,7 +64,10 @@ def drawn(content, other=None):
 @example([{"event": "steps", "step": s, "coefficient": v} for s, v in ((0, 0.0), (1, 5e-324))])
 @example([{"event": "refresh", "step": s, "pass_at_1": v, "pass_at_1_se": v} for s, v in ((0, 1.7e308), (1, -1e308))])
 @example(
-    [{"event": "start", "step": 0, "settings": {"threshold": 1e300, "void_alert": "x"}}, {"event": "void", "step": 0}]
+    [
+        {"event": "start", "step": 0, "settings": {"threshold": 1e300, "failed_refresh_alert": "x"}},
+        {"event": "void", "step": 0},
+    ]
 )
 @example([{"event": "state", "step": 3, "to": {}, "message": []}])
 def test_whole_lines_of_anything(events):

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from passk_guard.probe.verifier import Verifier
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, ODD_TEXT, SCALAR
 from tests.probe.test_verifier import rollouts
 
@@ -95,7 +95,7 @@ def score(function, count=3):
     """The verdicts, checked, or the reason of the void refresh."""
     try:
         outcomes = Verifier(function).score(rollouts([str(i) for i in range(count)]))
-    except VoidRefresh as void:
+    except FailedRefresh as void:
         reason = str(void)
     else:
         return checked(outcomes, count)
@@ -152,7 +152,7 @@ def test_any_columns(columns):
     rows = [{"prompt": "p", **columns}] * 2
     try:
         outcomes = Verifier(lambda **_: [1.0, 0.0]).score(rollouts(["a", "b"], rows=rows))
-    except VoidRefresh:
+    except FailedRefresh:
         return
     assert outcomes.correct.tolist() == [1, 0]
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from passk_guard.probe.records import Rollouts
 from passk_guard.probe.rollout_checks import check_rollouts
 from passk_guard.sketch import token_batches
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, SCALAR
 
 TOKEN = st.one_of(st.integers(0, 9), st.integers(0, 9), NUMBER, SCALAR, st.just(np.int64(3)), st.just(torch.tensor(4)))
@@ -35,7 +35,7 @@ def test_any_rollouts(prompt_ids, completion_ids, completions, vocabulary, conte
     rollouts = Rollouts([{"prompt": "p"}] * 2, [0, 1], prompt_ids, completion_ids, completions, 2)
     try:
         check_rollouts(rollouts, vocabulary=vocabulary, context=context)
-    except VoidRefresh as void:
+    except FailedRefresh as void:
         reason = str(void)
         assert reason.isprintable()
         return

@@ -7,7 +7,7 @@ import torch
 
 from passk_guard.mitigation import combine, projection_coefficient
 from passk_guard.mitigation.combine import METHODS
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 
 G, P = torch.tensor([3.0, 0.0, 1.0]).double(), torch.tensor([-1.0, 0.5, 0.0]).double()
 
@@ -76,12 +76,12 @@ def test_a_weighting_of_ones_own_keeps_its_memory(aggregation):
 def test_a_matrix_without_an_answer_voids(bad):
     matrix = gramian()
     matrix[1, 1] = bad
-    with pytest.raises(VoidRefresh, match="Gram matrix"):
+    with pytest.raises(FailedRefresh, match="Gram matrix"):
         combine(matrix, "mgda")
 
 
 def test_weights_that_are_not_finite_void():
-    with pytest.raises(VoidRefresh, match="gave the weights"):
+    with pytest.raises(FailedRefresh, match="gave the weights"):
         combine(gramian(), lambda matrix: matrix[0] * float("nan"))
 
 

@@ -5,7 +5,7 @@ import torch
 
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.refresh import Refresher
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 
 
@@ -100,9 +100,9 @@ def test_stages_that_fail_are_void():
     def fails():
         raise MemoryError("no room")
 
-    with pytest.raises(VoidRefresh, match="MemoryError: no room"):
+    with pytest.raises(FailedRefresh, match="MemoryError: no room"):
         refresher.run(fails, (), 0)
-    with pytest.raises(VoidRefresh, match="no prompt has 2 samples with a verdict"):
+    with pytest.raises(FailedRefresh, match="no prompt has 2 samples with a verdict"):
         refresh([0, 1], [1, 0])
 
 

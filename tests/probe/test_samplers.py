@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from passk_guard.probe.samplers import BatchTap, GenerateSampler, Sampler, TRLSampler
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 from tests.helpers.tiny import (
     digit_reward,
     enable_checkpointing,
@@ -479,7 +479,7 @@ def test_a_group_that_straddles_ranks_keeps_one_index(tmp_path):
 
 
 def test_a_failing_listener_does_not_stop_training(tmp_path, caplog):
-    reasons = iter([VoidRefresh("no signal"), VoidRefresh("no signal"), ValueError("bad"), ValueError("bad")])
+    reasons = iter([FailedRefresh("no signal"), FailedRefresh("no signal"), ValueError("bad"), ValueError("bad")])
 
     def listener(rollouts, rewards):
         raise next(reasons)

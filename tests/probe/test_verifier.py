@@ -10,7 +10,7 @@ import torch
 
 from passk_guard.probe.records import Rollouts
 from passk_guard.probe.verifier import Verifier, resolve_verifier
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 
 
 def rollouts(completions, prompt_index=None, rows=None):
@@ -93,7 +93,7 @@ def test_an_exception_voids_its_sample_only(function):
 
 @pytest.mark.parametrize("function", [strict, strict_later])
 def test_an_exception_on_each_voids_the_refresh(function):
-    with pytest.raises(VoidRefresh, match=r"raised on each of 2 samples, first ValueError: cannot parse x"):
+    with pytest.raises(FailedRefresh, match=r"raised on each of 2 samples, first ValueError: cannot parse x"):
         Verifier(function).score(rollouts(["x", "x"]))
 
 
@@ -101,7 +101,7 @@ def test_a_cancelled_call_is_a_failure_and_not_the_end_of_training():
     async def cancelled(completions, **_):
         raise asyncio.CancelledError
 
-    with pytest.raises(VoidRefresh, match="cancelled"):
+    with pytest.raises(FailedRefresh, match="cancelled"):
         Verifier(cancelled).score(rollouts(["x"]))
 
 
@@ -127,7 +127,7 @@ def test_the_user_can_interrupt():
     ],
 )
 def test_what_is_no_list_of_rewards_voids_the_refresh(result, message):
-    with pytest.raises(VoidRefresh, match=message):
+    with pytest.raises(FailedRefresh, match=message):
         correct(returning(result))
 
 

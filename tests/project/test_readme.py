@@ -51,7 +51,7 @@ def test_names_in_the_readme_exist():
         "probe_prompts",
         "pool_refreshes",
         "num_samples",
-        "void_alert",
+        "failed_refresh_alert",
         "refresh_steps",
         "sketch_dim",
     ):

@@ -48,7 +48,7 @@ def test_the_verdicts_cover_the_run_without_overlap(folder):
 def test_the_alerts_are_changes_of_verdict_and_blindness(folder, tmp_path):
     found = alerts(Run("r", read_journal(folder)))
     assert [(step, kind) for step, kind, _ in found] == [(15, "CONFLICT"), (55, "BLIND"), (80, "CLEAR")]
-    other = write_run(tmp_path / "patient", settings={"void_alert": 4})
+    other = write_run(tmp_path / "patient", settings={"failed_refresh_alert": 4})
     assert [step for step, kind, _ in alerts(Run("r", read_journal(other))) if kind == "BLIND"] == [60]
 
 

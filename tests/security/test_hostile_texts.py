@@ -17,7 +17,7 @@ from passk_guard.cli import main
 from passk_guard.probe.verifier import Verifier
 from passk_guard.reporting import Reporter
 from passk_guard.reporting.html.page import SCRIPT
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 from tests.analysis.cases import QUICK, PromptSampler
 from tests.helpers.journals import HOSTILE, write_run
@@ -222,7 +222,7 @@ def test_a_log_line_is_one_line(payload, reporter, caplog, tmp_path):
     def raises(completions, **_):
         raise ValueError(payload)
 
-    with pytest.raises(VoidRefresh) as void:
+    with pytest.raises(FailedRefresh) as void:
         Ranks(__import__("torch").device("cpu")).together(lambda: Verifier(raises).score(rollouts([payload, payload])))
     with caplog.at_level(logging.INFO):
         reporter.void(0, str(void.value), streak=1, alert_after=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from passk_guard.sketch import ScoreSketcher
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 from tests.helpers.tiny import tiny_model
 from tests.sketch.models import VOCAB, PlainLM
 from tests.sketch.oracle import ragged_batch
@@ -117,5 +117,5 @@ def test_a_sample_that_is_not_finite_voids_the_refresh_and_is_named(method):
         model.embed.weight[VOCAB - 1] = float("nan")
         model.head.weight = torch.nn.Parameter(model.embed.weight.nan_to_num())
     batch["input_ids"][4, 0] = VOCAB - 1
-    with pytest.raises(VoidRefresh, match=r"samples 4 of the batch"):
+    with pytest.raises(FailedRefresh, match=r"samples 4 of the batch"):
         ScoreSketcher(model, dim=64, method=method).sketch(**batch, num_slots=6)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from passk_guard.mitigation.engines.backward import BackwardEngine
 from passk_guard.mitigation.engines.protocol import Batch
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 
 # A second set of leaf parameters over the same memory, so that a backward pass meets nothing of the training's.
 
@@ -84,7 +84,7 @@ class NativeEngine(BackwardEngine):
         known to the others before any of them waits for it.
 
         Raises:
-            VoidRefresh: on the ranks where `loss` went well while it raised on another one.
+            FailedRefresh: on the ranks where `loss` went well while it raised on another one.
         """
         scale = self.loss_scale()
         with stand_ins(self._model, self._parameters) as leaves:
@@ -96,7 +96,7 @@ class NativeEngine(BackwardEngine):
                 self._failed_anywhere(True)
                 raise
         if self._failed_anywhere(False):
-            raise VoidRefresh("the probe loss raised on another rank; its log has the reason")
+            raise FailedRefresh("the probe loss raised on another rank; its log has the reason")
         return [self._harvest(leaf, scale).to(dtype or torch.float32) for leaf in leaves]
 
     def _harvest(self, leaf: nn.Parameter, scale: float) -> Tensor:

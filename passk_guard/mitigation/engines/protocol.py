@@ -72,7 +72,7 @@ class GradientEngine(Protocol):
 
         Raises:
             Whatever `loss` raises, after the same cleaning up.
-            VoidRefresh: where `loss` went well but not on another rank. An engine that communicates in the forward
+            FailedRefresh: where `loss` went well but not on another rank. An engine that communicates in the forward
                 pass (sharded weights) cannot tell: there `loss` must raise on all ranks or on none.
         """
         ...

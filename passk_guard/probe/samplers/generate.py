@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from passk_guard.probe.samplers.protocol import Samples, context_length, refuse_misfits
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 from passk_guard.utils.isolation import sampling_mode
 
 # Logits that are not finite, noticed without stopping the generation in its middle.
@@ -34,9 +34,9 @@ class FiniteLogits(LogitsProcessor):
         return torch.where(bad, torch.zeros_like(scores), scores)
 
     def check(self) -> None:
-        """Raise VoidRefresh when a logit was not finite since this was made."""
+        """Raise FailedRefresh when a logit was not finite since this was made."""
         if self._bad is not None and bool(self._bad):
-            raise VoidRefresh("the model's logits are not finite: completions cannot be sampled from them")
+            raise FailedRefresh("the model's logits are not finite: completions cannot be sampled from them")
 
 
 Row = Mapping[str, Any]
@@ -129,7 +129,7 @@ class GenerateSampler:
             Samples of m * n entries, prompt-major.
 
         Raises:
-            VoidRefresh: the model's logits are not finite.
+            FailedRefresh: the model's logits are not finite.
         """
         encoded = [self._encode(row["prompt"]) for row in rows]
         prompt_ids = [ids for ids in encoded for _ in range(num_samples)]

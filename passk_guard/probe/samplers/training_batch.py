@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from passk_guard.probe.records import Rollouts
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 from passk_guard.utils.patching import Method, MethodPatch
 from passk_guard.utils.private_api import check, is_trl, seams
 from passk_guard.utils.text import Once, describe_error, one_line
@@ -98,15 +98,15 @@ class BatchTap:
         try:
             self.on_rollouts(*self._collect(inputs, output))
         except Exception as error:
-            reason = one_line(str(error)) if isinstance(error, VoidRefresh) else describe_error(error)
+            reason = one_line(str(error)) if isinstance(error, FailedRefresh) else describe_error(error)
             if self._told.new(reason):
                 logger.warning("passk_guard: no estimate from the training batch: %s", reason)
 
     def _collect(self, inputs: Sequence[Mapping[str, Any]], output: Mapping[str, Any]) -> tuple[Rollouts, Tensor]:
         if self._scored is None:
-            raise VoidRefresh(f"{type(self.trainer).__name__} scored this batch without `_calculate_rewards`.")
+            raise FailedRefresh(f"{type(self.trainer).__name__} scored this batch without `_calculate_rewards`.")
         if foreign := [name for name in ("tool_mask", "num_images") if output.get(name) is not None]:
-            raise VoidRefresh(f"the batch holds `{foreign[0]}`; only text that the policy sampled can be scored.")
+            raise FailedRefresh(f"the batch holds `{foreign[0]}`; only text that the policy sampled can be scored.")
         completions, completion_ids, rewards = self._scored
         local, start = len(inputs), self.trainer.accelerator.process_index * len(inputs)
         group = self.trainer.num_generations

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard.mitigation.engines.deepspeed.choose import deepspeed_engine
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 from tests.distributed.launch import leave
 from tests.helpers.tiny import tiny_grpo_trainer
 from tests.mitigation.engines import oracle
@@ -211,7 +211,7 @@ class Failing(Projecting):
             before = state_of(engine)
             try:
                 self.engine.probe_gradient(self.batches, failing(way))
-            except (Boom, GuardError, VoidRefresh) as error:
+            except (Boom, GuardError, FailedRefresh) as error:
                 self.raised.append((way, type(error).__name__))
             self.compare(way, before)
         before = state_of(engine)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from passk_guard.mitigation.engines.fsdp import ShardedEngine
-from passk_guard.utils.errors import VoidRefresh
+from passk_guard.utils.errors import FailedRefresh
 from tests.distributed.launch import leave
 from tests.helpers.tiny import tiny_grpo_trainer
 from tests.mitigation.engines import oracle
@@ -91,7 +91,7 @@ class Failing(Projecting):
     def on_step_begin(self, *args, **kwargs):
         try:
             super().on_step_begin(*args, **kwargs)
-        except (ValueError, VoidRefresh) as error:
+        except (ValueError, FailedRefresh) as error:
             self.errors.append(f"{type(error).__name__}: {error}")
 
     def before_step(self):

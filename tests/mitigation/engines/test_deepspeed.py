@@ -167,7 +167,7 @@ def test_an_edit_in_on_pre_optimizer_step_changes_nothing(launched, name):
 def test_a_probe_that_fails_leaves_no_trace_either(launched, name):
     ranks = launched("failed", name, DEFAULT)
     for index, rank in enumerate(ranks):
-        last = "Boom" if index == len(ranks) - 1 else "VoidRefresh"
+        last = "Boom" if index == len(ranks) - 1 else "FailedRefresh"
         ways = ["before", "after", "forward", "backward", "shape", "one_rank"]
         kinds = ["Boom", "Boom", "Boom", "Boom", "GuardError", last]
         assert rank["raised"] == list(zip(ways, kinds, strict=True)) * 3

@@ -159,7 +159,7 @@ def test_a_probe_changes_nothing_under_ddp(ranks, tmp_path):
 @pytest.mark.distributed
 def test_a_loss_that_fails_on_one_rank_leaves_nobody_waiting(tmp_path):
     first, second = launch("ddp_loss_fails", tmp_path, 2, worker=WORKER)
-    known = "VoidRefresh: the probe loss raised on another rank; its log has the reason"
+    known = "FailedRefresh: the probe loss raised on another rank; its log has the reason"
     for where in ("between", "forward", "backward"):
         assert first[where]["errors"] == [known] * 3
         assert second[where]["errors"] == ["ValueError: this batch is broken"] * 3

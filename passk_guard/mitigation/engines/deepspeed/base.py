@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from passk_guard.mitigation.engines.deepspeed.restore import engine_untouched
 from passk_guard.mitigation.engines.inner_products import local_inner_products
 from passk_guard.mitigation.engines.protocol import Batch, Parts
-from passk_guard.utils.errors import GuardError, VoidRefresh
+from passk_guard.utils.errors import GuardError, FailedRefresh
 from passk_guard.utils.patching import Method, MethodPatch
 from passk_guard.utils.private_api import Seam, check, seams
 
@@ -77,7 +77,7 @@ def accumulate(engine: Any, batches: Sequence[Batch], loss: Loss[Batch], on_any_
         on_any_rank: whether something is true on any rank, collectively.
 
     Raises:
-        Whatever `loss` raises; GuardError where it is no scalar with a gradient; VoidRefresh where it raised on another
+        Whatever `loss` raises; GuardError where it is no scalar with a gradient; FailedRefresh where it raised on another
         rank, which would otherwise leave this one waiting in backward.
     """
     for index, batch in enumerate(batches):
@@ -98,7 +98,7 @@ def _agreed(engine: Any, batch: Batch, loss: Loss[Batch], on_any_rank: Callable[
         on_any_rank(True)
         raise
     if on_any_rank(False):
-        raise VoidRefresh("the probe loss failed on another rank")
+        raise FailedRefresh("the probe loss failed on another rank")
     return value
 
 
@@ -211,7 +211,7 @@ class DeepSpeedGradient(ABC):
 
         Raises:
             GuardError: no batches, unequal numbers of them, or gradients of training already accumulated.
-            VoidRefresh: `loss` failed on another rank.
+            FailedRefresh: `loss` failed on another rank.
         """
         self._check(len(batches))
         scale = self.loss_scale()
