@@ -14,7 +14,7 @@ from passk_guard.passk import Weighting, named_weighting
 from passk_guard.passk.closed_forms import pass_at_k, passk_advantages, passk_weight
 from passk_guard.passk.max_at_k import max_at_k, pkpo_transform
 from passk_guard.passk.population import population_conflict
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 
 if TYPE_CHECKING:
     from passk_guard.analysis import Analysis, analyze
@@ -46,6 +46,7 @@ _LAZY = {
 __all__ = [
     "Analysis",
     "ConflictEstimate",
+    "FailedRefresh",
     "GenerateSampler",
     "GuardConfig",
     "GuardError",
@@ -58,7 +59,6 @@ __all__ = [
     "ScoreSketcher",
     "TRLSampler",
     "Verifier",
-    "FailedRefresh",
     "Weighting",
     "analyze",
     "combine",

@@ -28,7 +28,7 @@ from passk_guard.probe.refresh import Refresh, Refresher
 from passk_guard.probe.rollout_checks import check_rollouts, limits_of
 from passk_guard.probe.samplers import GenerateSampler, Sampler
 from passk_guard.probe.verifier import Verifier, resolve_verifier
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.isolation import seeded, untouched
 from passk_guard.utils.ranks import Ranks
 

@@ -34,7 +34,7 @@ from passk_guard.probe.rollout_checks import check_rollouts, limits_of, padding_
 from passk_guard.probe.samplers import BatchTap, Sampler
 from passk_guard.reporting import Reporter
 from passk_guard.sketch import ScoreSketcher
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.isolation import seeded, untouched
 from passk_guard.utils.ranks import Ranks
 from passk_guard.utils.text import describe_error

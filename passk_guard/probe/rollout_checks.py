@@ -22,8 +22,8 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
         context: tokens the model has positions for; None for unknown.
 
     Raises:
-        FailedRefresh: lists of different lengths or none at all, no token in any completion, a token id that is no whole
-            number or that the model does not have, no token in a prompt, or a prompt with its
+        FailedRefresh: lists of different lengths or none at all, no token in any completion, a token id that is no
+            whole number or that the model does not have, no token in a prompt, or a prompt with its
             completion longer than the context.
     """
     counts = {

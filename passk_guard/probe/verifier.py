@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.timeouts import Aside, Overdue, TimeLimit, raised_by_a_signal
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.text import brief, describe_error, one_line
 
 RewardFunction = Callable[..., Any]

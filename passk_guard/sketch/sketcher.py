@@ -13,7 +13,7 @@ from passk_guard.sketch.checks import check_batch, check_dim, check_log_probs, c
 from passk_guard.sketch.countsketch import CountSketchAccumulator, IdentityAccumulator
 from passk_guard.sketch.coverage import Coverage, Plan, make_plan, trainable_ids, warn_if_low, warn_missed
 from passk_guard.sketch.kronecker import KroneckerAccumulator
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 
 Method = Literal["kronecker", "countsketch", "identity"]
 

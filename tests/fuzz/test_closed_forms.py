@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from passk_guard import (
-    GuardError,
     FailedRefresh,
+    GuardError,
     max_at_k,
     named_weighting,
     pass_at_k,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from passk_guard import GuardError, FailedRefresh, combine, project_gradient
+from passk_guard import FailedRefresh, GuardError, combine, project_gradient
 from passk_guard.mitigation import plan_projection
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, SCALAR
 

@@ -1,4 +1,4 @@
-"""Whatever a reward function returns or raises: a verdict for each sample, or a void refresh in words."""
+"""Whatever a reward function returns or raises: a verdict for each sample, or a failed refresh with its reason."""
 
 import decimal
 import fractions
@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from passk_guard.probe.verifier import Verifier
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, ODD_TEXT, SCALAR
 from tests.probe.test_verifier import rollouts
 

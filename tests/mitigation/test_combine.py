@@ -7,7 +7,7 @@ import torch
 
 from passk_guard.mitigation import combine, projection_coefficient
 from passk_guard.mitigation.combine import METHODS
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 
 G, P = torch.tensor([3.0, 0.0, 1.0]).double(), torch.tensor([-1.0, 0.5, 0.0]).double()
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from passk_guard.probe.samplers import BatchTap, GenerateSampler, Sampler, TRLSampler
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from tests.helpers.tiny import (
     digit_reward,
     enable_checkpointing,

@@ -10,7 +10,7 @@ import torch
 
 from passk_guard.probe.records import Rollouts
 from passk_guard.probe.verifier import Verifier, resolve_verifier
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 
 
 def rollouts(completions, prompt_index=None, rows=None):

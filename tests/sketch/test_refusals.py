@@ -1,10 +1,10 @@
-"""Misuse is refused with what was found and what to pass instead; a void result names the samples."""
+"""Misuse is refused with what was found and what to pass instead; a failed refresh names the samples."""
 
 import pytest
 import torch
 
 from passk_guard.sketch import ScoreSketcher
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from tests.helpers.tiny import tiny_model
 from tests.sketch.models import VOCAB, PlainLM
 from tests.sketch.oracle import ragged_batch

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from passk_guard.probe.samplers.protocol import Samples, context_length, refuse_misfits
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.isolation import sampling_mode
 
 # Logits that are not finite, noticed without stopping the generation in its middle.

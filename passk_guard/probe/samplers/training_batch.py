@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from passk_guard.probe.records import Rollouts
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.patching import Method, MethodPatch
 from passk_guard.utils.private_api import check, is_trl, seams
 from passk_guard.utils.text import Once, describe_error, one_line

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard.mitigation.engines.deepspeed.choose import deepspeed_engine
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from tests.distributed.launch import leave
 from tests.helpers.tiny import tiny_grpo_trainer
 from tests.mitigation.engines import oracle

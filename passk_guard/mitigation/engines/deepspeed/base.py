@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from passk_guard.mitigation.engines.deepspeed.restore import engine_untouched
 from passk_guard.mitigation.engines.inner_products import local_inner_products
 from passk_guard.mitigation.engines.protocol import Batch, Parts
-from passk_guard.utils.errors import GuardError, FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.patching import Method, MethodPatch
 from passk_guard.utils.private_api import Seam, check, seams
 
@@ -77,8 +77,8 @@ def accumulate(engine: Any, batches: Sequence[Batch], loss: Loss[Batch], on_any_
         on_any_rank: whether something is true on any rank, collectively.
 
     Raises:
-        Whatever `loss` raises; GuardError where it is no scalar with a gradient; FailedRefresh where it raised on another
-        rank, which would otherwise leave this one waiting in backward.
+        Whatever `loss` raises; GuardError where it is no scalar with a gradient; FailedRefresh where it raised on
+        another rank, which would otherwise leave this one waiting in backward.
     """
     for index, batch in enumerate(batches):
         engine.set_gradient_accumulation_boundary(is_boundary=index == len(batches) - 1)
