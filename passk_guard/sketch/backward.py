@@ -58,11 +58,13 @@ def score_logits(
 # One forward of a causal language model, to logits.
 
 
-def forward_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def forward_logits(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, differentiable: bool = True
+) -> Tensor:
     """Logits [B, T, V] of `model(input_ids=..., attention_mask=...)`, without cache and without labels.
 
     Raises:
-        GuardError: the output holds no such logits, or no gradient can flow from them.
+        GuardError: the output holds no such logits, or none that is `differentiable` where that is asked for.
     """
     cache = {"use_cache": False} if _accepts(model, "use_cache") else {}
     output = model(input_ids=input_ids, attention_mask=attention_mask, **cache)
@@ -74,7 +76,7 @@ def forward_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
             f"{type(logits).__name__ if shape is None else list(shape)}. Pass a causal LM whose forward returns "
             "logits: switch off fused heads and losses that skip them."
         )
-    if not logits.requires_grad:
+    if differentiable and not logits.requires_grad:
         raise GuardError(
             "Expected logits through which a gradient flows; found a detached tensor. Pass a model whose forward "
             "does not run under no_grad or inference_mode."

@@ -1,0 +1,250 @@
+"""Log-probabilities of a sample of completions under the policy of today, for the realised change. Forward passes only.
+
+A window opens when completions are sampled and scored, and closes when a later policy scores the same completions. Both
+scores are sums over whole completions at the sampling temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.sketch import TokenBatch, filler_batch, token_batches
+from passk_guard.sketch.backward import forward_logits
+from passk_guard.utils.checkpoint import save_whole
+from passk_guard.utils.errors import FailedRefresh
+from passk_guard.utils.isolation import sampling_mode
+from passk_guard.utils.ranks import Ranks
+
+_LOGITS = 1 << 28  # numbers of one pass's logits: 1 GiB in float32
+_CHUNK = 1 << 24  # logits turned into log-probabilities at a time
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Window:
+    """Completions of m prompts x n samples, and what the policy that sampled them gave for each.
+
+    Attributes:
+        step: optimizer steps taken when they were sampled.
+        batches: this rank's samples; slot x n + j is sample j of prompt x. Every rank has equally many batches.
+        log_probs: [m, n] float64 log pi(y | x) in nats under the sampling policy, the same on every rank.
+        correct: [m, n] int64, 1 correct, 0 wrong, -1 not counted (no verdict, or a prompt that is not measured).
+        keys: m identities of the prompts.
+        temperature: of the sampling.
+    """
+
+    step: int
+    batches: list[TokenBatch]
+    log_probs: Tensor
+    correct: Tensor
+    keys: tuple[Hashable, ...]
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Rescorer:
+    """Scores completions with one forward pass each, on all ranks alike.
+
+    Attributes:
+        model: as `ScoreSketcher` takes it, below any engine.
+        ranks: the processes of the run.
+        max_tokens: of one pass, padding included; a longer sample has one of its own.
+        pad_token_id: fills batches up.
+        vocabulary: rows of the logits, which bound the tokens of a pass further; None where the model does not say.
+        autocast: makes the context the forward passes run in, as training does.
+    """
+
+    model: nn.Module
+    ranks: Ranks
+    max_tokens: int
+    pad_token_id: int
+    vocabulary: int | None = None
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def open(
+        self,
+        rollouts: Rollouts,
+        outcomes: Outcomes,
+        keys: Sequence[Hashable],
+        step: int,
+        measured: Tensor | None = None,
+    ) -> Window:
+        """Score what has just been sampled.
+
+        Args:
+            rollouts, outcomes: of this rank.
+            keys: m identities of the prompts over all ranks.
+            step: optimizer steps taken so far.
+            measured: [m] bool, False for prompts that steer the updates to come; None measures all.
+
+        Raises:
+            FailedRefresh: on all ranks, when a pass failed on one or a log-probability is not finite.
+        """
+        slots, correct = self.ranks.together(lambda: _table(rollouts, outcomes, measured))
+        most = self.ranks.max(correct.shape[1])
+        correct = self.ranks.sum(nn.functional.pad(correct, (0, most - correct.shape[1]))) - 1
+        prompt, place = slots
+        places = torch.where(prompt >= 0, prompt * most + place, -1)
+        window = Window(
+            step=step,
+            batches=self._batches(rollouts, places),
+            log_probs=torch.empty(0),
+            correct=correct,
+            keys=tuple(keys),
+            temperature=rollouts.temperature,
+        )
+        return self._scored(window)
+
+    def log_ratios(self, window: Window) -> Tensor:
+        """[m, n] float64 log of the present over the sampling policy's probability; 0 for samples that do not count.
+
+        Raises:
+            FailedRefresh: on all ranks, when a pass failed on one or a log-probability is not finite.
+        """
+        return self._scored(window).log_probs - window.log_probs
+
+    def _scored(self, window: Window) -> Window:
+        batches = window.batches
+
+        def attempt() -> Tensor:
+            table = torch.zeros(window.correct.numel(), dtype=torch.float64)
+            for batch in batches:  # agreed on after each: one that went on alone would wait for the others' weights
+                found = self.ranks.together(partial(self._pass, batch, window.temperature))
+                slots = batch.slots.cpu()
+                table[slots[slots >= 0]] = found[slots >= 0]
+            return self.ranks.sum(table)
+
+        def smaller() -> bool:
+            nonlocal batches
+            if largest(self.ranks, batches)[1] <= 1:
+                return False
+            batches = halved(batches)
+            return True
+
+        table = until_it_fits(self.ranks, attempt, smaller).view(window.correct.shape)
+        if not bool(table.isfinite().all()):
+            raise FailedRefresh("a log-probability of the probe's completions is not finite")
+        return replace(window, batches=batches, log_probs=table)
+
+    def _pass(self, batch: TokenBatch, temperature: float) -> Tensor:
+        try:
+            return self._forward(batch, temperature)
+        except Exception:
+            if self.ranks.count > 1:  # the others wait in this pass, where weights are sharded
+                self._forward(self._filler(), 1.0)
+            raise
+
+    def _forward(self, batch: TokenBatch, temperature: float) -> Tensor:
+        with sampling_mode(self.model, seed=0), self.autocast():
+            logits = forward_logits(self.model, batch.input_ids, batch.attention_mask, differentiable=False)
+            return completion_log_probs(logits, batch.input_ids, batch.completion_mask.bool(), temperature)
+
+    def _batches(self, rollouts: Rollouts, slots: Tensor) -> list[TokenBatch]:
+        tokens = min(self.max_tokens, max(1, _LOGITS // self.vocabulary)) if self.vocabulary else self.max_tokens
+
+        def own() -> list[TokenBatch]:
+            return list(
+                token_batches(
+                    rollouts.prompt_ids,
+                    rollouts.completion_ids,
+                    slots.tolist(),
+                    max_tokens=tokens,
+                    pad_token_id=self.pad_token_id,
+                    device=self.ranks.device,
+                )
+            )
+
+        batches = self.ranks.together(own)
+        return batches + [self._filler()] * (self.ranks.max(len(batches)) - len(batches))
+
+    def _filler(self) -> TokenBatch:
+        return filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)
+
+
+def completion_log_probs(logits: Tensor, input_ids: Tensor, completion: Tensor, temperature: float) -> Tensor:
+    """[B] float64 sums over completion tokens of log softmax(logits / temperature)[y_t], in nats, on the CPU.
+
+    Args:
+        logits: [B, T, V].
+        input_ids: [B, T] int64.
+        completion: [B, T] bool, tokens whose log-probability counts; False at t = 0.
+        temperature: of the sampling, > 0.
+    """
+    sample, position = completion[:, 1:].nonzero(as_tuple=True)
+    targets = input_ids[sample, position + 1]
+    total = torch.zeros(len(logits), dtype=torch.float64)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    step = max(1, _CHUNK // logits.shape[-1])
+    for b, t, y in zip(sample.split(step), position.split(step), targets.split(step), strict=True):
+        log_p = (logits[b, t].to(wide) / temperature).log_softmax(-1).gather(1, y[:, None]).squeeze(1)
+        total.index_add_(0, b.cpu(), log_p.cpu().double())
+    return total
+
+
+def save_window(window: Window, path: Path) -> None:
+    """Write this rank's part of an open window, whole or not at all.
+
+    Raises:
+        OSError, RuntimeError: the folder cannot be written to.
+    """
+    content = {
+        "format": _FORMAT,
+        "step": window.step,
+        "log_probs": window.log_probs,
+        "correct": window.correct,
+        "keys": [str(key) for key in window.keys],
+        "temperature": window.temperature,
+        "batches": [
+            [x.cpu() for x in (batch.input_ids, batch.attention_mask, batch.completion_mask, batch.slots)]
+            for batch in window.batches
+        ],
+    }
+    save_whole(content, path)
+
+
+def load_window(path: Path, device: torch.device) -> Window | None:
+    """Read it back; None where there is none, or one of another format or damaged.
+
+    Loaded with weights_only: a checkpoint from elsewhere cannot run code.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        if content["format"] != _FORMAT:
+            return None
+        return Window(
+            step=int(content["step"]),
+            batches=[TokenBatch(*(x.to(device) for x in parts)) for parts in content["batches"]],
+            log_probs=content["log_probs"],
+            correct=content["correct"],
+            keys=tuple(content["keys"]),
+            temperature=float(content["temperature"]),
+        )
+    except Exception:  # of a damaged file torch raises whatever its reader stumbles over
+        return None
+
+
+def _table(rollouts: Rollouts, outcomes: Outcomes, measured: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Prompt and place [B] of each sample, -1 for one that does not count, and [m, n] of its verdict plus 1."""
+    prompt = torch.tensor(rollouts.prompt_index, dtype=torch.int64)
+    verdict = outcomes.correct.to(torch.int64)
+    counts = (prompt >= 0) & (verdict >= 0)
+    if measured is not None:
+        counts &= measured[prompt.clamp(min=0)]
+    place = torch.zeros_like(prompt)
+    seen = [0] * rollouts.num_prompts
+    for i, x in enumerate(prompt.tolist()):
+        if x >= 0:
+            place[i], seen[x] = seen[x], seen[x] + 1
+    correct = torch.zeros(rollouts.num_prompts, max(seen, default=0), dtype=torch.int64)
+    correct[prompt[counts], place[counts]] = verdict[counts] + 1
+    return (torch.where(counts, prompt, -1), place), correct
