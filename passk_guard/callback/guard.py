@@ -1,4 +1,4 @@
-"""The guard as a TrainerCallback: wiring only.
+"""The guard as a TrainerCallback: the Trainer's events, and one refresh from the prompts to the report.
 
 probe set --sample--> rollouts --score--> outcomes --sketch--> Gram matrix --estimate--> estimate --decide--> verdict
 --report--> log rows, alerts, journal.
@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from passk_guard.callback.mitigator import Mitigator
+from passk_guard.callback.mitigator import Mitigator, NoMitigation
 from passk_guard.callback.setup import Attachment, check_compatibility, check_groups, choose_verifier, held_out_source
 from passk_guard.callback.state import Memory, load_memory, save_memory
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.evidence import conflict_score
 from passk_guard.estimation.records import ConflictEstimate
-from passk_guard.estimation.verdict import DecisionRule, decide
+from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
 from passk_guard.planning import outlook, refresh_noise
 from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.progress import sampling_bar, wants_bar
 from passk_guard.probe.records import Outcomes, Rollouts
-from passk_guard.probe.refresh import Refresher
+from passk_guard.probe.refresh import Refresh, Refresher
 from passk_guard.probe.reuse import RolloutKeeper
 from passk_guard.probe.rollout_checks import check_rollouts, limits_of, padding_token
 from passk_guard.probe.samplers import BatchTap, Sampler
@@ -41,13 +41,13 @@ from passk_guard.utils.text import describe_error
 
 
 class PassKGuardCallback(TrainerCallback):
-    """Watches the angle between the pass@k and the pass@1 gradient of a run, and changes nothing in it.
+    """Watch the angle between the pass@k and the pass@1 gradient of a run, and change nothing in it.
 
     Every `refresh_steps` optimizer steps, before the step, the guard samples fresh probe prompts, scores the
-    completions, estimates cos(grad J_k, grad J_1) with its confidence interval (arXiv 2602.21189, Sec. 4), and
-    reports: on the row of the loss, as one warning line when the verdict changes, in `passk_guard.jsonl`, and as an
-    alert in wandb or trackio. Weights, losses, gradients and random states stay bit-for-bit as without it. A refresh
-    that fails is void, with its reason in the log, and training goes on.
+    completions and estimates cos(grad J_k, grad J_1) with its confidence interval (arXiv 2602.21189, Sec. 4). It
+    reports on the row of the loss, in one warning line when the verdict changes, in `passk_guard.jsonl`, and in an
+    alert of wandb or trackio. Weights, losses, gradients and random states stay bit-for-bit as without it. When a
+    refresh fails, the log gives the reason and training goes on.
 
     Args:
         trainer: a transformers Trainer of a causal LM, or TRL's GRPOTrainer or RLOOTrainer.
@@ -55,7 +55,7 @@ class PassKGuardCallback(TrainerCallback):
             `prompt` and the columns the reward function needs. Left out only with `source="training_batch"`.
         correct: the reward function that means *correct*, in TRL's signature, or the name of one of the trainer's.
         config: settings; the defaults otherwise.
-        sampler: draws the completions; by default the TRL trainer's own generation, else `model.generate`.
+        sampler: samples the completions; by default the TRL trainer's own generation, else `model.generate`.
 
     Raises:
         GuardError: misuse, each time with what to pass instead: no probe, probe prompts that are also in the
@@ -75,7 +75,9 @@ class PassKGuardCallback(TrainerCallback):
         self.memory = Memory()
         self.estimate: ConflictEstimate | None = None
         self._trainer = trainer
-        self._attachment = Attachment(trainer, self, self._undo)
+        self._training = False
+        self._attachment = Attachment(trainer, self)
+        self._mitigator: Mitigator | NoMitigation = NoMitigation()
         self._max_tokens = self.config.max_probe_tokens
         self._keeper = RolloutKeeper(self.config.resample_refreshes, self.config.min_effective_samples)
         self._verifier = choose_verifier(trainer, correct, self.config)
@@ -83,12 +85,11 @@ class PassKGuardCallback(TrainerCallback):
         self._reporter = Reporter(
             trainer,
             held_out=self.config.source == "held_out",
-            since_last=self._step_metrics,
+            since_last=lambda: self._mitigator.step_metrics(),
             image_refreshes=self.config.image_refreshes,
             settings=asdict(self.config),
             noise=lambda probe: refresh_noise(probe, self.config.k),
         )
-        self._mitigator: Mitigator | None = None
         self._source: HeldOut | None = None
         self._tap: BatchTap | None = None
         if self.config.source == "training_batch":
@@ -100,8 +101,8 @@ class PassKGuardCallback(TrainerCallback):
     # Events of the Trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Bind to this train(): engines exist only now, and a resumed run has a past."""
-        self._undo()  # a train() that raised never came to its end
+        """Prepare for this train(): engines exist only now, and a resumed run has a past."""
+        self.detach()  # a train() that raised has not reached its end
         check_compatibility(
             self._trainer,
             self._source.sampler if self._source is not None else None,
@@ -109,6 +110,7 @@ class PassKGuardCallback(TrainerCallback):
             turns_gradients=self.config.mitigation in ("project", "both", "auto"),
         )
         self._attachment.claim()
+        self._training = True
         self._max_tokens = self.config.max_probe_tokens
         self._keeper.drop()
         self._reporter.open()
@@ -125,126 +127,84 @@ class PassKGuardCallback(TrainerCallback):
         self._announce()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refresh from the probe set, where this step is due."""
-        if self._mitigator is None:  # added while training goes on
+        """Refresh from the probe set when this step is due."""
+        if not self._training:  # the guard was added in the middle of train()
             self.on_train_begin(args, state, control)
         source = self._source
         if source is not None and state.global_step % self.config.refresh_steps == 0:
             number = state.global_step // self.config.refresh_steps
             self._refresh(state.global_step, lambda: self._sample(source, number), source.keys(number))
-        if self._mitigator is not None:
-            self._mitigator.apply(self.memory)
+        self._mitigator.apply(self.memory)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the guard's memory into the checkpoint; a resumed run has no rollouts, so this one drops its own."""
+        """Write the guard's memory into the checkpoint.
+
+        Kept rollouts are dropped, because a resumed run has none and must sample at the same refreshes.
+        """
         self._keeper.drop()
         if state.is_world_process_zero:
             self._save(lambda folder: save_memory(self.memory, folder), _checkpoint(args, state))
-        if self._mitigator is not None:
-            self._save(self._mitigator.save, _checkpoint(args, state))
+        self._save(self._mitigator.save, _checkpoint(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the trainer its methods back."""
-        self._undo()
+        self.detach()
 
-    # The picture at the top of this file
+    def detach(self) -> None:
+        """Leave no patch on the trainer, its objective and its engine; the next train() puts them back."""
+        self._training = False
+        self._attachment.release()
+        self._reporter.close()
+        self._mitigator.remove()
+        self._mitigator = NoMitigation()
+        if self._tap is not None:
+            self._tap.remove()
 
-    def _refresh(
-        self, step_number: int, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable]
-    ) -> None:
+    # One refresh
+
+    def _refresh(self, step: int, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable]) -> None:
+        """Measure, mitigate, decide and report; whatever fails, training goes on as it was."""
         began = time.perf_counter()
+        trainer, config, seed = self._trainer, self.config, self.config.probe_seed * 1_000_003 + step
         try:
-            trainer, seed = self._trainer, self.config.probe_seed * 1_000_003 + step_number
             with untouched(trainer.model, trainer.processing_class), untraced(trainer.model_wrapped), seeded(seed):
                 refresh = self._keeper.refresh(self._refresher(), sample, keys, seed)
-                memory = self.memory.with_refresh(refresh.probe, self.config.pool_refreshes, step_number)
+                memory = self.memory.with_refresh(refresh.probe, config.pool_refreshes, step)
                 estimate = self._ranks.together(lambda: self._estimate(memory))
-                score = conflict_score(refresh.probe, self.config.k, threshold=self.config.threshold)
-                if self._mitigator is not None:
-                    memory = self._mitigator.react(refresh, estimate, memory)
-        except Exception as error:  # whatever it was, training goes on
-            self._void(step_number, str(error) if isinstance(error, FailedRefresh) else describe_error(error))
+                score = conflict_score(refresh.probe, config.k, threshold=config.threshold)
+                memory = self._mitigator.react(refresh, estimate, memory)
+        except Exception as error:  # of any kind: the probe may not stop training
+            self._fail(step, str(error) if isinstance(error, FailedRefresh) else describe_error(error))
             return
         decision, evidence, verdict = decide(
             memory.decision, memory.evidence, estimate, score, self._rule, fresh=not refresh.probe.reused
         )
-        knows = len(self.memory.history) < self.config.pool_refreshes == len(memory.history)  # once in a run
+        pool_filled = len(self.memory.history) < config.pool_refreshes == len(memory.history)  # once in a run
         self.memory, self.estimate = replace(memory, decision=decision, evidence=evidence), estimate
-        extra = self._keeper.metrics() | (self._mitigator.refresh_metrics(memory) if self._mitigator else {})
-        extra |= {"run_p_value": evidence.p_value, "probe_seconds": time.perf_counter() - began}
-        self._reporter.refresh(step_number, estimate, verdict.status, extra, remark=refresh.remark, probe=refresh.probe)
-        if knows:
-            self._reporter.outlook(step_number, lambda: outlook(memory.history, self.config, extra["probe_seconds"]))
-        if verdict.changed:
-            self._reporter.change(
-                step_number,
-                estimate,
-                before=verdict.previous,
-                after=verdict.status,
-                action=self._action(),
-                run_p_value=evidence.p_value if self._rule.false_alarms is not None else None,
-            )
-
-    def _void(self, step_number: int, reason: str) -> None:
-        self._keeper.drop()
-        if self._mitigator is not None:
-            self._mitigator.leave_unguarded()
-        self.memory = self.memory.with_void(step_number)
-        self._reporter.void(step_number, reason, streak=self.memory.voids, alert_after=self.config.failed_refresh_alert)
+        seconds = time.perf_counter() - began
+        self._report(step, refresh, estimate, verdict, seconds)
+        if pool_filled:
+            self._reporter.outlook(step, lambda: outlook(memory.history, config, seconds))
 
     def _sample(self, source: HeldOut, number: int) -> tuple[Rollouts, Outcomes]:
+        """This rank's completions of refresh `number`, checked and scored."""
         with sampling_bar(source.sampler, wants_bar(self.config.progress_bar, self._trainer)):
             rollouts = source.rollouts(number, self._ranks.index, self._ranks.count)
         check_rollouts(rollouts, **limits_of(self._trainer.accelerator.unwrap_model(self._trainer.model)))
         return rollouts, self._verifier.score(rollouts, trainer_state=self._trainer.state)
 
     def _on_training_batch(self, rollouts: Rollouts, rewards: torch.Tensor) -> None:
-        step_number = self._trainer.state.global_step
-        # Batches come when the trainer generates, which need not be on every step.
-        if self.memory.step < 0 or step_number - self.memory.step >= self.config.refresh_steps:
-            self._refresh(step_number, lambda: (rollouts, self._batch_outcomes(rollouts, rewards)), ())
+        """Refresh from a batch that the trainer has generated, which it need not do on every step."""
+        step = self._trainer.state.global_step
+        if self.memory.step < 0 or step - self.memory.step >= self.config.refresh_steps:
+            self._refresh(step, lambda: (rollouts, self._batch_outcomes(rollouts, rewards)), ())
 
     def _batch_outcomes(self, rollouts: Rollouts, rewards: torch.Tensor) -> Outcomes:
-        """The trainer has scored its batch; the function is called again only when it is not one of the trainer's."""
+        """The trainer's own rewards where `correct` is one of its functions, else those of another call."""
         functions = list(self._trainer.reward_funcs)
         if self._verifier.function in functions:
             return self._verifier.outcomes(rewards[:, functions.index(self._verifier.function)])
         return self._verifier.score(rollouts, trainer_state=self._trainer.state)
-
-    def _estimate(self, memory: Memory) -> ConflictEstimate:
-        config = self.config
-        try:
-            probes = memory.pooled(config.pool_refreshes)
-            return estimate_pooled(probes, config.k, threshold=config.threshold, confidence=config.confidence)
-        except GuardError as error:  # the user has made no mistake here: this refresh is at fault
-            raise FailedRefresh(str(error)) from error
-
-    def _step_metrics(self) -> dict[str, float | None]:
-        return self._mitigator.step_metrics() if self._mitigator is not None else {}
-
-    @property
-    def _rule(self) -> DecisionRule:
-        over_the_run = self.config.alert_rule == "whole_run"
-        allowed = 1 - self.config.confidence if over_the_run else None
-        return DecisionRule(self.config.patience, self.config.cooldown, allowed)
-
-    def _action(self) -> str:
-        return self._mitigator.action(self.memory) if self._mitigator is not None else "observe"
-
-    def _warn(self, reason: str) -> None:
-        self._reporter.warn(f"passk_guard step {self._trainer.state.global_step}: {reason}")
-
-    # Parts
-
-    def _announce(self) -> None:
-        config, remark = self.config, self._mitigator.remark if self._mitigator is not None else None
-        what = "the training batch (not held out)" if self._source is None else self._source.summary
-        what += f", drawn anew every {config.resample_refreshes} refreshes" if config.resample_refreshes > 1 else ""
-        self._reporter.info(
-            f"passk_guard watches cos(pass@1, pass@{config.k}) every {config.refresh_steps} steps on {what}; "
-            f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "
-            f"action: {self._action()}" + (f" ({remark})" if remark else "")
-        )
 
     def _refresher(self) -> Refresher:
         return Refresher(
@@ -262,15 +222,69 @@ class PassKGuardCallback(TrainerCallback):
         self._max_tokens = tokens
         self._warn(f"out of memory in the probe; from here on at most {tokens} tokens in one pass")
 
+    def _estimate(self, memory: Memory) -> ConflictEstimate:
+        config = self.config
+        try:
+            probes = memory.pooled(config.pool_refreshes)
+            return estimate_pooled(probes, config.k, threshold=config.threshold, confidence=config.confidence)
+        except GuardError as error:  # not a mistake of the user's: this refresh is at fault
+            raise FailedRefresh(str(error)) from error
+
+    def _report(
+        self, step: int, refresh: Refresh, estimate: ConflictEstimate, verdict: Verdict, seconds: float
+    ) -> None:
+        p_value = self.memory.evidence.p_value
+        extra = self._keeper.metrics() | self._mitigator.refresh_metrics(self.memory)
+        extra |= {"run_p_value": p_value, "probe_seconds": seconds}
+        self._reporter.refresh(step, estimate, verdict.status, extra, remark=refresh.remark, probe=refresh.probe)
+        if verdict.changed:
+            self._reporter.change(
+                step,
+                estimate,
+                before=verdict.previous,
+                after=verdict.status,
+                action=self._mitigator.action(self.memory),
+                run_p_value=p_value if self._rule.false_alarms is not None else None,
+            )
+
+    def _fail(self, step: int, reason: str) -> None:
+        """Report a failed refresh; nothing is projected until the next one succeeds."""
+        self._keeper.drop()
+        self._mitigator.leave_unguarded()
+        self.memory = self.memory.with_failure(step)
+        alert_after = self.config.failed_refresh_alert
+        self._reporter.void(step, reason, streak=self.memory.failures, alert_after=alert_after)
+
+    # Parts
+
+    @property
+    def _rule(self) -> DecisionRule:
+        over_the_run = self.config.alert_rule == "whole_run"
+        allowed = 1 - self.config.confidence if over_the_run else None
+        return DecisionRule(self.config.patience, self.config.cooldown, allowed)
+
+    def _new_sketcher(self) -> ScoreSketcher:
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        return ScoreSketcher(model, self.config.sketch_dim, self.config.sketch_method)
+
+    def _announce(self) -> None:
+        config, remark = self.config, self._mitigator.remark
+        what = "the training batch (not held out)" if self._source is None else self._source.summary
+        what += f", resampled every {config.resample_refreshes} refreshes" if config.resample_refreshes > 1 else ""
+        self._reporter.info(
+            f"passk_guard watches cos(pass@1, pass@{config.k}) every {config.refresh_steps} steps on {what}; "
+            f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "
+            f"action: {self._mitigator.action(self.memory)}" + (f" ({remark})" if remark else "")
+        )
+
+    def _warn(self, reason: str) -> None:
+        self._reporter.warn(f"passk_guard step {self._trainer.state.global_step}: {reason}")
+
     def _save(self, write: Callable[[Path], None], folder: Path) -> None:
         try:
             write(folder)
         except Exception as error:  # a full disk above all, which torch reports as a RuntimeError
             self._warn(f"the checkpoint holds no memory of the guard: {describe_error(error)}")
-
-    def _new_sketcher(self) -> ScoreSketcher:
-        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        return ScoreSketcher(model, self.config.sketch_dim, self.config.sketch_method)
 
     def _recall(self, args: Any, state: Any) -> Memory:
         if state.global_step == 0:
@@ -278,20 +292,9 @@ class PassKGuardCallback(TrainerCallback):
         memory = load_memory(_checkpoint(args, state))
         # Ranks that do not share a disk would decide differently from here on.
         if self._ranks.max(int(memory is None)) or memory is None:
-            self._reporter.warn(
-                f"passk_guard step {state.global_step}: resumed without the guard's memory, starting afresh"
-            )
+            self._warn("resumed without the guard's memory, starting afresh")
             return Memory()
         return memory
-
-    def _undo(self) -> None:
-        self._attachment.release()
-        self._reporter.close()
-        if self._mitigator is not None:
-            self._mitigator.remove()
-            self._mitigator = None
-        if self._tap is not None:
-            self._tap.remove()
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

@@ -128,3 +128,42 @@ class Mitigator:
         )
         guard.install()
         return guard
+
+
+class NoMitigation:
+    """Does nothing: what a guard has in place of a `Mitigator` while no train() runs."""
+
+    steps: StepGuard | None = None
+    floor: FloorGuard | None = None
+    remark: str | None = None
+
+    def resume(self, checkpoint: Path, memory: Memory) -> None:
+        """Nothing to go on from."""
+
+    def react(self, refresh: Refresh, estimate: ConflictEstimate, memory: Memory) -> Memory:
+        """The memory as it is."""
+        return memory
+
+    def apply(self, memory: Memory) -> None:
+        """Nothing to put in force."""
+
+    def leave_unguarded(self) -> None:
+        """Nothing to close."""
+
+    def refresh_metrics(self, memory: Memory) -> dict[str, float | None]:
+        """No numbers."""
+        return {}
+
+    def step_metrics(self) -> dict[str, float | None]:
+        """No numbers."""
+        return {}
+
+    def save(self, checkpoint: Path) -> None:
+        """Nothing to save."""
+
+    def remove(self) -> None:
+        """Nothing to remove."""
+
+    def action(self, memory: Memory) -> str:
+        """For a log line."""
+        return "observe"

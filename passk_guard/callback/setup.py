@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,11 +32,10 @@ class Attachment:
     Args:
         trainer: a transformers Trainer.
         guard: a callback.
-        undo: gives the trainer its methods back.
     """
 
-    def __init__(self, trainer: Any, guard: Any, undo: Callable[[], None]) -> None:
-        self._trainer, self._guard, self._undo = trainer, guard, undo
+    def __init__(self, trainer: Any, guard: Any) -> None:
+        self._trainer, self._guard = trainer, guard
         self._listed = False
 
     def claim(self) -> None:
@@ -56,13 +54,13 @@ class Attachment:
             del callbacks[places[-1]]
         self._listed = bool(self._places(callbacks))
         before = vars(self._trainer).get(_KEY)
-        if before is not None and before is not self:
-            before._undo()
-        setattr(self._trainer, _KEY, self)
+        if before is not None and before is not self._guard:
+            before.detach()
+        setattr(self._trainer, _KEY, self._guard)
 
     def release(self) -> None:
         """Leave no trace on the trainer."""
-        if vars(self._trainer).get(_KEY) is self:
+        if vars(self._trainer).get(_KEY) is self._guard:
             delattr(self._trainer, _KEY)
 
     @property

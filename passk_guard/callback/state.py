@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictStr, model_validator
+from torch import Tensor
 
 from passk_guard.estimation.evidence import LARGEST_SCORE, SMALLEST_SCORE, RunEvidence
 from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.records import ProbeGram, Status
 from passk_guard.estimation.verdict import DecisionState
 from passk_guard.mitigation import FloorState
-from passk_guard.utils.checkpoint import listed, mapping, one_of, real, save_whole, whole
+from passk_guard.utils.checkpoint import save_whole
 
 FILE_NAME = "passk_guard.pt"
 _FORMAT = 1
-_STATUSES = get_args(Status)
 
 
 @dataclass(frozen=True)
@@ -28,47 +28,47 @@ class Memory:
 
     Attributes:
         decision: state of the decision.
-        history: newest draws, oldest first, each by its newest refresh; at most as many as are pooled.
-        voids: void refreshes in a row.
-        step: of the newest refresh, void or not; -1 before the first.
+        history: newest samples, oldest first, each in its newest refresh; at most as many as are pooled.
+        failures: failed refreshes in a row.
+        step: of the newest refresh, failed or not; -1 before the first.
         floor: under the prompt weights, where reweighting solves for it.
         evidence: for a conflict, of all refreshes together.
-        taken: number of each refresh in `history`, void ones not counted.
+        taken: number of each refresh in `history`, failed ones not counted.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
     history: tuple[ProbeGram, ...] = ()
-    voids: int = 0
+    failures: int = 0
     step: int = -1
     floor: FloorState = field(default_factory=FloorState)
     evidence: RunEvidence = field(default_factory=RunEvidence)
     taken: tuple[int, ...] = ()
 
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
-        """The same with one more refresh, and the streak of void ones ended.
+        """Add one refresh, which ends a streak of failures.
 
-        One that reuses the samples of the refresh before takes its place, so that no sample is pooled twice.
+        A refresh that reuses the samples of the one before replaces it, so that no sample is pooled twice.
         """
         before = self.history[:-1] if probe.reused else self.history
         taken = (*self.taken[: len(before)], self.taken[-1] + 1 if self.taken else 0)
-        return replace(self, history=(*before, probe)[-pool:], taken=taken[-pool:], voids=0, step=step)
+        return replace(self, history=(*before, probe)[-pool:], taken=taken[-pool:], failures=0, step=step)
 
     def pooled(self, pool: int) -> tuple[ProbeGram, ...]:
-        """The draws that the newest `pool` refreshes looked at: fewer than that many where one served several.
+        """The samples behind the newest `pool` refreshes: fewer than `pool` where one sample served several.
 
-        So the pool reaches back as far as without reuse. As many draws would reach back to policies so old that the
+        So the pool reaches back as far as without reuse. As many samples would reach back to policies so old that the
         interval misses the present one (benchmarks/README.md, Reuse).
         """
-        looks = zip(self.history, self.taken, strict=True)
-        return tuple(probe for probe, number in looks if self.taken[-1] - number < pool)
+        numbered = zip(self.history, self.taken, strict=True)
+        return tuple(probe for probe, number in numbered if self.taken[-1] - number < pool)
 
     def with_floor(self, floor: FloorState) -> Memory:
-        """The same with the floor after the newest refresh."""
+        """Replace the floor."""
         return replace(self, floor=floor)
 
-    def with_void(self, step: int) -> Memory:
-        """The same with one more void refresh."""
-        return replace(self, voids=self.voids + 1, step=step)
+    def with_failure(self, step: int) -> Memory:
+        """Count one failed refresh."""
+        return replace(self, failures=self.failures + 1, step=step)
 
 
 def save_memory(memory: Memory, folder: Path) -> None:
@@ -80,7 +80,7 @@ def save_memory(memory: Memory, folder: Path) -> None:
     content = {
         "format": _FORMAT,
         "decision": asdict(memory.decision),
-        "voids": memory.voids,
+        "failures": memory.failures,
         "step": memory.step,
         "floor": asdict(memory.floor),
         "evidence": asdict(memory.evidence),
@@ -108,46 +108,73 @@ def load_memory(folder: Path) -> Memory | None:
     if not path.is_file():
         return None
     try:
-        return _restored(torch.load(path, weights_only=True, map_location="cpu"))
-    except Exception:  # of a damaged file torch raises whatever its reader stumbles over
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        return _Checkpoint.model_validate(content).memory()
+    except Exception:  # torch's reader and checked_probe raise whatever a damaged file makes them
         return None
 
 
-def _restored(content: Any) -> Memory:
-    """Raises ValueError, KeyError, TypeError or GuardError for what `save_memory` never wrote."""
-    content = mapping(content)
-    one_of(content.get("format"), _FORMAT)
-    decision = mapping(content["decision"])
-    floor = mapping(content.get("floor", {}))  # this, the next and `taken` are absent in the first versions
-    evidence = mapping(content.get("evidence", {}))
-    history = tuple(_probe(mapping(probe)) for probe in listed(content["history"]))
-    return Memory(
-        decision=DecisionState(
-            verdict=one_of(decision["verdict"], *_STATUSES),
-            candidate=one_of(decision["candidate"], *_STATUSES, None),
-            streak=whole(decision["streak"]),
-        ),
-        history=history,
-        taken=_ascending(listed(content.get("taken", list(range(len(history))))), len(history)),
-        voids=whole(content["voids"]),
-        step=whole(content["step"], -1),
-        floor=FloorState(real(floor.get("floor", 0.0), 0.0), real(floor.get("precision", 0.0), 0.0)),
-        evidence=RunEvidence(
-            tuple(real(score, SMALLEST_SCORE, LARGEST_SCORE) for score in listed(evidence.get("scores", ()))),
-            whole(evidence.get("before", 0)),
-        ),
-    )
+# The form of the file: it may be damaged, or another program's.
+
+_Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_AtLeast0 = Annotated[_Number, Field(ge=0)]
+_Score = Annotated[_Number, Field(ge=SMALLEST_SCORE, le=LARGEST_SCORE)]
 
 
-def _ascending(numbers: Sequence[Any], count: int) -> tuple[int, ...]:
-    found = tuple(whole(number) for number in numbers)
-    if len(found) != count or any(b <= a for a, b in pairwise(found)):
-        raise ValueError("an ascending number of each refresh was expected")
-    return found
+class _Decision(BaseModel):
+    verdict: Status
+    candidate: Status | None
+    streak: _Count
 
 
-def _probe(content: dict[str, Any]) -> ProbeGram:
-    probe = checked_probe(ProbeGram(**content), 1)
-    if not all(isinstance(key, str) for key in probe.prompt_keys):
-        raise ValueError("keys of prompts were expected")
-    return probe
+class _Floor(BaseModel):
+    floor: _AtLeast0 = 0.0
+    precision: _AtLeast0 = 0.0
+
+
+class _Evidence(BaseModel):
+    scores: tuple[_Score, ...] = ()
+    before: _Count = 0
+
+
+class _Probe(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    gram: Tensor
+    num_samples: Tensor
+    num_correct: Tensor
+    prompt_keys: list[StrictStr]
+    misses: Tensor | None = None
+
+
+class _Checkpoint(BaseModel):
+    """`floor`, `evidence` and `taken` are absent in the first versions, which wrote `failures` as `voids`."""
+
+    format: Literal[1]
+    decision: _Decision
+    history: list[_Probe]
+    failures: _Count = Field(validation_alias=AliasChoices("failures", "voids"))
+    step: Annotated[int, Field(strict=True, ge=-1, le=2**53)]
+    floor: _Floor = Field(default_factory=_Floor)
+    evidence: _Evidence = Field(default_factory=_Evidence)
+    taken: tuple[_Count, ...] | None = None
+
+    @model_validator(mode="after")
+    def _refreshes_in_order(self) -> _Checkpoint:
+        taken = self.taken
+        if taken is not None and (len(taken) != len(self.history) or any(b <= a for a, b in pairwise(taken))):
+            raise ValueError("expected an ascending number for each refresh")
+        return self
+
+    def memory(self) -> Memory:
+        """The records. Raises GuardError for a refresh that is none."""
+        return Memory(
+            decision=DecisionState(**vars(self.decision)),
+            history=tuple(checked_probe(ProbeGram(**vars(probe)), 1) for probe in self.history),
+            failures=self.failures,
+            step=self.step,
+            floor=FloorState(**vars(self.floor)),
+            evidence=RunEvidence(**vars(self.evidence)),
+            taken=tuple(range(len(self.history))) if self.taken is None else self.taken,
+        )

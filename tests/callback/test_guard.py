@@ -227,7 +227,7 @@ def test_void_refreshes_alert_once_and_recover(tmp_path, caplog):
     assert text.count("refresh void, training goes on") == 3
     assert text.count("BLIND, 2 void refreshes in a row") == 1
     assert [e["event"] for e in journal(tmp_path)] == ["void"] * 3 + ["refresh"] * 3
-    assert guard.memory.voids == 0
+    assert guard.memory.failures == 0
     assert "always solved" in guard.estimate.reason
 
 

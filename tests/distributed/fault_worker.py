@@ -461,7 +461,7 @@ def guarded(engine, name, folder, prepare, config, more, trains):
     events = [json.loads(line) for line in lines]
     return result | {
         "seconds": time.monotonic() - began,
-        "voids": guard.memory.voids,
+        "voids": guard.memory.failures,
         "refreshes": len(guard.memory.history),
         "reasons": [e["reason"] for e in events if e["event"] == "void"],
         "kinds": [e["event"] for e in events if e["event"] in ("refresh", "void")],

@@ -47,7 +47,7 @@ def report(guard, trainer):
     estimate = guard.estimate
     return {
         "steps": trainer.state.global_step,
-        "voids": guard.memory.voids,
+        "voids": guard.memory.failures,
         "status": estimate and estimate.status,
         "inner_product": estimate and estimate.inner_product,
         "gram": guard.memory.history[-1].gram.tolist() if guard.memory.history else None,

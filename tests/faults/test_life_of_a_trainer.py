@@ -36,7 +36,7 @@ def test_train_called_twice(kind, config, tmp_path):
     for found, expected in zip(runs[1], runs[0], strict=True):
         assert_same(found, expected)
     assert refreshes(runs[1][1]) == [0, 0]
-    assert guard.memory.voids + len(guard.memory.history) == 1, "the second one remembers nothing of the first"
+    assert guard.memory.failures + len(guard.memory.history) == 1, "the second one remembers nothing of the first"
     assert not torch.equal(*(run.weights["lm_head.weight"] for run in runs[0])), "the second one trains on"
 
 

@@ -105,14 +105,14 @@ def harvested(monkeypatch):
     """Keep the direction that a guard protects beyond the end of its run."""
     from passk_guard.callback.guard import PassKGuardCallback
 
-    undo = PassKGuardCallback._undo
+    detach = PassKGuardCallback.detach
 
     def keep(self):
-        if self._mitigator is not None and self._mitigator.steps is not None:
+        if self._mitigator.steps is not None:
             self._harvested = self._mitigator.steps.protected
-        undo(self)
+        detach(self)
 
-    monkeypatch.setattr(PassKGuardCallback, "_undo", keep)
+    monkeypatch.setattr(PassKGuardCallback, "detach", keep)
 
 
 def test_generation_in_smaller_batches(references, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ SAMPLERS = {
 def expect_failed_refresh(run, words, refreshes=2):
     assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["void"] * refreshes, run.events
     assert words in run.of("void")[0]["reason"]
-    assert run.guard.memory.voids == refreshes
+    assert run.guard.memory.failures == refreshes
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def resumed(folder):
     found = load_memory(folder)
     if found is not None:
         assert found.step >= -1
-        assert found.voids >= 0
+        assert found.failures >= 0
         assert 0 < found.evidence.p_value <= 1
         assert found.floor.floor >= 0
         probe = draw(population(-0.5), 4, 8, torch.Generator().manual_seed(1))
@@ -104,8 +104,8 @@ def test_what_was_saved_is_taken_up():
         found, reason = resumed(folder)
         assert reason is None
         whole = memory()
-        assert (found.decision, found.voids, found.step, found.floor, found.evidence) == (
-            (whole.decision, whole.voids, whole.step, whole.floor, whole.evidence)
+        assert (found.decision, found.failures, found.step, found.floor, found.evidence) == (
+            (whole.decision, whole.failures, whole.step, whole.floor, whole.evidence)
         )
         assert [p.reused for p in found.history] == [False, True]
         assert found.taken == (3, 5)

@@ -130,7 +130,7 @@ def weights(trainer):
 def memory_of(guard):
     """All that the next verdict depends on, comparable."""
     memory = guard.memory
-    names = ("decision", "evidence", "floor", "voids", "step")
+    names = ("decision", "evidence", "floor", "failures", "step")
     probes = [
         (p.gram.tolist(), p.num_samples.tolist(), p.num_correct.tolist(), list(p.prompt_keys)) for p in memory.history
     ]

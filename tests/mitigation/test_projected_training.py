@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, PassKGuardCallback, ScoreSketcher
+from passk_guard.callback.mitigator import NoMitigation
 from passk_guard.mitigation.protected_direction import Pass1Loss, pass1_loss
 from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.probe.records import Outcomes, Rollouts
@@ -246,7 +247,7 @@ def test_observing_does_not_touch_the_engine(tmp_path):
     guard = PassKGuardCallback(trainer, probe_rows(), digit_reward, GuardConfig(**CONFIG))
     trainer.add_callback(guard)
     trainer.train()
-    assert guard._mitigator is None
+    assert isinstance(guard._mitigator, NoMitigation)
     assert journal(tmp_path)[0]["event"] == "refresh"
 
 

@@ -269,7 +269,7 @@ def test_nothing_that_fails_in_it_reaches_training(tmp_path, caplog, monkeypatch
     with caplog.at_level(logging.WARNING, logger="passk_guard"):
         trainer.train()
     assert trainer.state.global_step == 4
-    assert guard.memory.voids == 0
+    assert guard.memory.failures == 0
     events = read_journal(tmp_path).of("refresh")
     assert len(events) == 4
     assert all(event["noise"] is None and event["pass_at_1"] is not None for event in events)
