@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,12 +38,15 @@ class Synthetic:
         spread: of phi around its mean, from prompt to prompt.
         noise: of a sample's score vector.
         sketch_dim: size of a random projection the vectors went through; None for none.
+        cluster: prompts in a row that are paraphrases of one: of one kind, with one phi.
     """
 
     rho: float
     spread: float = 0.3
     noise: float = 0.1
     sketch_dim: int | None = None
+    cluster: int = 1
+    bracket = (-0.99999, 0.99999)
     share = torch.tensor([0.7, 0.15, 0.15], dtype=torch.float64)
     rate = torch.tensor([0.85, 0.07, 0.2], dtype=torch.float64)
 
@@ -61,8 +64,10 @@ class Synthetic:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-        kind = torch.multinomial(self.share, repetitions * m, True, generator=generator).view(repetitions, m)
-        phi = self.means[kind] + self.spread * normal(repetitions, m, DIM)
+        apart = m // self.cluster
+        kind = torch.multinomial(self.share, repetitions * apart, True, generator=generator).view(repetitions, apart)
+        phi = self.means[kind] + self.spread * normal(repetitions, apart, DIM)
+        kind, phi = (x.repeat_interleave(self.cluster, 1) for x in (kind, phi))
         p = self.rate[kind].expand(2, repetitions, m)
         c = torch.binomial(torch.full_like(p, n // 2), p, generator=generator)
         positive = (c * (1 - p))[..., None] * phi + self.noise * c.sqrt()[..., None] * normal(2, repetitions, m, DIM)
@@ -81,13 +86,50 @@ class Synthetic:
         return (normal.tril(-1) + torch.diag_embed(chi2.sqrt())) / math.sqrt(self.sketch_dim)
 
 
-def with_cosine(cosine: float, k: int, **settings: float) -> Synthetic:
-    """The synthetic population with this angle at k, by bisection."""
-    low, high = -0.99999, 0.99999
+class ThreeKinds(Synthetic):
+    """A tenth of the prompts is solved once in fifty samples and agrees with the easy ones: most samples miss them."""
+
+    bracket = (-0.2, 0.0)
+    share = torch.tensor([0.5, 0.4, 0.1], dtype=torch.float64)
+    rate = torch.tensor([0.93, 0.3, 0.02], dtype=torch.float64)
+    aside, agreeing = 0.013, 0.33
+
+    @property
+    def means(self) -> Tensor:
+        axes = torch.eye(DIM, dtype=torch.float64)
+        return torch.stack([axes[0], self.rho * axes[0] + self.aside * axes[1], self.agreeing * axes[0]])
+
+
+class RareAgree(ThreeKinds):
+    """One prompt in twenty is solved once in twenty samples, and carries what agrees."""
+
+    bracket = (-0.5, 0.0)
+    share = torch.tensor([0.55, 0.4, 0.05], dtype=torch.float64)
+    rate = torch.tensor([0.9, 0.3, 0.05], dtype=torch.float64)
+    aside, agreeing = 0.1, 1.0
+
+
+class RarestAgree(RareAgree):
+    """One prompt in thirty-three is solved once in fifty samples: three in five checks of 64 see none of it."""
+
+    share = torch.tensor([0.57, 0.4, 0.03], dtype=torch.float64)
+    rate = torch.tensor([0.9, 0.3, 0.02], dtype=torch.float64)
+
+
+class TwoKinds(ThreeKinds):
+    bracket = (-0.03, 0.0)
+    share = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
+    rate = torch.tensor([0.9, 0.2, 0.5], dtype=torch.float64)
+    aside = 0.1
+
+
+def with_cosine(cosine: float, k: int, make: type[Synthetic] = Synthetic, **settings: Any) -> Synthetic:
+    """The synthetic population with this angle at k, by bisection over the hard prompts' direction."""
+    low, high = make.bracket
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if Synthetic(middle).cosine(k) < cosine else (low, middle)
-    return Synthetic(low, **settings)
+        low, high = (middle, high) if make(middle).cosine(k) < cosine else (low, middle)
+    return make(low, **settings)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
-"""Whole runs of looks: how often a run without a conflict is called one, and how soon one is found, by each rule."""
+"""Whole runs of checks: how often a run without a conflict is called one, and how soon one is found, by each rule."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.calibration_populations import with_cosine
-from benchmarks.calibration_statistics import guard, pool
-from passk_guard.estimation.evidence import RunEvidence, score_of
+from benchmarks.calibration_populations import RareAgree, RarestAgree, Synthetic, ThreeKinds, TwoKinds, with_cosine
+from benchmarks.calibration_statistics import checks_of, guard, pool
+from passk_guard.estimation.evidence import Check, RunEvidence, log_evidence
 from passk_guard.estimation.intervals import student_t_quantile
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.ustatistics import Moments
@@ -45,6 +48,71 @@ COURSES = (
 )
 
 
+@dataclass(frozen=True)
+class Quiet:
+    """A population without a conflict, asked at every check with m fresh prompts: what the evidence makes of it.
+
+    `DRAWN` checks are drawn, their mean is set to the true one, 0, and runs are put together from them at random.
+    """
+
+    name: str
+    make: Callable[[], Synthetic]
+    m: int = 64
+
+
+DRAWN = 6000
+KINDS = (
+    ("as in the table above", Synthetic, (0.3,)),
+    ("three kinds", ThreeKinds, (0.02, 0.1, 0.3)),
+    ("two kinds", TwoKinds, (0.02, 0.1)),
+    ("rare hard prompts agree", RareAgree, (0.02, 0.1)),
+    ("rarest hard prompts agree", RarestAgree, (0.02,)),
+)
+QUIET = tuple(
+    Quiet(
+        f"{name}, spread {spread:g}" + (f", {m} prompts" if m != 64 else "") + (", in fours" if cluster > 1 else ""),
+        partial(with_cosine, 0.0, 8, make, spread=spread, cluster=cluster),
+        m,
+    )
+    for m, cluster in ((64, 1), (16, 1), (64, 4))
+    for name, make, spreads in KINDS
+    for spread in (spreads if (m, cluster) == (64, 1) else spreads[:1])
+    if (m, cluster) == (64, 1) or make is not RarestAgree
+)
+
+
+def measure_quiet(cell: Quiet, runs: int, looks: tuple[int, ...], seed: int) -> list[dict[str, Any]]:
+    """A record for each length of a run: the share of runs that the evidence ever calls a conflict at 5%.
+
+    Prompts in fours have no known mean, since pairs of one four count as different prompts: it stays as it is.
+    """
+    generator, population = torch.Generator().manual_seed(seed), cell.make()
+    rows: list[tuple[float, float, float]] = []
+    while len(rows) < DRAWN:
+        moments = guard(population.draw(250, cell.m, 16, generator), 8)
+        rows += [(c.value, c.variance, c.count) for c in checks_of(moments) if c.variance > 0]
+    values, variances, counts = torch.tensor(rows, dtype=torch.float64).T
+    if population.cluster == 1:
+        values = values - values.mean()
+    picked = torch.randint(len(rows), (runs, max(looks)), generator=generator)
+    first = first_alarms(values[picked], variances[picked], counts[picked])
+    return [
+        {"course": cell.name, "looks": t, "rule": "whole run", "runs": runs}
+        | {"false_alarms": round(float((first <= t).double().mean()), 4), "found": None, "median_delay": None}
+        for t in looks
+    ]
+
+
+def first_alarms(values: Tensor, variances: Tensor, counts: Tensor, alpha: float = 0.05) -> Tensor:
+    """[R] the check at which each of R runs is first called a conflict, inf where never; all given are [R, t]."""
+    first = torch.full(values.shape[:1], torch.inf, dtype=torch.float64)
+    for t in range(1, values.shape[1] + 1):
+        going = first.isinf().nonzero().flatten()
+        found = log_evidence(*(x[going, :t] for x in (values, variances, counts))) >= -math.log(alpha)
+        first[going[found]] = t
+    return first
+
+
 def measure(course: Course, runs: int, seed: int) -> list[dict[str, Any]]:
     """A record for each rule: share of runs that say CONFLICT (before it begins, and at all), and the median delay."""
     first: dict[str, list[int | None]] = {name: [] for name in RULES}
@@ -70,32 +138,26 @@ def measure(course: Course, runs: int, seed: int) -> list[dict[str, Any]]:
     return records
 
 
-def _first_conflict(looks: list[tuple[ConflictEstimate, float]], rule: DecisionRule) -> int | None:
+def _first_conflict(looks: list[tuple[ConflictEstimate, Check]], rule: DecisionRule) -> int | None:
     state, evidence = DecisionState(), RunEvidence()
-    for i, (estimate, score) in enumerate(looks):
-        state, evidence, verdict = decide(state, evidence, estimate, score, rule)
+    for i, (estimate, check) in enumerate(looks):
+        state, evidence, verdict = decide(state, evidence, estimate, check, rule)
         if verdict.status == "conflict":
             return i
     return None
 
 
-def _looks_of_each_run(course: Course, runs: int, seed: int) -> Iterator[list[tuple[ConflictEstimate, float]]]:
+def _looks_of_each_run(course: Course, runs: int, seed: int) -> Iterator[list[tuple[ConflictEstimate, Check]]]:
     generator = torch.Generator().manual_seed(seed)
     populations = {course.at(look): with_cosine(course.at(look), 8) for look in range(course.looks)}
-    looks: list[list[tuple[ConflictEstimate, float]]] = [[] for _ in range(runs)]
+    looks: list[list[tuple[ConflictEstimate, Check]]] = [[] for _ in range(runs)]
     recent: list[Moments] = []
     for look in range(course.looks):
         newest = guard(populations[course.at(look)].draw(runs, 64, 16, generator), 8)
         recent = [*recent, newest][-POOLED:]
-        scores = _scores(newest)
-        for run, estimate in enumerate(_estimates(pool(recent), len(recent))):
-            looks[run].append((estimate, scores[run]))
+        for run, look in enumerate(zip(_estimates(pool(recent), len(recent)), checks_of(newest), strict=True)):
+            looks[run].append(look)
     yield from looks
-
-
-def _scores(moments: Moments) -> list[float]:
-    t = moments.value[:, 0] / moments.covariance[:, 0, 0].sqrt()
-    return [score_of(x, d) for x, d in zip(t.tolist(), moments.degrees.tolist(), strict=True)]
 
 
 def _estimates(moments: Moments, refreshes: int) -> Iterator[ConflictEstimate]:

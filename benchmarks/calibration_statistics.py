@@ -8,11 +8,13 @@ product's, computed another way (sums of vectors in place of Gram matrices), whi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from passk_guard.estimation.evidence import Check
 from passk_guard.estimation.jackknife import jackknife_overshoot
 from passk_guard.estimation.ustatistics import Moments
 from passk_guard.passk.closed_forms import sample_coefficients
@@ -104,6 +106,12 @@ def _join(*parts: tuple[Tensor, Tensor], overshoot: Tensor | None = None) -> Mom
     change = torch.stack([part[1] for part in parts], -1)
     none = value.new_zeros(change.shape[1], len(value), 3, 3)
     return Moments(value, change.transpose(0, 1), value, lambda: none if overshoot is None else overshoot)
+
+
+def checks_of(moments: Moments) -> Iterator[Check]:
+    """What each repetition says of a conflict, as `conflict_check` would of a refresh."""
+    for row in zip(-moments.value[:, 0], moments.covariance[:, 0, 0], moments.degrees, strict=True):
+        yield Check(*(float(x) for x in row))
 
 
 def pool(parts: list[Moments]) -> Moments:

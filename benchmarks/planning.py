@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.calibration_populations import Population, with_cosine
-from benchmarks.calibration_statistics import Draw, guard, pool
+from benchmarks.calibration_statistics import Draw, checks_of, guard, pool
 from benchmarks.growth import slope
 from passk_guard import GuardConfig, ProbeGram
-from passk_guard.estimation.evidence import RunEvidence, score_of
+from passk_guard.estimation.evidence import RunEvidence
 from passk_guard.estimation.intervals import student_t_quantile
 from passk_guard.estimation.noise import Noise, average_noise, measure_noise
 from passk_guard.estimation.power import look_of, looks_until_called, power_of_one, signal_of
@@ -96,12 +96,8 @@ def called_by(population: Population, m: int, looks: int, runs: int, generator: 
     """Share of runs whose evidence has called a conflict at or before this look."""
     evidence, called = [RunEvidence()] * runs, [False] * runs
     for _ in range(looks):
-        scores = [
-            score_of(t, d)
-            for moments in looked(population, m, 1, runs, generator)
-            for t, d in zip(studentised(moments), moments.degrees.tolist(), strict=True)
-        ]
-        evidence = [e.with_score(s) for e, s in zip(evidence, scores, strict=True)]
+        found = [check for moments in looked(population, m, 1, runs, generator) for check in checks_of(moments)]
+        evidence = [e.with_check(check) for e, check in zip(evidence, found, strict=True)]
         called = [c or e.p_value <= 0.05 for c, e in zip(called, evidence, strict=True)]
     return sum(called) / runs
 

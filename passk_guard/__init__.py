@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from passk_guard.estimation.estimate import estimate_conflict, estimate_pooled
+from passk_guard.estimation.evidence import run_p_value
 from passk_guard.estimation.records import ConflictEstimate, ProbeGram
 from passk_guard.mitigation import combine, project_gradient, smooth_floor, solve_floor
 from passk_guard.passk import Weighting, named_weighting
@@ -73,6 +74,7 @@ __all__ = [
     "population_conflict",
     "project_gradient",
     "report",
+    "run_p_value",
     "smooth_floor",
     "solve_floor",
 ]

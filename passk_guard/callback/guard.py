@@ -20,7 +20,7 @@ from passk_guard.callback.setup import Attachment, check_compatibility, check_gr
 from passk_guard.callback.state import Memory, load_memory, save_memory
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import estimate_pooled
-from passk_guard.estimation.evidence import conflict_score
+from passk_guard.estimation.evidence import conflict_check
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
@@ -171,13 +171,13 @@ class PassKGuardCallback(TrainerCallback):
                 refresh = self._keeper.refresh(self._refresher(), sample, keys, seed)
                 memory = self.memory.with_refresh(refresh.probe, config.pool_refreshes, step)
                 estimate = self._ranks.together(lambda: self._estimate(memory))
-                score = conflict_score(refresh.probe, config.k, threshold=config.threshold)
+                check = conflict_check(refresh.probe, config.k, threshold=config.threshold)
                 memory = self._mitigator.react(refresh, estimate, memory)
         except Exception as error:  # of any kind: the probe may not stop training
             self._fail(step, str(error) if isinstance(error, FailedRefresh) else describe_error(error))
             return
         decision, evidence, verdict = decide(
-            memory.decision, memory.evidence, estimate, score, self._rule, fresh=not refresh.probe.reused
+            memory.decision, memory.evidence, estimate, check, self._rule, fresh=not refresh.probe.reused
         )
         pool_filled = len(self.memory.history) < config.pool_refreshes == len(memory.history)  # once in a run
         self.memory, self.estimate = replace(memory, decision=decision, evidence=evidence), estimate

@@ -11,7 +11,7 @@ import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictStr, model_validator
 from torch import Tensor
 
-from passk_guard.estimation.evidence import LARGEST_SCORE, SMALLEST_SCORE, RunEvidence
+from passk_guard.estimation.evidence import Check, RunEvidence
 from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.records import ProbeGram, Status
 from passk_guard.estimation.verdict import DecisionState
@@ -119,7 +119,6 @@ def load_memory(folder: Path) -> Memory | None:
 _Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _AtLeast0 = Annotated[_Number, Field(ge=0)]
-_Score = Annotated[_Number, Field(ge=SMALLEST_SCORE, le=LARGEST_SCORE)]
 
 
 class _Decision(BaseModel):
@@ -133,9 +132,21 @@ class _Floor(BaseModel):
     precision: _AtLeast0 = 0.0
 
 
+class _Check(BaseModel):
+    value: _Number
+    variance: Annotated[_Number, Field(gt=0)]
+    count: Annotated[_Number, Field(ge=1)]
+
+
 class _Evidence(BaseModel):
-    scores: tuple[_Score, ...] = ()
+    """The first versions kept `scores`. Their number alone is of use: their share of the allowed error is spent."""
+
+    checks: tuple[_Check, ...] = ()
     before: _Count = 0
+    scores: tuple[float, ...] = ()
+
+    def record(self) -> RunEvidence:
+        return RunEvidence(tuple(Check(**vars(check)) for check in self.checks), self.before + len(self.scores))
 
 
 class _Probe(BaseModel):
@@ -175,6 +186,6 @@ class _Checkpoint(BaseModel):
             failures=self.failures,
             step=self.step,
             floor=FloorState(**vars(self.floor)),
-            evidence=RunEvidence(**vars(self.evidence)),
+            evidence=self.evidence.record(),
             taken=tuple(range(len(self.history))) if self.taken is None else self.taken,
         )

@@ -1,103 +1,153 @@
-r"""Evidence for a conflict over a whole run of looks, valid at every one of them. Needs torch alone.
+r"""Evidence over a whole run of checks, valid at every one of them. Needs torch alone.
 
-Each refresh gives a score: the one-sided p-value of "no conflict now", as a standard normal. Under "no conflict at
-any look" the scores of refreshes with fresh samples are at most standard normal, so for any $\lambda \ge 0$ and any
-first look $j$ the product $\prod_{i=j}^{t} e^{\lambda x_i - \lambda^2/2}$ is a non-negative supermartingale. Mixed over
-a half-normal prior on $\lambda$ (Robbins 1970, *Statistical methods related to the law of the iterated logarithm*) and
-over the looks a conflict may begin at, with weights $1/(j(j+1))$ that add up to 1, it exceeds $1/\alpha$ at *some* look
+A check gives a value x whose mean is at most 0 where there is nothing to find, and an estimate v of its variance. Two
+kinds of checks use this: the angle (x = minus an unbiased estimate of <grad J_k, grad J_1>) and the realised change of
+pass@1 (x = minus an unbiased estimate of it). With S and V the sums of x and of v over the checks j to t,
+$e^{\lambda S - \lambda^2 V/2}$ has a mean of at most 1 for normal sums, for any $\lambda \ge 0$ and any first check j.
+Mixed over a half-normal prior on $\lambda$ (Robbins 1970, *Statistical methods related to the law of the iterated
+logarithm*) and over the first check, with weights $1/(j(j+1))$ that add up to 1, it exceeds $1/\alpha$ at *some* check
 of an endless run with a probability of at most $\alpha$ (Ville 1939; Ramdas et al. 2023, arXiv 2210.01948, Sec. 3).
+
+The values are added, not the values over their own standard errors: v is small just where a sample misses the few
+prompts that carry the mean, so that the mean of x/sqrt(v) is not 0, and a sum of them grows with every check. V is
+estimated, so the bound is a calibrated one (benchmarks/README.md, Calibration), not free of assumptions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from passk_guard.estimation.agreement import informative
+from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.ustatistics import passk_rows, refresh_moments
 from passk_guard.utils.arguments import as_real
 from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import brief
 
-LARGEST_SCORE = 3.0
-"""Scores are cut here: the calibration vouches for p-values down to 0.001, not for what lies beyond."""
+LARGEST = 2.5
+"""A value counts as at most this many standard errors, so that no check alone is enough."""
 
-SMALLEST_SCORE = -1000.0
-"""And here: no p-value tells lower ones apart, and the squares of far lower ones would leave only rounding."""
+DOUBT = 2.0
+"""Standard errors of the mean variance that are added to it."""
 
-HANDICAP = 0.1
-"""Taken off every score: in the calibration their mean is up to 0.07 above 0 where there is no conflict, since the
-variance of a skewed average goes with its value, and over hundreds of looks that would add up."""
+RECENT = 8
+"""Checks whose mean variance sets the weight of the next: gradients grow and shrink along a run."""
 
+_FEWEST_CHECKS = 4  # from here on the values' own scatter counts
 _FEWEST_PROMPTS = 3
-_LARGEST_T = 1e100  # its square is finite
+_FARTHEST = 1000.0  # standard errors below 0: the squares of far lower values would leave only rounding
+_STEEPEST = 1e-12  # a variance that grows faster than this between checks is taken to grow so fast
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check says.
+
+    Attributes:
+        value: of mean at most 0 where there is nothing to find, large where there is.
+        variance: estimate of its variance, >= 0.
+        count: degrees of freedom of that estimate, >= 1: at most m - 1 for m prompts, fewer where few of them carry
+            it (`Moments.degrees_at`; for a mean, Kish's (sum a)^2 / sum a^2 over the squared deviations a is safe).
+
+    Raises:
+        GuardError: anything but finite numbers in these ranges.
+    """
+
+    value: float
+    variance: float
+    count: float
+
+    def __post_init__(self) -> None:
+        for name in ("value", "variance", "count"):
+            object.__setattr__(self, name, as_real(getattr(self, name), name))
+        if not all(map(math.isfinite, vars(self).values())) or self.variance < 0 or self.count < 1:
+            raise GuardError(
+                "Expected a finite `value`, `variance` >= 0 and `count` >= 1 of a check; found "
+                f"{self.value}, {self.variance} and {self.count}."
+            )
 
 
 @dataclass(frozen=True)
 class RunEvidence:
-    """What the looks so far say together; immutable, and plain enough for a checkpoint.
+    """What the checks so far say together; immutable, and plain enough for a checkpoint.
 
     Attributes:
-        scores: of the looks since the beginning, or since the last CONFLICT ended, oldest first.
-        before: looks before those, whose share of the allowed error is spent.
+        checks: since the beginning, or since the last alarm ended, oldest first.
+        before: checks before those, whose share of the allowed error is spent.
     """
 
-    scores: tuple[float, ...] = ()
+    checks: tuple[Check, ...] = ()
     before: int = 0
 
-    def with_score(self, score: float | None) -> RunEvidence:
-        """One look more; None, a look without a score, changes nothing.
-
-        Raises:
-            GuardError: the score is NaN, or no number.
-        """
-        if score is None:
+    def with_check(self, check: Check | None) -> RunEvidence:
+        """One check more; None, or one of variance 0, says nothing and changes nothing."""
+        if check is None or check.variance == 0:
             return self
-        score = as_real(score, "score")
-        if math.isnan(score):
-            raise GuardError("Expected a score, or None for a look without one; found NaN.")
-        return RunEvidence((*self.scores, max(SMALLEST_SCORE, min(score, LARGEST_SCORE))), self.before)
+        return RunEvidence((*self.checks, check), self.before)
 
     def restarted(self) -> RunEvidence:
-        """Forget the scores, not how many there were: another alarm needs evidence of its own."""
-        return RunEvidence((), self.before + len(self.scores))
+        """Forget the checks, not how many there were: another alarm needs evidence of its own."""
+        return RunEvidence((), self.before + len(self.checks))
 
     @property
     def p_value(self) -> float:
-        """Anytime-valid p-value of "no conflict at any look", in (0, 1]: ever below alpha with probability <= alpha."""
-        return math.exp(-max(0.0, float(log_evidence(torch.tensor(self.scores, dtype=torch.float64), self.before))))
+        """Anytime-valid p-value of "nothing to find", in [0, 1]: ever below alpha with a probability of <= alpha."""
+        if not self.checks:
+            return 1.0
+        rows = [(check.value, check.variance, check.count) for check in self.checks]
+        values, variances, counts = torch.tensor(rows, dtype=torch.float64).T
+        return math.exp(-max(0.0, float(log_evidence(values, variances, counts, self.before))))
 
 
-def log_evidence(scores: torch.Tensor, before: int = 0) -> torch.Tensor:
-    """[...] log of the mixture over the look a conflict began at, after the last look; -inf before the first.
+def log_evidence(values: Tensor, variances: Tensor, counts: Tensor, before: int = 0) -> Tensor:
+    r"""[...] log of the mixture over strengths and first checks, after the last of t >= 1 checks.
+
+    Each check is weighed by one over the root of the mean variance of up to `RECENT` checks *before* it, which leaves
+    its mean at most 0 and fixes the scale of the prior; the first is weighed by its own. V of the checks j to t is the
+    larger of two: the sum of their variances, and their number times the pooled variance of all t checks. The pooled
+    one is their mean plus `DOUBT` times its standard error, $\sqrt{\sum_i (v_i - \bar v)^2 + 2 v_i^2/d_i}/t$ with d_i
+    the degrees of freedom, or half the mean squared difference of successive values where that is larger, as it is
+    where prompts come in clusters.
 
     Args:
-        scores: [..., t] float64 of t looks in each of any number of runs, oldest first, at most `LARGEST_SCORE`.
-        before: looks before those.
+        values, variances, counts: [..., t] float64 of `Check`, for any number of runs, oldest first; variances > 0.
+        before: checks before those.
     """
-    looks = scores.shape[-1]
-    began = before + torch.arange(looks, 0, -1, dtype=torch.float64)
-    return torch.logsumexp(_log_mixture(scores.flip(-1).cumsum(-1)) - (began * (began + 1)).log(), -1)
+    t = values.shape[-1]
+    number = torch.arange(1, t + 1, dtype=torch.float64)
+    earlier = torch.nn.functional.pad(variances[..., :-1], (RECENT, 0)).unfold(-1, RECENT, 1).sum(-1)
+    usual = torch.cat([variances[..., :1], earlier[..., 1:] / number[:-1].clamp(max=RECENT)], -1)
+    v = variances / torch.maximum(usual, _STEEPEST * variances)
+    x = (values / variances.sqrt()).clamp(min=-_FARTHEST, max=_FARTHEST) * v.sqrt()
+    mean = v.mean(-1, keepdim=True)
+    doubt = ((v - mean).square() + 2 * v.square() / counts).sum(-1, keepdim=True).sqrt() / t
+    pooled = mean + DOUBT * doubt
+    if t >= _FEWEST_CHECKS:
+        pooled = torch.maximum(pooled, x.diff().square().mean(-1, keepdim=True) / 2)
+    x = torch.minimum(x, LARGEST * torch.maximum(v, pooled).sqrt())
+    spread = torch.maximum(v.flip(-1).cumsum(-1), number * pooled)
+    began = before + number.flip(-1)
+    return torch.logsumexp(_log_mixture(x.flip(-1).cumsum(-1), spread) - (began * (began + 1)).log(), -1)
 
 
-def _log_mixture(sums: torch.Tensor) -> torch.Tensor:
-    r"""Log of $\int e^{\lambda S - n \lambda^2/2}$, half-normal prior of scale 1, for sums [..., t] of 1..t scores."""
-    precision = torch.arange(1, sums.shape[-1] + 1, dtype=torch.float64) + 1
-    return (
-        math.log(2)
-        - precision.log() / 2
-        + sums.square() / (2 * precision)
-        + torch.special.log_ndtr(sums / precision.sqrt())
-    )
+def _log_mixture(sums: Tensor, variances: Tensor) -> Tensor:
+    r"""Log of $\int e^{\lambda S - \lambda^2 V/2}$ over a half-normal prior of scale 1, each."""
+    precision = variances + 1
+    z = (sums / precision.sqrt()).clamp(min=-_FARTHEST)
+    return math.log(2) - precision.log() / 2 + z.square() / 2 + torch.special.log_ndtr(z)
 
 
-def conflict_score(probe: ProbeGram, k: int, *, threshold: float = 0.0) -> float | None:
-    """How far this refresh alone speaks for cos(grad J_k, grad J_1) < threshold, as a standard normal score.
+def conflict_check(probe: ProbeGram, k: int, *, threshold: float = 0.0) -> Check | None:
+    """How far this refresh alone speaks for cos(grad J_k, grad J_1) < threshold.
 
-    The studentised statistic of `intervals.cosine_bounds`, U_k1 - threshold sqrt(U_11 U_kk) over its standard error,
-    turned into a normal score of the same p-value (Wallace 1959) and of the other sign, less `HANDICAP`.
+    The value is threshold sqrt(U_11 U_kk) - U_k1: unbiased at a threshold of 0. Its variance is that of
+    `intervals.cosine_bounds`.
 
     Args:
         probe: one refresh, checked, with at least k samples of each prompt.
@@ -105,7 +155,7 @@ def conflict_score(probe: ProbeGram, k: int, *, threshold: float = 0.0) -> float
     Returns:
         None where there is no statistic: fewer than 3 prompts with a gradient, or, for a threshold other than 0,
         a squared norm that is not positive. None for samples of an earlier refresh too: given what was seen of them
-        then, their p-value is not one.
+        then, their value has another mean.
     """
     if probe.reused or int(informative(probe).sum()) < _FEWEST_PROMPTS:
         return None
@@ -118,26 +168,31 @@ def conflict_score(probe: ProbeGram, k: int, *, threshold: float = 0.0) -> float
             return None
         length = math.sqrt(one * many)
         slope[1:] = -threshold * length / 2 / torch.tensor([one, many], dtype=torch.float64)
-    error = math.sqrt(max(0.0, float(slope @ covariance @ slope)))
-    if error == 0:
-        return None
-    return score_of(
-        (inner - threshold * length) / error,
-        float(moments.degrees_at(torch.tensor([threshold], dtype=torch.float64))[0]),
-    )
+    variance = max(0.0, float(slope @ covariance @ slope))
+    count = float(moments.degrees_at(torch.tensor([threshold], dtype=torch.float64))[0])
+    return Check(threshold * length - inner, variance, count) if variance > 0 else None
 
 
-def score_of(t: float, degrees: float) -> float:
-    """The score of a studentised statistic that is small where there is a conflict."""
-    return -normal_score(t, degrees) - HANDICAP
+def run_p_value(probes: Sequence[ProbeGram], k: int, *, threshold: float = 0.0) -> list[float]:
+    """The p-value of "no conflict so far" after each of these refreshes, valid at all of them together.
 
-
-def normal_score(t: float, degrees: float) -> float:
-    """The standard normal number with the p-value that t has under Student's t (Wallace 1959, Eq. 3).
+    The chance that it is ever at most alpha in a run without a conflict is at most alpha, as calibrated
+    (docs/guarantees.md): the rule behind the verdict CONFLICT.
 
     Args:
-        degrees: of freedom, >= 2. At most 0.06 above the exact score for |t| <= 8, 0.02 from 10 degrees on.
+        probes: of a run, oldest first, each with samples drawn for it; others add nothing.
+        k: of pass@k.
+        threshold: cosines below it are a conflict, in (-1, 1).
+
+    Raises:
+        GuardError: no list of probes, fewer than k samples of a prompt, or a threshold outside (-1, 1).
     """
-    t = max(-_LARGEST_T, min(t, _LARGEST_T))
-    size = math.sqrt(degrees * math.log1p(t * t / degrees)) * (8 * degrees + 1) / (8 * degrees + 3)
-    return math.copysign(size, t)
+    if not -1 < as_real(threshold, "threshold") < 1:
+        raise GuardError(f"Expected -1 < `threshold` < 1; found {threshold}.")
+    if isinstance(probes, ProbeGram) or not all(isinstance(probe, ProbeGram) for probe in probes):
+        raise GuardError(f"Expected `probes` to be a list of ProbeGram, one a refresh; found {brief(probes)}.")
+    evidence, found = RunEvidence(), []
+    for probe in probes:
+        evidence = evidence.with_check(conflict_check(checked_probe(probe, k), k, threshold=threshold))
+        found.append(evidence.p_value)
+    return found

@@ -3,8 +3,8 @@ r"""How soon a conflict of a given size would be called on a probe of a given si
 A look is one refresh. Its statistic $U_{k1} - \tau \sqrt{U_{11} U_{kk}}$ is taken to be normal around
 $(c - \tau)|\nabla J_1||\nabla J_k|$ for a true cosine c and threshold $\tau$, with Hoeffding's variance at m prompts
 (`noise`) and a variance estimate of as many degrees of freedom as the refreshes have shown. The noise at the
-hypothetical c is assumed to be that at the present one. The rules themselves are those of the guard: `score_of` and
-`log_evidence`, or the quantiles of each look, over simulated runs that are the same at every call. torch alone.
+hypothetical c is assumed to be that at the present one. The rules themselves are those of the guard: `log_evidence`, or
+the quantiles of each look, over simulated runs that are the same at every call. torch alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from passk_guard.estimation.evidence import LARGEST_SCORE, log_evidence, score_of
+from passk_guard.estimation.evidence import log_evidence
 from passk_guard.estimation.intervals import student_t_quantile
 from passk_guard.estimation.noise import Noise
 from passk_guard.estimation.verdict import DecisionRule
@@ -103,7 +103,7 @@ def looks_until_called(
     called = torch.zeros(_RUNS, dtype=torch.bool)
     refreshes: list[Tensor] = []
     streak = torch.zeros(_RUNS, dtype=torch.int64)
-    scores = torch.empty(_RUNS, MOST_LOOKS, dtype=torch.float64)
+    checks = torch.empty(3, _RUNS, 0, dtype=torch.float64)
     for number in range(1, MOST_LOOKS + 1):
         refreshes = [*refreshes, _refresh(look, _RUNS, generator)][-pool:]
         if rule.false_alarms is None:
@@ -111,10 +111,11 @@ def looks_until_called(
             streak = torch.where(established, streak + 1, 0)
             called |= streak >= rule.patience
         else:
-            newest = _studentised(refreshes[-1:]).tolist()
-            scores[:, number - 1] = torch.tensor([min(LARGEST_SCORE, score_of(t, look.degrees)) for t in newest])
+            value, variance = refreshes[-1]
+            newest = torch.stack([-value, variance, torch.full_like(value, look.degrees)])
+            checks = torch.cat([checks, newest[..., None]], -1)
             going = ~called
-            called[going] = log_evidence(scores[going, :number]) >= -math.log(rule.false_alarms)
+            called[going] = log_evidence(*checks[:, going]) >= -math.log(rule.false_alarms)
         if float(called.double().mean()) >= power:
             return number
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from passk_guard.estimation.evidence import RunEvidence
+from passk_guard.estimation.evidence import Check, RunEvidence
 from passk_guard.estimation.records import ConflictEstimate, Status
 from passk_guard.utils.arguments import as_real
 from passk_guard.utils.errors import GuardError
@@ -20,7 +20,7 @@ class DecisionRule:
         cooldown: consecutive refreshes without an established conflict before a CONFLICT verdict is dropped.
             Larger than `patience`, it keeps noise around the threshold from switching the alarm off and on.
         false_alarms: bound on the chance that a run in which there is never a conflict is called one at any of its
-            looks, by `RunEvidence`; None leaves CONFLICT to `patience`, which bounds each look by itself.
+            checks, by `RunEvidence`; None leaves CONFLICT to `patience`, which bounds each look by itself.
     """
 
     patience: int = 2
@@ -73,7 +73,7 @@ def decide(
     state: DecisionState,
     evidence: RunEvidence,
     estimate: ConflictEstimate,
-    score: float | None,
+    check: Check | None,
     rule: DecisionRule,
     *,
     fresh: bool = True,
@@ -87,7 +87,7 @@ def decide(
     Args:
         state, evidence: so far.
         estimate: the pooled one of this refresh.
-        score: `conflict_score` of this refresh alone, or None where it has none.
+        check: `conflict_check` of this refresh alone, or None where it has none.
         rule: how much evidence it takes.
         fresh: False for an estimate from samples of an earlier refresh, which neither confirm nor contradict what was
             said of them: nothing advances, by either rule.
@@ -97,7 +97,7 @@ def decide(
     """
     if not fresh:
         return state, evidence, Verdict(state.verdict, state.verdict)
-    evidence = evidence.with_score(score)
+    evidence = evidence.with_check(check)
     if rule.false_alarms is None:
         state, verdict = step(state, estimate, rule)
         return state, evidence, verdict

@@ -2,11 +2,17 @@
 
 import dataclasses
 import math
+from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
 
-from passk_guard.estimation.evidence import HANDICAP, LARGEST_SCORE, RunEvidence, conflict_score, normal_score
+from benchmarks.calibration_populations import Synthetic, ThreeKinds, with_cosine
+from benchmarks.calibration_runs import first_alarms
+from benchmarks.calibration_statistics import checks_of, guard
+from passk_guard import run_p_value
+from passk_guard.estimation.evidence import DOUBT, LARGEST, Check, RunEvidence, conflict_check, log_evidence
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.ustatistics import passk_rows, refresh_moments
 from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide
@@ -14,106 +20,203 @@ from passk_guard.utils.errors import GuardError
 from tests.helpers.populations import draw, population
 
 
-def evidence(scores, before=0):
+def evidence(checks, before=0):
     found = RunEvidence((), before)
-    for score in scores:
-        found = found.with_score(score)
+    for check in checks:
+        found = found.with_check(check)
     return found
 
 
-def student_tail(t, degrees):
-    """P(T > t) by the trapezoidal rule over u = (x - t)/(1 + x - t)."""
-    u = torch.linspace(0, 1, 200_001, dtype=torch.float64)[:-1]
-    x = t + u / (1 - u)
-    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-    return float(torch.trapezoid(constant * (1 + x * x / degrees) ** (-(degrees + 1) / 2) / (1 - u) ** 2, u))
+def plain(values, variance=1.0, count=50.0):
+    return [Check(value, variance, count) for value in values]
 
 
-@pytest.mark.parametrize(("degrees", "tolerance"), [(2, 0.06), (3, 0.05), (10, 0.02), (63, 0.002)])
-@pytest.mark.parametrize("t", [0.5, 1.5, 3.0, 6.0, -2.0])
-def test_a_normal_score_has_the_same_p_value(t, degrees, tolerance):
-    tail = torch.tensor(student_tail(abs(t), degrees), dtype=torch.float64)
-    exact = math.copysign(-float(torch.special.ndtri(tail)), t)
-    assert normal_score(t, degrees) == pytest.approx(exact, abs=tolerance)
-
-
-@pytest.mark.parametrize("before", [0, 4])
-@pytest.mark.parametrize("scores", [[2.5], [1.0, 2.0, -0.5], [-1.0] * 5, [0.3] * 8])
-def test_the_p_value_is_the_mixture_over_strengths_and_beginnings(scores, before):
+def by_hand(checks, before):
+    """The formulas of the module in loops, its integral by the trapezoidal rule."""
+    usual = [checks[0].variance]
+    for i in range(1, len(checks)):
+        recent = [check.variance for check in checks[max(0, i - 8) : i]]
+        usual.append(sum(recent) / len(recent))
+    x = [check.value / math.sqrt(u) for check, u in zip(checks, usual, strict=True)]
+    v = [check.variance / u for check, u in zip(checks, usual, strict=True)]
+    t = len(checks)
+    mean = sum(v) / t
+    doubt = sum((a - mean) ** 2 + 2 * a * a / check.count for a, check in zip(v, checks, strict=True))
+    pooled = mean + DOUBT * math.sqrt(doubt) / t
+    if t >= 4:
+        pooled = max(pooled, sum((b - a) ** 2 for a, b in pairwise(x)) / (t - 1) / 2)
+    x = [min(a, LARGEST * math.sqrt(max(b, pooled))) for a, b in zip(x, v, strict=True)]
     strength = torch.linspace(0, 40, 400_001, dtype=torch.float64)
     prior = math.sqrt(2 / math.pi) * torch.exp(-strength.square() / 2)
     total = 0.0
-    for j in range(len(scores)):
-        count, size = len(scores) - j, sum(scores[j:])
-        began = before + j + 1
-        product = torch.exp(strength * size - count * strength.square() / 2)
+    for j in range(t):
+        spread, began = max(sum(v[j:]), (t - j) * pooled), before + j + 1
+        product = torch.exp(strength * sum(x[j:]) - spread * strength.square() / 2)
         total += float(torch.trapezoid(prior * product, strength)) / (began * (began + 1))
-    assert evidence(scores, before).p_value == pytest.approx(min(1.0, 1 / total), rel=1e-4)
+    return min(1.0, 1 / total)
+
+
+@pytest.mark.parametrize("before", [0, 4])
+@pytest.mark.parametrize(
+    "checks",
+    [
+        plain([2.5]),
+        plain([9.0]),
+        plain([1.0, 2.0, -0.5]),
+        plain([-1.0] * 5),
+        plain([0.3, 2.9, -1.0, 0.4] * 3),
+        [Check(2.0 * (i + 1), (i + 1.0) ** 2, 3.0 + i) for i in range(12)],
+    ],
+)
+def test_the_p_value_is_the_mixture_over_strengths_and_beginnings(checks, before):
+    assert evidence(checks, before).p_value == pytest.approx(by_hand(checks, before), rel=1e-4)
 
 
 def test_no_false_alarm_in_a_whole_run_but_for_one_in_twenty():
-    """400 runs of 80 looks without a conflict; each look by itself would alarm in nearly all of them."""
-    scores = torch.randn(400, 80, generator=torch.Generator().manual_seed(0))
-    alarms = alone = 0
-    for run in scores.tolist():
-        found, lowest = RunEvidence(), 1.0
-        for score in run:
-            found = found.with_score(score)
-            lowest = min(lowest, found.p_value)
-        alarms += lowest <= 0.05
-        alone += max(run) > 1.645
-    assert alarms / 400 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
-    assert alone / 400 > 0.9
+    """1,000 runs of 80 checks without a conflict; each check by itself would alarm in nearly all of them."""
+    values = torch.randn(1000, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ones = torch.ones_like(values)
+    assert float(first_alarms(values, ones, 20 * ones).isfinite().double().mean()) <= 0.05
+    assert float((values > 1.645).any(1).double().mean()) > 0.9
 
 
-@pytest.mark.parametrize(("clear_looks", "at_most"), [(0, 5), (20, 12)])
-def test_a_conflict_is_found_whenever_it_begins(clear_looks, at_most):
-    found = evidence([-0.5, 0.5] * (clear_looks // 2))
+@cache
+def drawn(make, cosine, spread=0.3, cluster=1):
+    """[3, N] values, variances and counts of 1,500 checks of 64 prompts, and the means of the values set right."""
+    generator, rows = torch.Generator().manual_seed(6), []
+    for _ in range(6):
+        moments = guard(with_cosine(cosine, 8, make, spread=spread, cluster=cluster).draw(250, 64, 16, generator), 8)
+        rows += [(check.value, check.variance, check.count) for check in checks_of(moments)]
+    values, variances, counts = torch.tensor(rows, dtype=torch.float64).T
+    if cosine == 0 and cluster == 1:
+        values = values - values.mean()
+    return torch.stack([values, variances, counts])
+
+
+def runs_of(checks, runs, length):
+    picked = torch.randint(checks.shape[1], (runs, length), generator=torch.Generator().manual_seed(7))
+    return checks[:, picked]
+
+
+@pytest.mark.parametrize(("spread", "cluster"), [(0.02, 1), (0.1, 1), (0.1, 4)])
+def test_no_false_alarms_where_most_samples_miss_the_prompts_that_agree(spread, cluster):
+    """Values over their own standard errors have a mean of up to +0.5 here, and their sum calls a third of the runs."""
+    values, variances, counts = runs_of(drawn(ThreeKinds, 0.0, spread, cluster), 800, 60)
+    assert float(first_alarms(values, variances, counts).isfinite().double().mean()) <= 0.05
+    if cluster == 1:
+        ones = torch.ones_like(values)
+        assert float((values / variances.sqrt()).mean()) > 0.3
+        studentised = first_alarms(values / variances.sqrt() - 0.1, ones, 1e9 * ones)
+        assert float(studentised.isfinite().double().mean()) > 0.1
+
+
+@pytest.mark.parametrize(("cosine", "median", "most"), [(-0.2, 12, 24), (-0.4, 6, 10), (-0.73, 4, 6)])
+def test_how_soon_a_conflict_is_called(cosine, median, most):
+    first = first_alarms(*runs_of(drawn(Synthetic, cosine), 400, 40))
+    assert float(first.quantile(0.5)) <= median
+    assert float(first.quantile(0.9)) <= most
+
+
+@pytest.mark.parametrize("shrinks", [1.0, 30.0, 1 / 30])
+def test_a_conflict_is_found_late_in_a_run_whose_gradients_grow_or_shrink(shrinks):
+    """By a factor of 30 in the standard error over 40 checks; the conflict begins at the 20th."""
+    quiet, conflict = (runs_of(drawn(Synthetic, c), 200, 60) for c in (0.0, -0.4))
+    values, variances, counts = torch.cat([quiet[..., :20], conflict[..., 20:]], -1)
+    scale = shrinks ** -(torch.arange(60, dtype=torch.float64).clamp(max=40) / 40)
+    first = first_alarms(values * scale, variances * scale**2, counts)
+    assert float((first <= 20).double().mean()) <= 0.05
+    assert float((first <= 40).double().mean()) >= 0.9
+
+
+@pytest.mark.parametrize("scale", [1e-50, 1e50])
+def test_the_unit_of_the_values_does_not_matter(scale):
+    checks = [Check(1.0 + i, 2.0 + i, 9.0) for i in range(6)]
+    scaled = [Check(c.value * scale, c.variance * scale**2, c.count) for c in checks]
+    assert evidence(scaled).p_value == pytest.approx(evidence(checks).p_value)
+
+
+@pytest.mark.parametrize(("clear_checks", "at_most"), [(0, 5), (20, 13)])
+def test_a_conflict_is_found_whenever_it_begins(clear_checks, at_most):
+    found = evidence(plain([-0.5, 0.5] * (clear_checks // 2)))
     assert found.p_value > 0.05
-    looks = 0
+    checks = 0
     while found.p_value > 0.05:
-        found, looks = found.with_score(2.0), looks + 1
-    assert looks <= at_most
+        found, checks = found.with_check(*plain([2.0])), checks + 1
+    assert checks <= at_most
 
 
-def test_one_look_alone_never_alarms_and_scores_are_cut():
-    assert evidence([50.0]) == evidence([LARGEST_SCORE])
-    assert evidence([50.0]).p_value > 0.05
-    assert evidence([]).p_value == 1.0
-    assert evidence([1.0, None, 2.0]) == evidence([1.0, 2.0])
+@pytest.mark.parametrize("count", [1.0, 10.0, 1e9])
+def test_one_check_alone_never_alarms(count):
+    assert evidence(plain([1e6], count=count)).p_value > 0.05
 
 
-def test_a_restart_spends_what_was_looked_at():
-    again = evidence([3.0] * 5).restarted()
+def test_what_says_nothing_changes_nothing():
+    assert RunEvidence().p_value == 1.0
+    assert evidence([None, Check(3.0, 0.0, 5.0)]) == RunEvidence()
+
+
+def test_a_restart_spends_what_was_checked():
+    again = evidence(plain([3.0] * 5)).restarted()
     assert again == RunEvidence((), 5)
     assert again.p_value == 1.0
-    assert again.with_score(2.0).p_value >= evidence([2.0]).p_value
+    assert again.with_check(*plain([2.0])).p_value >= evidence(plain([2.0])).p_value
 
 
 def test_long_runs_neither_overflow_nor_underflow():
-    assert 0 <= evidence([3.0] * 500).p_value < 1e-300
-    assert evidence([-3.0] * 500).p_value == 1.0
+    assert 0 <= evidence(plain([3.0] * 500)).p_value < 1e-200
+    assert evidence(plain([-3.0] * 500)).p_value == 1.0
 
 
-def test_the_score_of_a_refresh():
+def test_the_check_of_a_refresh():
     probe = draw(population(-0.6), 64, 16, torch.Generator().manual_seed(3))
     moments = refresh_moments(probe, passk_rows(torch.tensor([8])))
-    t = float(moments.value[0, 0]) / float(moments.covariance[0, 0, 0]) ** 0.5
-    score = conflict_score(probe, 8)
-    assert score == pytest.approx(-normal_score(t, float(moments.degrees[0])) - HANDICAP)
-    assert score > 0
-    larger = dataclasses.replace(probe, gram=probe.gram * 1e8)
-    assert conflict_score(larger, 8) == pytest.approx(score)
-    assert conflict_score(probe, 8, threshold=-0.5) < score < conflict_score(probe, 8, threshold=0.5)
+    check = conflict_check(probe, 8)
+    assert check == Check(-float(moments.value[0, 0]), check.variance, float(moments.degrees[0]))
+    assert check.variance == pytest.approx(float(moments.covariance[0, 0, 0]))
+    assert check.value > 0
+    larger = conflict_check(dataclasses.replace(probe, gram=probe.gram * 1e8), 8)
+    assert larger.value / math.sqrt(larger.variance) == pytest.approx(check.value / math.sqrt(check.variance))
+    lower, higher = (conflict_check(probe, 8, threshold=threshold) for threshold in (-0.5, 0.5))
+    assert lower.value < check.value < higher.value
 
 
-def test_no_score_without_a_statistic():
+def test_no_check_without_a_statistic():
     probe = draw(population(-0.6), 16, 16, torch.Generator().manual_seed(4))
     solved = dataclasses.replace(probe, num_correct=probe.num_samples)
-    assert conflict_score(solved, 8) is None
+    assert conflict_check(solved, 8) is None
     silent = dataclasses.replace(probe, gram=torch.zeros_like(probe.gram))
-    assert conflict_score(silent, 8) is None
-    assert conflict_score(silent, 8, threshold=0.1) is None
+    assert conflict_check(silent, 8) is None
+    assert conflict_check(silent, 8, threshold=0.1) is None
+
+
+def test_the_running_p_value_of_refreshes():
+    generator = torch.Generator().manual_seed(8)
+    probes = [draw(population(-0.8), 64, 16, generator) for _ in range(5)]
+    found = run_p_value(probes, 8)
+    checks = [conflict_check(probe, 8) for probe in probes]
+    assert found == [evidence(checks[: i + 1]).p_value for i in range(5)]
+    assert found[-1] <= 0.05
+    assert run_p_value([], 8) == []
+    assert run_p_value(probes, 8, threshold=-0.9)[-1] > found[-1]
+    seen = dataclasses.replace(probes[0], misses=torch.ones(64, 16, dtype=torch.float64))
+    assert run_p_value([seen, *probes], 8) == [1.0, *found]
+
+
+@pytest.mark.parametrize("change", [{"k": 17}, {"threshold": 1.0}, {"threshold": math.nan}, {"threshold": "low"}])
+def test_misuse_of_the_running_p_value(change):
+    probe = draw(population(-0.6), 8, 16, torch.Generator().manual_seed(4))
+    with pytest.raises(GuardError, match="Expected"):
+        run_p_value([probe], **({"k": 8} | change))
+    with pytest.raises(GuardError, match="ProbeGram"):
+        run_p_value(probe, 8)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(math.nan, 1, 5), (1, -1, 5), (1, math.inf, 5), (1, 1, 0), ("1", 1, 5), (1, 1, None)]
+)
+def test_a_check_that_is_none(wrong):
+    with pytest.raises(GuardError, match="Expected"):
+        Check(*wrong)
 
 
 def estimate(status, cosine):
@@ -123,8 +226,8 @@ def estimate(status, cosine):
 
 def verdicts(looks, rule):
     state, found, out = DecisionState(), RunEvidence(), []
-    for status, cosine, score in looks:
-        state, found, verdict = decide(state, found, estimate(status, cosine), score, rule)
+    for status, cosine, value in looks:
+        state, found, verdict = decide(state, found, estimate(status, cosine), *plain([value]), rule)
         out.append(verdict.status)
     return out, state, found
 
@@ -133,11 +236,11 @@ WHOLE_RUN = DecisionRule(patience=2, cooldown=3, false_alarms=0.05)
 
 
 def test_a_conflict_takes_the_evidence_of_the_run():
-    looks = [("conflict", -0.5, 1.7)] * 6
+    looks = [("conflict", -0.5, 1.7)] * 8
     found, _, _ = verdicts(looks, WHOLE_RUN)
     first = found.index("conflict")
-    assert first == next(i for i in range(6) if evidence([1.7] * (i + 1)).p_value <= 0.05)
-    assert first > 1, "two looks that are established one by one are not the run's evidence"
+    assert first == next(i for i in range(8) if evidence(plain([1.7] * (i + 1))).p_value <= 0.05)
+    assert first > 1, "two checks that are established one by one are not the run's evidence"
     assert set(found[first:]) == {"conflict"}
     one_by_one, _, _ = verdicts(looks, DecisionRule(patience=2, cooldown=3))
     assert one_by_one.index("conflict") == 1
@@ -161,16 +264,28 @@ def test_clear_needs_patience_as_before():
 
 def test_resuming_in_the_middle_changes_nothing():
     generator = torch.Generator().manual_seed(5)
-    scores = (torch.randn(30, generator=generator) + 0.8).tolist()
-    looks = [("conflict" if s > 1.7 else "undetermined", -0.1 if s > 0 else 0.1, s) for s in scores]
+    values = (torch.randn(30, generator=generator) + 0.8).tolist()
+    looks = [("conflict" if x > 1.7 else "undetermined", -0.1 if x > 0 else 0.1, x) for x in values]
     whole, state, found = verdicts(looks, WHOLE_RUN)
     assert len(set(whole)) > 1
     _, state1, found1 = verdicts(looks[:11], WHOLE_RUN)
     state1 = DecisionState(**dataclasses.asdict(state1))
-    found1 = RunEvidence(**{k: tuple(v) if k == "scores" else v for k, v in dataclasses.asdict(found1).items()})
-    for status, cosine, score in looks[11:]:
-        state1, found1, _ = decide(state1, found1, estimate(status, cosine), score, WHOLE_RUN)
+    saved = dataclasses.asdict(found1)
+    found1 = RunEvidence(tuple(Check(**check) for check in saved["checks"]), saved["before"])
+    for status, cosine, value in looks[11:]:
+        state1, found1, _ = decide(state1, found1, estimate(status, cosine), *plain([value]), WHOLE_RUN)
     assert (state1, found1) == (state, found)
+
+
+def test_the_evidence_of_many_runs_is_that_of_each():
+    rows = torch.rand(3, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) + torch.tensor(
+        [-0.2, 0.5, 3.0]
+    ).double().view(3, 1, 1)
+    for before in (0, 3):
+        together = log_evidence(*rows, before).tolist()
+        for row, found in zip(rows.unbind(1), together, strict=True):
+            checks = [Check(*column) for column in row.T.tolist()]
+            assert evidence(checks, before).p_value == pytest.approx(math.exp(-max(0.0, found)))
 
 
 def test_misuse():

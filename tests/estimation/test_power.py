@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.calibration_populations import with_cosine
 from benchmarks.planning import K, achieved_power, called_by, measured, predicted
-from passk_guard.estimation.evidence import RunEvidence, log_evidence, score_of
+from passk_guard.estimation.evidence import Check, RunEvidence
 from passk_guard.estimation.noise import Noise, average_noise, measure_noise, noise_from
 from passk_guard.estimation.power import Look, fewest_prompts, look_of, looks_until_called, power_of_one, signal_of
 from passk_guard.estimation.records import ProbeGram
@@ -85,19 +85,11 @@ def test_predicted_power_is_what_then_happens(cosine, m):
     assert called_by(there, m, looks // 2, 40, generator) < 0.8
 
 
-def test_the_evidence_of_many_runs_is_that_of_each():
-    scores = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    for before in (0, 3):
-        together = log_evidence(scores, before).tolist()
-        for row, found in zip(scores.tolist(), together, strict=True):
-            assert RunEvidence(tuple(row), before).p_value == pytest.approx(math.exp(-max(0.0, found)))
-
-
 def test_looks_without_noise_are_counted_out():
-    """Scores that are all cut at their largest: the look is the one at which evidence of such scores suffices."""
-    scores, count = RunEvidence(), 0
-    while scores.p_value > 0.05:
-        scores, count = scores.with_score(50.0), count + 1
+    """Values that are all cut at their largest: the look is the one at which evidence of such values suffices."""
+    evidence, count = RunEvidence(), 0
+    while evidence.p_value > 0.05:
+        evidence, count = evidence.with_check(Check(50.0, 1.0, 1e6)), count + 1
     assert looks_until_called(Look(50.0, 1e6), WHOLE_RUN, 0.9) == count
     for patience in (1, 4):
         assert looks_until_called(Look(50.0, 1e6), DecisionRule(patience=patience), 0.9) == patience
@@ -112,8 +104,8 @@ def test_looks_of_each_rule_against_a_loop():
         evidence, count = RunEvidence(), 0
         while evidence.p_value > 0.05 and count < 60:
             z = torch.randn(41, dtype=torch.float64, generator=generator)
-            t = (float(z[0]) - look.drift) / math.sqrt(float(z[1:].square().mean()))
-            evidence, count = evidence.with_score(score_of(t, look.degrees)), count + 1
+            check = Check(look.drift - float(z[0]), float(z[1:].square().mean()), look.degrees)
+            evidence, count = evidence.with_check(check), count + 1
         first.append(count)
     expected = sorted(first)[math.ceil(0.9 * runs) - 1]
     assert abs(looks_until_called(look, WHOLE_RUN, 0.9) - expected) <= 2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from passk_guard.callback.state import FILE_NAME, Memory, load_memory, save_memory
 from passk_guard.estimation.estimate import estimate_pooled
-from passk_guard.estimation.evidence import RunEvidence
+from passk_guard.estimation.evidence import Check, RunEvidence
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide
 from passk_guard.mitigation import FloorState
@@ -51,7 +51,7 @@ def memory():
         2,
         15,
         FloorState(0.4, 3.0),
-        RunEvidence((1.0,), 4),
+        RunEvidence((Check(1.0, 2.0, 9.0), Check(-0.5, 1.0, 3.0)), 4),
         (3, 5),
     )
 
@@ -79,12 +79,12 @@ def resumed(folder):
     if found is not None:
         assert found.step >= -1
         assert found.failures >= 0
-        assert 0 < found.evidence.p_value <= 1
+        assert 0 <= found.evidence.p_value <= 1
         assert found.floor.floor >= 0
         probe = draw(population(-0.5), 4, 8, torch.Generator().manual_seed(1))
         grown = found.with_refresh(probe, 3, 20)
         estimate = estimate_pooled(grown.pooled(3), 4)
-        decide(found.decision, found.evidence, estimate, 1.0, DecisionRule(2, 3, 0.05))
+        decide(found.decision, found.evidence, estimate, Check(1.0, 1.0, 9.0), DecisionRule(2, 3, 0.05))
     told = []
     engine = Engine([1.0, -2.0])
     steps = guard(engine, told)
@@ -109,6 +109,18 @@ def test_what_was_saved_is_taken_up():
         )
         assert [p.reused for p in found.history] == [False, True]
         assert found.taken == (3, 5)
+
+
+def test_a_checkpoint_of_an_earlier_version_keeps_what_its_evidence_has_spent():
+    """It kept scores, which are of no use now; a CONFLICT that stands goes on, and so does the count of checks."""
+    with scratch() as folder:
+        saved(folder)
+        content = torch.load(folder / FILE_NAME, weights_only=True)
+        content["evidence"] = {"scores": (1.0, -0.4, 3.0), "before": 4}
+        torch.save(content, folder / FILE_NAME)
+        found, _ = resumed(folder)
+        assert found.evidence == RunEvidence((), 7)
+        assert found.decision == memory().decision
 
 
 @given(st.data())

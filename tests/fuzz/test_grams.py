@@ -7,8 +7,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from passk_guard import GuardError, estimate_conflict, estimate_pooled, solve_floor
-from passk_guard.estimation.evidence import RunEvidence, conflict_score
+from passk_guard import GuardError, estimate_conflict, estimate_pooled, run_p_value, solve_floor
+from passk_guard.estimation.evidence import RunEvidence, conflict_check
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.mitigation import FloorState, smooth_floor
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, SCALAR
@@ -58,11 +58,12 @@ def check(estimate):
 
 
 def estimated(given_probes, k=4, **options):
-    """The estimate, the floor and the score, all checked; None where the probe is refused."""
+    """The estimate, the floor and the evidence, all checked; None where the probe is refused."""
     try:
         estimate = estimate_pooled(given_probes, k, **options)
         floor = solve_floor(given_probes, k, gamma=0.2)
-        score = conflict_score(given_probes[-1], k)
+        check_of_it = conflict_check(given_probes[-1], k)
+        running = run_p_value(given_probes, k)
     except GuardError:
         return None
     check(estimate)
@@ -74,8 +75,9 @@ def estimated(given_probes, k=4, **options):
         state = smooth_floor(FloorState(), floor, 0.8, largest=1.0)
         assert 0 <= state.floor <= 1
         assert math.isfinite(state.precision)
-    assert score is None or math.isfinite(score)
-    assert 0 < RunEvidence().with_score(score).p_value <= 1
+    assert 0 < RunEvidence().with_check(check_of_it).p_value <= 1
+    assert len(running) == len(given_probes)
+    assert all(0 < p <= 1 for p in running)
     return estimate
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from passk_guard import GuardError, ProbeGram, estimate_conflict
 from passk_guard.estimation.estimate import estimate_pooled
-from passk_guard.estimation.evidence import conflict_score
+from passk_guard.estimation.evidence import conflict_check
 from passk_guard.estimation.ustatistics import coefficients
 from passk_guard.passk import named_weighting
 from passk_guard.passk.closed_forms import passk_weight
@@ -126,8 +126,8 @@ def test_what_reused_samples_do_not_know_is_left_out():
     assert mixed.pass_at_1 == alone.pass_at_1
     assert mixed.mean_weight == alone.mean_weight
     assert mixed.weight_agreement_cov == alone.weight_agreement_cov
-    assert conflict_score(new, 4) is not None
-    assert conflict_score(old, 4) is None
+    assert conflict_check(new, 4) is not None
+    assert conflict_check(old, 4) is None
 
 
 def test_what_cannot_be_asked_of_reused_samples_is_refused():

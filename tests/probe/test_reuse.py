@@ -10,7 +10,7 @@ import torch
 
 from passk_guard import GuardConfig
 from passk_guard.callback.state import Memory, load_memory, save_memory
-from passk_guard.estimation.evidence import RunEvidence
+from passk_guard.estimation.evidence import Check, RunEvidence
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.ustatistics import coefficients
 from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide
@@ -231,11 +231,12 @@ def test_memory_pools_one_look_of_each_draw(tmp_path):
 def test_no_verdict_comes_of_samples_that_have_been_seen(allowed):
     estimate = ConflictEstimate(8, "conflict", "", 0.95, 0.0, 64, 40, 1, cosine=-0.9)
     state, evidence, rule = DecisionState(), RunEvidence(), DecisionRule(patience=1, false_alarms=allowed)
+    check = Check(3.0, 1.0, 40)
     for _ in range(20):
-        state, evidence, verdict = decide(state, evidence, estimate, 3.0, rule, fresh=False)
+        state, evidence, verdict = decide(state, evidence, estimate, check, rule, fresh=False)
     assert (state, evidence, verdict.status) == (DecisionState(), RunEvidence(), "undetermined")
     for _ in range(9):
-        state, evidence, verdict = decide(state, evidence, estimate, 3.0, rule)
+        state, evidence, verdict = decide(state, evidence, estimate, check, rule)
     assert verdict.status == "conflict"
 
 
@@ -279,7 +280,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(mitigation, tmp_path):
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert resumed.memory.decision == whole.memory.decision
     assert resumed.memory.evidence == whole.memory.evidence
-    assert len(whole.memory.evidence.scores) <= 3, "one score a draw at most"
+    assert len(whole.memory.evidence.checks) <= 3, "one check a draw at most"
 
 
 def test_reuse_of_a_training_batch_is_refused():
