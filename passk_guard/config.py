@@ -106,6 +106,22 @@ class GuardConfig:
         "Seconds that scoring the completions of one refresh may take on a rank; a function that is not done by then "
         "is stopped, and the refresh is void. At most half of ddp_timeout with several ranks. 0 sets no limit.",
     )
+    instruments: Literal["both", "change", "angle"] = _setting(
+        "both",
+        "What is measured. change is the realised change of pass@1 and pass@k over the steps between two refreshes: it "
+        "takes forward passes alone and works for any model. angle is the cosine of the two gradients. The training "
+        "batch as source has an angle only.",
+    )
+    group_by: str | None = _setting(
+        None, "Column of the probe whose groups get a realised change of their own, at most 20 values."
+    )
+    on_loss: Literal["alert", "stop"] = _setting(
+        "alert",
+        "What follows when the loss of pass@1 is established to exceed max_loss: an alert, or the end of training.",
+    )
+    max_loss: Annotated[Real, Field(gt=0, lt=1)] | None = _setting(
+        None, "Largest loss of pass@1 since the start that on_loss accepts, such as 0.05; None accepts any."
+    )
     source: Literal["held_out", "training_batch"] = _setting(
         "held_out",
         "Where the probe's completions come from: held_out samples the probe set; training_batch reuses the batch a "
@@ -173,6 +189,20 @@ class GuardConfig:
             raise ValueError(
                 f"Expected resample_refreshes=1 for source='training_batch'; found {self.resample_refreshes}. Its "
                 "batch costs no sampling that reuse could save: leave it at 1, or pass held-out prompts as `probe`."
+            )
+        if self.instruments == "change" and self.source == "training_batch":
+            raise ValueError(
+                "Expected source='held_out' for instruments='change'; found 'training_batch'. Its completions steer "
+                "the updates that they would have to measure: pass held-out prompts as `probe`."
+            )
+        if self.instruments == "change" and self.mitigation != "off":
+            raise ValueError(
+                f"Expected mitigation='off' for instruments='change'; found {self.mitigation!r}. A floor and a "
+                "protected direction come from the angle's samples: use instruments='both'."
+            )
+        if self.on_loss == "stop" and self.max_loss is None:
+            raise ValueError(
+                "Expected `max_loss` for on_loss='stop'; found None. Pass the loss to stop at, such as 0.05."
             )
         if self.floor_max > self.k:
             raise ValueError(

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback
 
 from passk_guard.callback.mitigator import Mitigator, NoMitigation
+from passk_guard.callback.realised import ChangeMemory, RealisedChange, WindowResult
 from passk_guard.callback.setup import Attachment, check_compatibility, check_groups, choose_verifier, held_out_source
 from passk_guard.callback.state import Memory, load_memory, save_memory
 from passk_guard.config import GuardConfig
@@ -26,9 +27,11 @@ from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
 from passk_guard.planning import outlook, refresh_noise
 from passk_guard.probe.held_out import HeldOut
+from passk_guard.probe.out_of_memory import until_it_fits
 from passk_guard.probe.progress import sampling_bar, wants_bar
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.refresh import Refresh, Refresher
+from passk_guard.probe.rescoring import Rescorer
 from passk_guard.probe.reuse import RolloutKeeper
 from passk_guard.probe.rollout_checks import check_rollouts, limits_of, padding_token
 from passk_guard.probe.samplers import BatchTap, Sampler
@@ -38,6 +41,16 @@ from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.isolation import seeded, untouched
 from passk_guard.utils.ranks import Ranks
 from passk_guard.utils.text import describe_error
+
+
+@dataclass(frozen=True)
+class _Angle:
+    """What the angle says in one refresh, and the memory after it."""
+
+    refresh: Refresh
+    estimate: ConflictEstimate
+    verdict: Verdict
+    memory: Memory
 
 
 class PassKGuardCallback(TrainerCallback):
@@ -81,7 +94,7 @@ class PassKGuardCallback(TrainerCallback):
         self._max_tokens = self.config.max_probe_tokens
         self._keeper = RolloutKeeper(self.config.resample_refreshes, self.config.min_effective_samples)
         self._verifier = choose_verifier(trainer, correct, self.config)
-        self._sketcher = self._new_sketcher()
+        self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
         self._reporter = Reporter(
             trainer,
             held_out=self.config.source == "held_out",
@@ -97,6 +110,7 @@ class PassKGuardCallback(TrainerCallback):
             self._tap = BatchTap(trainer, self._on_training_batch)
         else:
             self._source = held_out_source(trainer, probe, self._verifier, sampler, self.config)
+        self._change = RealisedChange(self._source, self.config)
 
     # Events of the Trainer
 
@@ -117,13 +131,15 @@ class PassKGuardCallback(TrainerCallback):
         if self._tap is not None:
             self._tap.install()
         self._ranks = Ranks(self._trainer.accelerator.device)
-        self._sketcher = self._new_sketcher()
+        self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
+        self._change.drop()
         self.memory = self._recall(args, state)
         self._mitigator = Mitigator(
             self._trainer, self.config, self._ranks, self._warn, lambda: self._attachment.stands
         )
         if state.global_step:
             self._mitigator.resume(_checkpoint(args, state), self.memory)
+            self._change.resume(_checkpoint(args, state), self._ranks)
         self._announce()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -133,7 +149,7 @@ class PassKGuardCallback(TrainerCallback):
         source = self._source
         if source is not None and state.global_step % self.config.refresh_steps == 0:
             number = state.global_step // self.config.refresh_steps
-            self._refresh(state.global_step, lambda: self._sample(source, number), source.keys(number))
+            self._refresh(state.global_step, lambda: self._sample(source, number), source.keys(number), control)
         self._mitigator.apply(self.memory)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -145,6 +161,7 @@ class PassKGuardCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._save(lambda folder: save_memory(self.memory, folder), _checkpoint(args, state))
         self._save(self._mitigator.save, _checkpoint(args, state))
+        self._save(lambda folder: self._change.save(folder, self._ranks.index), _checkpoint(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the trainer its methods back."""
@@ -162,29 +179,64 @@ class PassKGuardCallback(TrainerCallback):
 
     # One refresh
 
-    def _refresh(self, step: int, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable]) -> None:
+    def _refresh(
+        self,
+        step: int,
+        sample: Callable[[], tuple[Rollouts, Outcomes]],
+        keys: Sequence[Hashable],
+        control: Any = None,
+    ) -> None:
         """Measure, mitigate, decide and report; whatever fails, training goes on as it was."""
         began = time.perf_counter()
-        trainer, config, seed = self._trainer, self.config, self.config.probe_seed * 1_000_003 + step
+        trainer, seed = self._trainer, self.config.probe_seed * 1_000_003 + step
         try:
             with untouched(trainer.model, trainer.processing_class), untraced(trainer.model_wrapped), seeded(seed):
-                refresh = self._keeper.refresh(self._refresher(), sample, keys, seed)
-                memory = self.memory.with_refresh(refresh.probe, config.pool_refreshes, step)
-                estimate = self._ranks.together(lambda: self._estimate(memory))
-                check = conflict_check(refresh.probe, config.k, threshold=config.threshold)
-                memory = self._mitigator.react(refresh, estimate, memory)
+                window, rescorer = None, self._rescorer()
+                if self._change.enabled:
+                    window = self._change.look(rescorer, self.memory.change, step)
+                sampled = list[tuple[Rollouts, Outcomes]]()
+
+                def sample_once() -> tuple[Rollouts, Outcomes]:
+                    sampled[:] = [sample()]
+                    return sampled[0]
+
+                found = None
+                if self._sketcher is not None:
+                    found = self._angle(sample_once, keys, seed, step)
+                else:
+                    until_it_fits(self._ranks, lambda: self._ranks.together(sample_once), self._sample_fewer)
+                memory = self.memory.with_step(step) if found is None else found.memory
+                if self._change.enabled and sampled:  # kept samples go on with the window that they have
+                    before = memory.change if window is None else window.memory
+                    memory = memory.with_change(self._opened(rescorer, sampled[0], keys, before, step))
         except Exception as error:  # of any kind: the probe may not stop training
             self._fail(step, str(error) if isinstance(error, FailedRefresh) else describe_error(error))
             return
+        pool_filled = len(self.memory.history) < self.config.pool_refreshes == len(memory.history)  # once in a run
+        self.memory = memory
+        seconds = time.perf_counter() - began
+        if found is not None:
+            self.estimate = found.estimate
+            self._report(step, found, seconds)
+        if window is not None:
+            self._report_window(window, control, seconds)
+        if pool_filled:
+            self._reporter.outlook(step, lambda: outlook(memory.history, self.config, seconds))
+
+    def _angle(
+        self, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable], seed: int, step: int
+    ) -> _Angle:
+        """The cosine of the two gradients, what is done about it, and the verdict."""
+        config = self.config
+        refresh = self._keeper.refresh(self._refresher(), sample, keys, seed)
+        memory = self.memory.with_refresh(refresh.probe, config.pool_refreshes, step)
+        estimate = self._ranks.together(lambda: self._estimate(memory))
+        check = conflict_check(refresh.probe, config.k, threshold=config.threshold)
+        memory = self._mitigator.react(refresh, estimate, memory)
         decision, evidence, verdict = decide(
             memory.decision, memory.evidence, estimate, check, self._rule, fresh=not refresh.probe.reused
         )
-        pool_filled = len(self.memory.history) < config.pool_refreshes == len(memory.history)  # once in a run
-        self.memory, self.estimate = replace(memory, decision=decision, evidence=evidence), estimate
-        seconds = time.perf_counter() - began
-        self._report(step, refresh, estimate, verdict, seconds)
-        if pool_filled:
-            self._reporter.outlook(step, lambda: outlook(memory.history, config, seconds))
+        return _Angle(refresh, estimate, verdict, replace(memory, decision=decision, evidence=evidence))
 
     def _sample(self, source: HeldOut, number: int) -> tuple[Rollouts, Outcomes]:
         """This rank's completions of refresh `number`, checked and scored."""
@@ -208,15 +260,43 @@ class PassKGuardCallback(TrainerCallback):
 
     def _refresher(self) -> Refresher:
         return Refresher(
-            sketcher=self._sketcher,
+            sketcher=cast(ScoreSketcher, self._sketcher),
             ranks=self._ranks,
             k=self.config.k,
             max_tokens=self._max_tokens,
             pad_token_id=padding_token(self._trainer.processing_class),
             autocast=self._trainer.accelerator.autocast,
-            sample_fewer=getattr(getattr(self._source, "sampler", None), "sample_fewer", lambda: False),
+            sample_fewer=self._sample_fewer,
             on_less_memory=self._use_fewer_tokens,
         )
+
+    def _opened(
+        self,
+        rescorer: Rescorer,
+        sampled: tuple[Rollouts, Outcomes],
+        keys: Sequence[Hashable],
+        memory: ChangeMemory,
+        step: int,
+    ) -> ChangeMemory:
+        try:
+            return self._change.open(rescorer, sampled, keys, memory, step)
+        except FailedRefresh as error:  # on all ranks alike
+            self._warn(f"no window of the realised change begins here: {error}")
+            return memory
+
+    def _rescorer(self) -> Rescorer:
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        return Rescorer(
+            model=model,
+            ranks=self._ranks,
+            max_tokens=self._max_tokens,
+            pad_token_id=padding_token(self._trainer.processing_class),
+            vocabulary=limits_of(model)["vocabulary"],
+            autocast=self._trainer.accelerator.autocast,
+        )
+
+    def _sample_fewer(self) -> bool:
+        return bool(getattr(getattr(self._source, "sampler", None), "sample_fewer", lambda: False)())
 
     def _use_fewer_tokens(self, tokens: int) -> None:
         self._max_tokens = tokens
@@ -230,9 +310,8 @@ class PassKGuardCallback(TrainerCallback):
         except GuardError as error:  # not a mistake of the user's: this refresh is at fault
             raise FailedRefresh(str(error)) from error
 
-    def _report(
-        self, step: int, refresh: Refresh, estimate: ConflictEstimate, verdict: Verdict, seconds: float
-    ) -> None:
+    def _report(self, step: int, found: _Angle, seconds: float) -> None:
+        refresh, estimate, verdict = found.refresh, found.estimate, found.verdict
         p_value = self.memory.evidence.p_value
         extra = self._keeper.metrics() | self._mitigator.refresh_metrics(self.memory)
         extra |= {"run_p_value": p_value, "probe_seconds": seconds}
@@ -246,6 +325,18 @@ class PassKGuardCallback(TrainerCallback):
                 action=self._mitigator.action(self.memory),
                 run_p_value=p_value if self._rule.false_alarms is not None else None,
             )
+
+    def _report_window(self, window: WindowResult, control: Any, seconds: float) -> None:
+        """Report what the updates did; end the training where the user asked for it."""
+        details = window.details(self._change.prompt)
+        self._reporter.window(window.ended, window.metrics, remark=window.reason, seconds=seconds, **details)
+        if window.verdict.changed:
+            action = self._mitigator.action(self.memory)
+            before, after = window.verdict.previous, window.verdict.outcome
+            self._reporter.outcome(window.ended, before=before, after=after, message=window.message(action))
+        if window.verdict.stop and self.config.on_loss == "stop" and control is not None:
+            control.should_training_stop = True
+            self._warn(f"training stops: the loss of pass@1 exceeds max_loss={self.config.max_loss:g}")
 
     def _fail(self, step: int, reason: str) -> None:
         """Report a failed refresh; nothing is projected until the next one succeeds."""
@@ -271,8 +362,19 @@ class PassKGuardCallback(TrainerCallback):
         config, remark = self.config, self._mitigator.remark
         what = "the training batch (not held out)" if self._source is None else self._source.summary
         what += f", resampled every {config.resample_refreshes} refreshes" if config.resample_refreshes > 1 else ""
+        if self._sketcher is None:
+            self._reporter.info(
+                f"passk_guard measures the change of pass@1 and pass@{config.k} every {config.refresh_steps} steps on "
+                f"{what}; action: observe"
+            )
+            return
+        measured = ""
+        if self._change.enabled:
+            measured = f" and the change of pass@1 and pass@{config.k}"
+        elif self._source is None:
+            what += ", from which no realised change can be measured"
         self._reporter.info(
-            f"passk_guard watches cos(pass@1, pass@{config.k}) every {config.refresh_steps} steps on {what}; "
+            f"passk_guard watches cos(pass@1, pass@{config.k}){measured} every {config.refresh_steps} steps on {what}; "
             f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "
             f"action: {self._mitigator.action(self.memory)}" + (f" ({remark})" if remark else "")
         )

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from passk_guard.callback.realised import measured_prompts
 from passk_guard.callback.state import Memory
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import in_conflict
 from passk_guard.estimation.records import ConflictEstimate
+from passk_guard.mitigation import FloorState
 from passk_guard.mitigation.engines import choose_engine
 from passk_guard.mitigation.floor_guard import FloorGuard, choose_mitigation, installed_objective
 from passk_guard.mitigation.gradient_guard import StepGuard
@@ -75,7 +77,7 @@ class Mitigator:
             self.steps.open = wanted and bool(refresh.batches)
             if self.steps.open:
                 with without_dropout(self._trainer.model_wrapped):
-                    self.steps.harvest(pass1_loss(refresh, self._ranks.count), refresh.batches)
+                    self.steps.harvest(pass1_loss(refresh, self._ranks.count, self._steering(refresh)), refresh.batches)
         if self.floor is None:
             return memory
         return memory.with_floor(self.floor.learn(memory.floor, memory.pooled(self._config.pool_refreshes)))
@@ -83,7 +85,15 @@ class Mitigator:
     def apply(self, memory: Memory) -> None:
         """Put the floor in force for the batches to come; at a step boundary, so that no batch sets its own."""
         if self.floor is not None:
-            self.floor.apply(memory.floor)
+            self.floor.apply(self._in_force(memory))
+
+    def _in_force(self, memory: Memory) -> FloorState:
+        """Where the realised change is measured, the floor of the refresh before: no sample steers its own window."""
+        return memory.floor if self._config.instruments == "angle" else memory.floor_before
+
+    def _steering(self, refresh: Refresh) -> torch.Tensor:
+        """[m] bool: prompts that the protected direction is taken from, none of whose change is measured."""
+        return ~measured_prompts(refresh.num_samples.numel(), self._config)
 
     def leave_unguarded(self) -> None:
         """After a void refresh: no step is turned by an old direction; the floor stays where it was."""
@@ -92,7 +102,7 @@ class Mitigator:
 
     def refresh_metrics(self, memory: Memory) -> dict[str, float | None]:
         """Numbers that change with a refresh."""
-        return self.floor.metrics(memory.floor) if self.floor is not None else {}
+        return self.floor.metrics(self._in_force(memory)) if self.floor is not None else {}
 
     def step_metrics(self) -> dict[str, float | None]:
         """Numbers of the steps since the last call."""
@@ -113,7 +123,7 @@ class Mitigator:
         """For a log line: what is done from this refresh on."""
         parts = [f"project (gamma {self._config.gamma:g})"] if self.steps is not None else []
         if self.floor is not None:
-            parts.append(f"reweight (floor {self.floor.metrics(memory.floor)['floor']:.2f})")
+            parts.append(f"reweight (floor {self.floor.metrics(self._in_force(memory))['floor']:.2f})")
         return " and ".join(parts) or "observe"
 
     def _step_guard(self) -> StepGuard:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictStr, model_validator
 from torch import Tensor
 
+from passk_guard.callback.realised import ChangeMemory
 from passk_guard.estimation.evidence import Check, RunEvidence
 from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.records import ProbeGram, Status
@@ -34,6 +35,8 @@ class Memory:
         floor: under the prompt weights, where reweighting solves for it.
         evidence: for a conflict, of all refreshes together.
         taken: number of each refresh in `history`, failed ones not counted.
+        floor_before: that of the refresh before, which no sample of the newest has steered.
+        change: what the windows of the realised change add up to.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
@@ -43,6 +46,8 @@ class Memory:
     floor: FloorState = field(default_factory=FloorState)
     evidence: RunEvidence = field(default_factory=RunEvidence)
     taken: tuple[int, ...] = ()
+    floor_before: FloorState = field(default_factory=FloorState)
+    change: ChangeMemory = field(default_factory=ChangeMemory)
 
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
         """Add one refresh, which ends a streak of failures.
@@ -64,7 +69,15 @@ class Memory:
 
     def with_floor(self, floor: FloorState) -> Memory:
         """Replace the floor."""
-        return replace(self, floor=floor)
+        return replace(self, floor=floor, floor_before=self.floor)
+
+    def with_change(self, change: ChangeMemory) -> Memory:
+        """Replace what the windows add up to."""
+        return replace(self, change=change)
+
+    def with_step(self, step: int) -> Memory:
+        """A refresh without an angle, which ends a streak of failures."""
+        return replace(self, failures=0, step=step)
 
     def with_failure(self, step: int) -> Memory:
         """Count one failed refresh."""
@@ -95,6 +108,8 @@ def save_memory(memory: Memory, folder: Path) -> None:
             for probe in memory.history
         ],
         "taken": list(memory.taken),
+        "floor_before": asdict(memory.floor_before),
+        "change": asdict(memory.change),
     }
     save_whole(content, folder / FILE_NAME)
 
@@ -160,7 +175,7 @@ class _Probe(BaseModel):
 
 
 class _Checkpoint(BaseModel):
-    """`floor`, `evidence` and `taken` are absent in the first versions, which wrote `failures` as `voids`."""
+    """`floor` and what follows it are absent in the first versions, which wrote `failures` as `voids`."""
 
     format: Literal[1]
     decision: _Decision
@@ -170,6 +185,8 @@ class _Checkpoint(BaseModel):
     floor: _Floor = Field(default_factory=_Floor)
     evidence: _Evidence = Field(default_factory=_Evidence)
     taken: tuple[_Count, ...] | None = None
+    floor_before: _Floor = Field(default_factory=_Floor)
+    change: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _refreshes_in_order(self) -> _Checkpoint:
@@ -188,4 +205,6 @@ class _Checkpoint(BaseModel):
             floor=FloorState(**vars(self.floor)),
             evidence=self.evidence.record(),
             taken=tuple(range(len(self.history))) if self.taken is None else self.taken,
+            floor_before=FloorState(**vars(self.floor_before)),
+            change=ChangeMemory() if self.change is None else ChangeMemory.restored(self.change),
         )

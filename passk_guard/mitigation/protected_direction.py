@@ -48,11 +48,15 @@ class Pass1Loss:
         return (logits.float() * gradient).sum()
 
 
-def pass1_loss(refresh: Refresh, num_ranks: int) -> Pass1Loss:
-    """The loss of one refresh, for `GradientEngine.probe_gradient` on `refresh.batches`."""
-    kept = (refresh.num_samples >= refresh.fewest).to(torch.float64)
+def pass1_loss(refresh: Refresh, num_ranks: int, steering: Tensor | None = None) -> Pass1Loss:
+    """The loss of one refresh, for `GradientEngine.probe_gradient` on `refresh.batches`.
+
+    `steering` [m] bool leaves prompts out of it, whose change is measured instead; None takes all.
+    """
+    kept = refresh.num_samples >= refresh.fewest
+    kept = (kept if steering is None else kept & steering).to(torch.float64)
     positive, negative = sample_coefficients(refresh.num_samples, refresh.num_correct, 1)
-    coefficients = torch.cat([positive * kept, negative * kept]) / kept.sum()
+    coefficients = torch.cat([positive * kept, negative * kept]) / kept.sum().clamp(min=1)
     return Pass1Loss(coefficients.float(), refresh.temperature, float(num_ranks))
 
 

@@ -23,7 +23,7 @@ _MOST_STEPS = 2**53  # whole numbers up to there are exact as floats, which char
 _DEEPEST = 16
 # What a step writes, in this order: numbers of the steps before it, which are older than its checkpoint; then, where a
 # run starts there, its start; the refresh; the change of verdict after it.
-_ORDER = {"steps": 0, "start": 1, "refresh": 2, "void": 2, "state": 3}
+_ORDER = {"steps": 0, "start": 1, "refresh": 2, "void": 2, "state": 3, "change": 4, "outcome": 5}
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,10 @@ class LogRows:
         """Numbers for the next row; newer ones replace older ones of the same refresh cycle."""
         self._waiting = log_row(metrics)
 
+    def add(self, metrics: Metrics) -> None:
+        """More numbers of the same refresh."""
+        self._waiting |= log_row(metrics)
+
     def install(self) -> None:
         """Start completing rows."""
         self._patch.install()

@@ -199,6 +199,31 @@ class Reporter:
         self._alert(f"passk_guard: {after.upper()}", message)
 
     @quietly
+    def window(self, step: int, metrics: Metrics, *, remark: str | None, **details: Any) -> None:
+        """The realised change of the steps since the last sample, for the next log row and the journal.
+
+        Args:
+            step: at which the window ended.
+            metrics: numbers for the log row.
+            remark: why the window has no estimate, where it has none.
+            details: what the journal holds besides.
+        """
+        self._rows.add(metrics)
+        self._journal.write("change", step, remark=remark, **metrics, **details)
+        if remark:
+            self.warn(f"passk_guard step {step}: no realised change: {remark}")
+
+    @quietly
+    def outcome(self, step: int, *, before: str, after: str, message: str) -> None:
+        """A change of the verdict on the outcome: one warning line, one line in the journal, an alert for a loss."""
+        message = f"passk_guard step {step}: {message}"
+        self._journal.write("outcome", step, **{"from": before, "to": after}, message=message)
+        if after == "losing":
+            self._alert("passk_guard: LOSING", message)
+        else:
+            self.warn(message)
+
+    @quietly
     def outlook(self, step: int, line: Callable[[], str]) -> None:
         """One line on what this run can see; it is worked out on the first rank alone."""
         if self._speaks:

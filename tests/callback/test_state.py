@@ -18,7 +18,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_as_it_was_written():
     assert memory.decision == DecisionState("conflict", "clear", 1)
     assert (memory.failures, memory.step, memory.taken) == (0, 6, (2,))
     assert memory.floor == FloorState(0.2311139950309693, 50.7040250849819)
-    assert memory.evidence == RunEvidence((2.598681225379834, 3.0, -7.183028936031473), 0)
+    assert memory.evidence == RunEvidence((), 3), "of the scores of that version, their number is spent"
     [probe], [saved] = memory.history, written["history"]
     assert not probe.reused
     assert list(probe.prompt_keys) == saved["prompt_keys"]
@@ -52,7 +52,7 @@ def test_what_the_first_versions_did_not_write(tmp_path, changed, found):
         {"voids": True},
         {"step": 1.0},
         {"floor": {"floor": float("nan"), "precision": 1.0}},
-        {"evidence": {"scores": (4.0,), "before": 0}},
+        {"evidence": {"checks": ({"value": 1.0, "variance": 0.0, "count": 3.0},), "before": 0}},
         {"history": []},
         {"history": [{"gram": [[1.0]], "num_samples": 8, "num_correct": 4, "prompt_keys": ["a"]}]},
         {"taken": [1, 2]},

@@ -1,0 +1,384 @@
+"""The realised change along a run: one window after another, what they add up to, and the verdict on the outcome."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passk_guard.change import (
+    ChangeEstimate,
+    ChangeSums,
+    CurveChange,
+    Fused,
+    OutcomeRule,
+    OutcomeState,
+    OutcomeVerdict,
+    RateChange,
+    RunChange,
+    change_by_solve_rate,
+    estimate_change,
+    estimate_level,
+    judge,
+)
+from passk_guard.config import GuardConfig
+from passk_guard.estimation.evidence import Check, RunEvidence
+from passk_guard.probe.held_out import HeldOut
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.rescoring import Rescorer, Window, load_window, save_window
+from passk_guard.utils.errors import FailedRefresh, GuardError
+from passk_guard.utils.ranks import Ranks
+
+MOST_GROUPS = 20
+
+MEASURED_OF = 4
+"""Where `project` takes its direction from the probe, one prompt in so many is measured and the others steer."""
+
+Metrics = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class ChangeMemory:
+    """Everything that the next window's report depends on, immutable.
+
+    Attributes:
+        sums, fused: of all windows so far.
+        outcome: state of the verdict.
+        evidence: that pass@1 is falling, of all windows together.
+        since: optimizer steps at which pass@1 was last highest.
+        rates: summed change and variance since then, of hard, medium and easy prompts.
+    """
+
+    sums: ChangeSums = field(default_factory=ChangeSums)
+    fused: Fused = field(default_factory=Fused)
+    outcome: OutcomeState = field(default_factory=OutcomeState)
+    evidence: RunEvidence = field(default_factory=RunEvidence)
+    since: int = 0
+    rates: tuple[tuple[float, float], ...] = ((0.0, 0.0),) * 3
+
+    def with_level(self, window: Window, k: int) -> ChangeMemory:
+        """The same with the levels of a new sample; unchanged where it has too few prompts for an error."""
+        correct = _with_verdicts(window)[0]
+        try:
+            level = estimate_level(correct, k)
+        except GuardError:
+            return self
+        return replace(self, fused=self.fused.with_level(level))
+
+    def with_gap(self) -> ChangeMemory:
+        """The same after updates that no window has seen."""
+        return replace(self, sums=self.sums.with_window(None), fused=self.fused.with_window(None))
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> ChangeMemory:
+        """The memory whose `asdict` this is."""
+        evidence = saved["evidence"]
+        return cls(
+            sums=ChangeSums.restored(saved["sums"]),
+            fused=Fused.restored(saved["fused"]),
+            outcome=OutcomeState.restored(saved["outcome"]),
+            evidence=RunEvidence(tuple(Check(**check) for check in evidence["checks"]), evidence["before"]),
+            since=saved["since"],
+            rates=tuple((float(change), float(variance)) for change, variance in saved["rates"]),
+        )
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """One window, and where the run stands after it.
+
+    Attributes:
+        began, ended: optimizer steps at its two ends.
+        estimate: None where the window failed, for `reason`.
+        keys: of the prompts that were measured, in the order of `estimate.per_prompt`.
+        rates: the change of hard, medium and easy prompts.
+        memory: after this window.
+        run: the change since the start.
+        verdict: on the outcome.
+    """
+
+    began: int
+    ended: int
+    estimate: ChangeEstimate | None
+    reason: str | None
+    keys: Sequence[Hashable]
+    rates: Sequence[RateChange]
+    memory: ChangeMemory
+    run: RunChange
+    verdict: OutcomeVerdict
+
+    @property
+    def metrics(self) -> Metrics:
+        """The numbers of the log row, by name."""
+        found, total, fused = self.estimate, self.run, self.memory.fused
+        k = self.run.k if found is None else found.k
+        numbers: Metrics = {
+            "pass_at_1": fused.pass_at_1.now if math.isfinite(fused.pass_at_1.now_se) else None,
+            "pass_at_1_se": fused.pass_at_1.now_se if math.isfinite(fused.pass_at_1.now_se) else None,
+            f"pass_at_{k}": fused.pass_at_k.now if math.isfinite(fused.pass_at_k.now_se) else None,
+            f"pass_at_{k}_se": fused.pass_at_k.now_se if math.isfinite(fused.pass_at_k.now_se) else None,
+            "losing": None if self.verdict.outcome == "undetermined" else float(self.verdict.outcome == "losing"),
+            "losing_p_value": self.memory.evidence.p_value,
+        }
+        if found is not None:
+            numbers |= {
+                "pass_at_1_change": found.pass_at_1,
+                "pass_at_1_change_se": found.pass_at_1_se,
+                f"pass_at_{k}_change": found.pass_at_k,
+                f"pass_at_{k}_change_se": found.pass_at_k_se,
+                "effective_samples": found.effective_samples,
+            }
+        if total.windows:
+            for name, curve in (("pass_at_1", total.pass_at_1), (f"pass_at_{k}", total.pass_at_k)):
+                numbers |= {
+                    f"{name}_total": curve.total,
+                    f"{name}_total_ci_low": curve.ci_low,
+                    f"{name}_total_ci_high": curve.ci_high,
+                }
+        return numbers
+
+    def message(self, action: str) -> str:
+        """The line that reports a change of the verdict."""
+        loss, memory, outcome = self.verdict.loss, self.memory, self.verdict.outcome
+        if outcome in ("undetermined", "holding"):
+            return f"{outcome.upper()} {self.verdict.reason}"
+        change, since = (loss, f"since step {memory.since}") if outcome == "losing" else (self.run, "since the start")
+        parts = [
+            f"{outcome.upper()} pass@1: {_interval(change.pass_at_1)} {since}, "
+            f"pass@{change.k} {_interval(change.pass_at_k)}"
+        ]
+        if outcome == "losing":
+            hard, _, easy = (total for total, _ in memory.rates)
+            parts.append(f"easy prompts {easy:+.3f}, hard {hard:+.3f}")
+            parts.append(f"p = {memory.evidence.p_value:.2g} over the whole run")
+        return "; ".join([*parts, f"action: {action}"])
+
+    def details(self, text: Callable[[Hashable], str]) -> dict[str, Any]:
+        """What the journal holds besides the numbers of the row; `text` gives a prompt's."""
+        found, one = self.estimate, self.run.pass_at_1
+        return {
+            "since": self.began,
+            "k": self.run.k,
+            "outcome": self.verdict.outcome,
+            "reason": self.verdict.reason,
+            "prompts": None if found is None else found.num_prompts,
+            "windows": self.run.windows,
+            "missed": self.run.missed,
+            "sequence": [one.seq_low, one.seq_high],
+            "solve_rates": [asdict(rate) for rate in self.rates],
+            "groups": {} if found is None else {str(label): asdict(group) for label, group in found.groups.items()},
+            **{name: [[text(key), change] for key, change in movers] for name, movers in self.movers().items()},
+        }
+
+    def movers(self, count: int = 10) -> dict[str, list[tuple[Hashable, float]]]:
+        """The prompts that lost and gained most in this window, with their change of p."""
+        if self.estimate is None:
+            return {}
+        order = self.estimate.per_prompt.argsort().tolist()
+        change = self.estimate.per_prompt.tolist()
+        lost = [(self.keys[x], change[x]) for x in order[:count] if change[x] < 0]
+        gained = [(self.keys[x], change[x]) for x in reversed(order[-count:]) if change[x] > 0]
+        return {"lost": lost, "gained": gained}
+
+
+class RealisedChange:
+    """The windows of a run: opened when completions are sampled, looked at before each refresh after that.
+
+    Args:
+        source: of the probe's completions; None for the training batch, whose samples steer the updates themselves.
+        config: of the guard.
+
+    Raises:
+        GuardError: a prompt without the column `group_by`, or a column of more than 20 values.
+    """
+
+    def __init__(self, source: HeldOut | None, config: GuardConfig) -> None:
+        self._source, self._config = source, config
+        self._window: Window | None = None
+        self._groups = None if source is None or config.group_by is None else _groups_of(source, config.group_by)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to measure."""
+        return self._source is not None and self._config.instruments != "angle"
+
+    def look(self, rescorer: Rescorer, memory: ChangeMemory, step: int) -> WindowResult | None:
+        """What the updates since the window was opened did; None where none is open, or there were no updates."""
+        if self._window is None or step == self._window.step:
+            return None
+        return close_window(self._window, rescorer, memory, step, self._config, self._groups)
+
+    def open(
+        self,
+        rescorer: Rescorer,
+        sampled: tuple[Rollouts, Outcomes],
+        keys: Sequence[Hashable],
+        memory: ChangeMemory,
+        step: int,
+    ) -> ChangeMemory:
+        """Open a window on what has just been sampled; the one before is over.
+
+        Args:
+            sampled: this rank's rollouts and their outcomes.
+            keys: identities of the prompts over all ranks.
+            memory: with the window before, where that was looked at.
+
+        Raises:
+            FailedRefresh: on all ranks, where the completions could not be scored. No window is open then.
+        """
+        unseen = self._window is None and memory.fused.pass_at_1.level is not None
+        self._window = None
+        measured = measured_prompts(len(keys), self._config)
+        self._window = rescorer.open(*sampled, keys, step, measured)
+        return (memory.with_gap() if unseen else memory).with_level(self._window, self._config.k)
+
+    def prompt(self, key: Hashable) -> str:
+        """The text of a prompt of the probe."""
+        return self._prompts.get(str(key), str(key))
+
+    @cached_property
+    def _prompts(self) -> dict[str, str]:
+        probe = None if self._source is None else self._source.probe
+        return {} if probe is None else {str(probe.key(i)): str(row["prompt"]) for i, row in enumerate(probe.rows)}
+
+    def drop(self) -> None:
+        """No window is open any more."""
+        self._window = None
+
+    def save(self, checkpoint: Path, rank: int) -> None:
+        """Write this rank's part of the open window into a checkpoint."""
+        if self._window is not None:
+            save_window(self._window, checkpoint / f"passk_guard_window_rank{rank}.pt")
+
+    def resume(self, checkpoint: Path, ranks: Ranks) -> None:
+        """Go on with the window of a checkpoint; where one rank has none, no rank has."""
+        found = load_window(checkpoint / f"passk_guard_window_rank{ranks.index}.pt", ranks.device)
+        self._window = None if ranks.max(int(found is None)) else found
+
+
+def _groups_of(source: HeldOut, column: str) -> dict[str, str]:
+    """The label of each prompt, by the name that the prompt has in a checkpoint too."""
+    rows = source.probe.rows
+    if missing := [i for i, row in enumerate(rows) if row.get(column) is None]:
+        raise GuardError(
+            f"Expected the column group_by={column!r} in every row of the probe; found none in row {missing[0]}, whose "
+            f"columns are {sorted(map(str, rows[missing[0]]))}."
+        )
+    found = {str(source.probe.key(i)): str(row[column]) for i, row in enumerate(rows)}
+    if len(values := set(found.values())) > MOST_GROUPS:
+        raise GuardError(
+            f"Expected at most {MOST_GROUPS} groups in the column group_by={column!r}; found {len(values)}. Pass a "
+            "column of few values, such as a difficulty or a source."
+        )
+    return found
+
+
+def measured_prompts(count: int, config: GuardConfig) -> Tensor:
+    """[count] bool: the prompts whose change is measured: one in `MEASURED_OF` where the others steer, else all.
+
+    Completions that steer the updates between two scores are not a fair sample of what the updates did.
+    """
+    if config.instruments == "angle":
+        return torch.zeros(count, dtype=torch.bool)
+    if config.mitigation in ("project", "both", "auto"):
+        return torch.arange(count) % MEASURED_OF == MEASURED_OF - 1
+    return torch.ones(count, dtype=torch.bool)
+
+
+def close_window(
+    window: Window,
+    rescorer: Rescorer,
+    memory: ChangeMemory,
+    step: int,
+    config: GuardConfig,
+    groups: Mapping[str, str] | None = None,
+) -> WindowResult:
+    """Score the completions of a window once more, and say what the updates since did. It never raises for data.
+
+    Args:
+        window: opened at an earlier step.
+        rescorer: of the present policy.
+        memory: before this window.
+        step: optimizer steps taken by now.
+        config: k, confidence, cooldown, min_effective_samples and max_loss.
+        groups: label of each prompt key, where the user asked for groups.
+    """
+    correct, kept = _with_verdicts(window)
+    keys = [window.keys[x] for x in kept.tolist()]
+    estimate, rates, reason = None, list[RateChange](), None
+    try:
+        log_ratios = rescorer.log_ratios(window)[kept]
+        labels = None if groups is None else [groups[str(key)] for key in keys]
+        estimate = estimate_change(log_ratios, correct, config.k, groups=labels, keys=keys)
+        rates = change_by_solve_rate(log_ratios, correct)
+        if estimate.effective_samples < config.min_effective_samples:
+            reason = (
+                f"the policy moved so far that the samples are worth {estimate.effective_samples:.2f} of their number, "
+                f"below min_effective_samples={config.min_effective_samples:g}: lower `refresh_steps`"
+            )
+        elif not math.isfinite(estimate.pass_at_1_se):
+            reason = "an importance ratio is beyond what a number can hold: lower `refresh_steps`"
+    except (FailedRefresh, GuardError) as error:  # a GuardError here is a fault of the data, and not of the user
+        reason = str(error)
+    if reason is not None:
+        estimate, rates = None, []
+    return _concluded(window, step, estimate, rates, keys, reason, memory, config)
+
+
+def _concluded(
+    window: Window,
+    step: int,
+    estimate: ChangeEstimate | None,
+    rates: Sequence[RateChange],
+    keys: Sequence[Hashable],
+    reason: str | None,
+    memory: ChangeMemory,
+    config: GuardConfig,
+) -> WindowResult:
+    rule = OutcomeRule(config.confidence, config.cooldown, max_loss=config.max_loss)
+    sums = memory.sums.with_window(estimate)
+    evidence = memory.evidence
+    if estimate is not None:
+        evidence = evidence.with_check(Check(-estimate.pass_at_1, estimate.pass_at_1_se**2, estimate.degrees))
+    run = sums.change(rule.confidence)
+    begins = memory.outcome.falling.windows == 0
+    outcome, verdict = judge(memory.outcome, estimate, run, evidence.p_value, rule)
+    if verdict.changed and verdict.previous == "losing":
+        evidence = evidence.restarted()
+    before = ((0.0, 0.0),) * 3 if begins else memory.rates
+    found = [
+        (r.pass_at_1, r.pass_at_1_se**2) if r.share and not math.isnan(r.pass_at_1_se) else (0.0, 0.0) for r in rates
+    ]
+    after = ChangeMemory(
+        sums=sums,
+        fused=memory.fused.with_window(estimate),
+        outcome=outcome,
+        evidence=evidence,
+        since=window.step if begins else memory.since,
+        rates=tuple((a + c, b + d) for (a, b), (c, d) in zip(before, found or before, strict=True))
+        if found
+        else before,
+    )
+    return WindowResult(window.step, step, estimate, reason, keys, rates, after, run, verdict)
+
+
+def _plus(total: tuple[float, float], rate: RateChange) -> tuple[float, float]:
+    if not rate.share or math.isnan(rate.pass_at_1_se):
+        return total
+    return total[0] + rate.pass_at_1, total[1] + rate.pass_at_1_se**2
+
+
+def _interval(curve: CurveChange) -> str:
+    return f"{curve.total:+.3f} [{curve.ci_low:+.3f}, {curve.ci_high:+.3f}]"
+
+
+def _with_verdicts(window: Window) -> tuple[Tensor, Tensor]:
+    """Verdicts [M, n] of the prompts that have one, and their numbers [M]."""
+    kept = (window.correct >= 0).any(1).nonzero().squeeze(1)
+    return window.correct[kept], kept

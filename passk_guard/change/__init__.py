@@ -1,0 +1,28 @@
+"""The realised change: what the updates did to pass@1 and pass@k. Needs torch alone."""
+
+from passk_guard.change.cumulate import ChangeSums, CurveChange, RunChange, cumulate
+from passk_guard.change.estimate import ChangeEstimate, GroupChange, LevelEstimate, estimate_change, estimate_level
+from passk_guard.change.fuse import Fused, FusedCurve
+from passk_guard.change.solve_rate import RateChange, change_by_solve_rate
+from passk_guard.change.verdict import Outcome, OutcomeRule, OutcomeState, OutcomeVerdict, judge
+
+__all__ = [
+    "ChangeEstimate",
+    "ChangeSums",
+    "CurveChange",
+    "Fused",
+    "FusedCurve",
+    "GroupChange",
+    "LevelEstimate",
+    "Outcome",
+    "OutcomeRule",
+    "OutcomeState",
+    "OutcomeVerdict",
+    "RateChange",
+    "RunChange",
+    "change_by_solve_rate",
+    "cumulate",
+    "estimate_change",
+    "estimate_level",
+    "judge",
+]

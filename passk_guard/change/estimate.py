@@ -1,0 +1,225 @@
+r"""The realised change: what the updates did to pass@1 and pass@k, from completions drawn before. Needs torch alone.
+
+Completions of held-out prompts, drawn from $\pi_t$ and scored again under $\pi_{t+1}$, say without bias how much
+pass@1 and pass@k changed between, for any objective, optimizer and engine. Three conditions: they must not have
+steered the updates between, both scores are of the policy that drew them, and the ratios are those of whole sequences
+at the sampling temperature. `per_prompt` has the forms and `controls` what takes noise off them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from passk_guard.change.controls import adjusted
+from passk_guard.change.per_prompt import prompt_changes
+from passk_guard.change.samples import Samples, checked_samples
+from passk_guard.passk.closed_forms import pass_at_k
+from passk_guard.passk.importance import effective_share
+from passk_guard.utils.arguments import as_real
+from passk_guard.utils.errors import GuardError
+
+_FEWEST_PROMPTS = 3
+_FEWEST_DEGREES = 3.0
+
+
+@dataclass(frozen=True)
+class GroupChange:
+    """The change of some of the prompts. Errors are NaN for a single prompt; pass@k is NaN where none has k samples.
+
+    Attributes:
+        num_prompts: how many. pass_at_1, pass_at_k: their mean changes. pass_at_1_se, pass_at_k_se: standard errors.
+    """
+
+    num_prompts: int
+    pass_at_1: float
+    pass_at_1_se: float
+    pass_at_k: float
+    pass_at_k_se: float
+
+
+@dataclass(frozen=True)
+class LevelEstimate:
+    """pass@1 and pass@k of the policy that drew the samples, as means over prompts.
+
+    Attributes:
+        level_1, level_k: unbiased. level_1_se, level_k_se: standard errors over prompts.
+        num_prompts, num_prompts_k: prompts, and those with k samples or more.
+    """
+
+    level_1: float
+    level_1_se: float
+    level_k: float
+    level_k_se: float
+    num_prompts: int
+    num_prompts_k: int
+
+
+@dataclass(frozen=True)
+class ChangeEstimate:
+    """Change of pass@1 and pass@k over one window of updates, as means over prompts.
+
+    Attributes:
+        k: the k of pass@k.
+        pass_at_1, pass_at_k: changes, unbiased. pass_at_1_se, pass_at_k_se: standard errors over prompts; infinite
+            where a change leaves the range of float64.
+        degrees, degrees_k: degrees of freedom of the two standard errors.
+        effective_samples: share of its samples that a prompt is worth to the new policy, mean over prompts, in [0, 1].
+        num_prompts, num_prompts_k: different prompts, and those of them with k samples or more.
+        level: pass@1 and pass@k before the window, from the same samples.
+        level_1_change_cov, level_k_change_cov: covariances of the levels' and the changes' errors.
+        per_prompt, per_prompt_k: [m] change of p and of 1-(1-p)^k of each row's prompt; the latter NaN where n < k.
+        groups: the changes by group label.
+    """
+
+    k: int
+    pass_at_1: float
+    pass_at_1_se: float
+    pass_at_k: float
+    pass_at_k_se: float
+    degrees: float
+    degrees_k: float
+    effective_samples: float
+    num_prompts: int
+    num_prompts_k: int
+    level: LevelEstimate
+    level_1_change_cov: float
+    level_k_change_cov: float
+    per_prompt: Tensor = field(repr=False)
+    per_prompt_k: Tensor = field(repr=False)
+    groups: Mapping[Hashable, GroupChange] = field(default_factory=dict)
+
+
+def estimate_change(
+    log_ratios: Tensor,
+    correct: Tensor,
+    k: int,
+    *,
+    mask: Tensor | None = None,
+    groups: Sequence[Hashable] | Tensor | None = None,
+    keys: Sequence[Hashable] | None = None,
+    noise: float | None = None,
+) -> ChangeEstimate:
+    r"""How much pass@1 and pass@k changed from the policy that drew the samples to the one that scored them again.
+
+    $D_1 = \frac1n \sum_i (\rho_i - 1)(r_i - b_i)$ and $D_k = [e_k(1) - e_k(\rho)] / \binom{n}{k}$ over the wrong
+    samples, less control variates fitted on the other prompts; then means over prompts. Exactly unbiased for k <= n.
+
+    Args:
+        log_ratios: [m, n] log of new over old probability of each completion, whole sequences.
+        correct: [m, n] 1 right, 0 wrong, -1 no verdict; a sample without one does not count.
+        k: from 1 to the samples of a prompt. A prompt with fewer samples does not enter pass@k.
+        mask: [m, n] bool, False for samples that do not count; None: all do. It must not depend on the verdicts.
+        groups: m labels, such as difficulties; None for none.
+        keys: m names of the prompts. Rows of one name are one prompt with the samples of all of them.
+        noise: standard deviation of the log ratios from rounding alone, as two scores of one policy show it. Half its
+            square is taken off, without which the mean ratio is above 1. The errors contain the noise in any case,
+            since they are the spread over prompts.
+
+    Raises:
+        GuardError: shapes that do not fit, a log ratio that is no number or whose ratio is beyond float64, a verdict
+            other than 1, 0 and -1, k < 1, fewer than 3 prompts (with k samples), or a prompt without any sample.
+    """
+    samples = checked_samples(correct, k, log_ratios=log_ratios, mask=mask, keys=keys, noise=_checked_noise(noise))
+    level, levels = _levels(samples, k)
+    one, many = adjusted(prompt_changes(samples.log_ratios, samples.right, samples.counted, k))
+    enough = ~many.isnan()
+    change_1, change_k = _mean_and_error(one), _mean_and_error(many[enough])
+    return ChangeEstimate(
+        k=k,
+        pass_at_1=change_1[0],
+        pass_at_1_se=change_1[1],
+        pass_at_k=change_k[0],
+        pass_at_k_se=change_k[1],
+        degrees=_degrees(one),
+        degrees_k=_degrees(many[enough]),
+        effective_samples=float(effective_share(samples.log_ratios, samples.counted).mean()),
+        num_prompts=level.num_prompts,
+        num_prompts_k=level.num_prompts_k,
+        level=level,
+        level_1_change_cov=_covariance(levels[0], one),
+        level_k_change_cov=_covariance(levels[1], many[enough]),
+        per_prompt=one[samples.prompt],
+        per_prompt_k=many[samples.prompt],
+        groups={} if groups is None else _by_group(groups, samples.prompt, one, many),
+    )
+
+
+def estimate_level(
+    correct: Tensor, k: int, *, mask: Tensor | None = None, keys: Sequence[Hashable] | None = None
+) -> LevelEstimate:
+    """pass@1 and pass@k of the policy that drew the samples; arguments and errors as in `estimate_change`."""
+    return _levels(checked_samples(correct, k, mask=mask, keys=keys), k)[0]
+
+
+def _levels(samples: Samples, k: int) -> tuple[LevelEstimate, tuple[Tensor, Tensor]]:
+    size, right = samples.counted.sum(1), samples.right.sum(1)
+    enough = size >= k
+    _require_prompts(len(size), int(enough.sum()), k)
+    one, many = right / size.double(), pass_at_k(size[enough], right[enough], k)
+    return LevelEstimate(*_mean_and_error(one), *_mean_and_error(many), len(one), len(many)), (one, many)
+
+
+def _require_prompts(prompts: int, enough: int, k: int) -> None:
+    if prompts < _FEWEST_PROMPTS:
+        raise GuardError(
+            f"Expected at least {_FEWEST_PROMPTS} different prompts, over which the error is taken; found {prompts}. "
+            "Draw more prompts."
+        )
+    if enough < _FEWEST_PROMPTS:
+        raise GuardError(
+            f"Expected `k` samples or more of at least {_FEWEST_PROMPTS} prompts; found k={k}, and as many samples in "
+            f"{enough} of {prompts} prompts. Draw more samples of each prompt or lower `k`."
+        )
+
+
+def _checked_noise(noise: float | None) -> float:
+    value = 0.0 if noise is None else as_real(noise, "noise")
+    if not 0 <= value < math.inf:
+        raise GuardError(f"Expected `noise` >= 0 and finite, or None; found {value}.")
+    return value
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    mean = float(values.mean())
+    if not bool(values.isfinite().all()):
+        return mean, math.inf
+    return mean, float((values.var() / len(values)).sqrt()) if len(values) > 1 else math.nan
+
+
+def _covariance(a: Tensor, b: Tensor) -> float:
+    """Of the means of two values per prompt; 0 where one has no finite mean."""
+    product = ((a - a.mean()) * (b - b.mean())).sum() / (len(a) * (len(a) - 1))
+    return float(product) if bool(product.isfinite()) else 0.0
+
+
+def _degrees(values: Tensor) -> float:
+    """2m / (kurtosis - 1) of m values, in [3, m - 1]: of a variance that few prompts carry (Satterthwaite 1946).
+
+    For m = 3 the upper end wins.
+    """
+    square = (values - values.mean()).square()
+    most, spread = len(values) - 1.0, float(square.var(correction=0) / square.mean().square())
+    found = 2 * len(values) / spread if spread > 0 else most
+    return min(max(found, _FEWEST_DEGREES), most)
+
+
+def _by_group(
+    groups: Sequence[Hashable] | Tensor, prompt: Tensor, one: Tensor, many: Tensor
+) -> dict[Hashable, GroupChange]:
+    labels: list[Hashable] = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    if len(labels) != len(prompt):
+        raise GuardError(f"Expected one label of `groups` for each of {len(prompt)} rows; found {len(labels)}.")
+    members: dict[Hashable, set[int]] = {}
+    for label, row in zip(labels, prompt.tolist(), strict=True):
+        members.setdefault(label, set()).add(row)
+    if sum(len(rows) for rows in members.values()) > len(one):
+        raise GuardError("Expected one group for each prompt; found rows of one of `keys` with different `groups`.")
+    return {label: _group(one[sorted(rows)], many[sorted(rows)]) for label, rows in members.items()}
+
+
+def _group(one: Tensor, many: Tensor) -> GroupChange:
+    return GroupChange(len(one), *_mean_and_error(one), *_mean_and_error(many[~many.isnan()]))
