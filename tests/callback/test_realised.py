@@ -1,0 +1,242 @@
+"""The realised change in real trainers: windows between refreshes, what ends them, and a run that is not disturbed."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from passk_guard import GuardConfig, GuardError, PassKObjective
+from passk_guard.callback import guard as guard_module
+from passk_guard.callback.realised import measured_prompts
+from passk_guard.probe.rescoring import Rescorer
+from passk_guard.utils.errors import FailedRefresh
+from tests.callback.test_guard import TRAINERS, guard_of, journal, run
+from tests.helpers.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model
+
+
+def windows(folder):
+    return [event for event in journal(folder) if event["event"] == "change"]
+
+
+def trained(make, folder, steps=7, guard=None, **args):
+    trainer = make(folder, model=tiny_model(), max_steps=steps, **({"learning_rate": 2e-3} | args))
+    guard = guard_of(trainer, **(guard or {}))
+    trainer.train()
+    return trainer, guard
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_window_closes_at_each_refresh_after_the_first(kind, tmp_path):
+    trainer, guard = trained(TRAINERS[kind], tmp_path)
+    found = windows(tmp_path)
+    assert [(event["since"], event["step"]) for event in found] == [(0, 2), (2, 4), (4, 6)]
+    assert all(event["prompts"] == 12 and event["remark"] is None for event in found)
+    assert all(event["pass_at_1_change"] != 0 and event["pass_at_1_change_se"] > 0 for event in found)
+    total = sum(event["pass_at_1_change"] for event in found)
+    assert found[-1]["pass_at_1_total"] == pytest.approx(total)
+    assert guard.memory.change.sums.windows == 3
+    rows = [row for row in trainer.state.log_history if "passk_guard/pass_at_1_change" in row]
+    assert [row["passk_guard/pass_at_1_change"] for row in rows] == [event["pass_at_1_change"] for event in found]
+    assert all(row["passk_guard/pass_at_1"] == event["pass_at_1"] for row, event in zip(rows, found, strict=True))
+    assert {"passk_guard/pass_at_4_change", "passk_guard/pass_at_4_total_ci_low"} <= set(rows[0])
+
+
+def test_nothing_that_was_trained_nothing_that_changed(tmp_path):
+    trained(tiny_lm_trainer, tmp_path, learning_rate=0.0)
+    for event in windows(tmp_path):
+        assert event["pass_at_1_change"] == event["pass_at_4_change"] == 0.0
+        assert event["effective_samples"] == 1.0
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_the_change_alone_leaves_training_bit_for_bit_the_same(kind, tmp_path, monkeypatch):
+    weights, rows, seen, _ = run(TRAINERS[kind], tmp_path / "without", False)
+    monkeypatch.setattr(guard_module, "ScoreSketcher", None)  # it takes no sketch
+    settings = {"instruments": "change", "refresh_steps": 1}
+    guarded_weights, guarded_rows, guarded_seen, _ = run(TRAINERS[kind], tmp_path / "with", True, **settings)
+    assert rows == guarded_rows
+    assert seen == guarded_seen
+    assert all(torch.equal(weights[name], guarded_weights[name]) for name in weights)
+    assert {event["event"] for event in journal(tmp_path / "with")} <= {"change", "outcome", "steps"}
+    assert len(windows(tmp_path / "with")) == 4
+
+
+def test_a_forward_that_fails_costs_the_window_and_nothing_else(tmp_path, monkeypatch):
+    weights, rows, seen, _ = run(tiny_grpo_trainer, tmp_path / "without", False)
+    scored, calls = Rescorer.log_ratios, []
+
+    def broken(self, window):
+        calls.append(window.step)
+        if len(calls) == 1:
+            raise FailedRefresh("the forward pass failed")
+        return scored(self, window)
+
+    monkeypatch.setattr(Rescorer, "log_ratios", broken)
+    guarded_weights, guarded_rows, guarded_seen, _ = run(tiny_grpo_trainer, tmp_path / "with", True)
+    assert rows == guarded_rows
+    assert seen == guarded_seen
+    assert all(torch.equal(weights[name], guarded_weights[name]) for name in weights)
+    first, second = windows(tmp_path / "with")
+    assert first["remark"] == "the forward pass failed"
+    assert "pass_at_1_change" not in first
+    assert (second["since"], second["windows"], second["missed"]) == (2, 1, 1)
+
+
+def test_a_window_that_cannot_be_opened_leaves_the_angle(tmp_path, monkeypatch, caplog):
+    def broken(self, *_):
+        raise FailedRefresh("not finite")
+
+    monkeypatch.setattr(Rescorer, "open", broken)
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        trained(tiny_lm_trainer, tmp_path, 3)
+    assert [event["event"] for event in journal(tmp_path)].count("refresh") == 2
+    assert not windows(tmp_path)
+    assert "no window of the realised change begins here: not finite" in caplog.text
+
+
+def test_a_refresh_without_samples_leaves_the_window_open(tmp_path):
+    def fails_once(completions, trainer_state, **_):
+        if trainer_state.global_step == 2:
+            raise ValueError("no verdict today")
+        return digit_reward(completions)
+
+    trained(tiny_lm_trainer, tmp_path, 5, {"correct": fails_once})
+    assert [(event["since"], event["step"]) for event in windows(tmp_path)] == [(0, 4)]
+
+
+def test_kept_samples_chain_their_windows(tmp_path):
+    _, guard = trained(tiny_lm_trainer, tmp_path, 9, {"resample_refreshes": 2, "min_effective_samples": 0.01})
+    found = windows(tmp_path)
+    assert [(event["since"], event["step"]) for event in found] == [(0, 2), (0, 4), (4, 6), (4, 8)]
+    assert [event["windows"] for event in found] == [1, 1, 2, 2]
+    assert found[2]["pass_at_1_total"] == pytest.approx(found[1]["pass_at_1_change"] + found[2]["pass_at_1_change"])
+    assert guard.memory.change.sums.windows == 2
+
+
+def test_a_policy_that_moved_too_far_is_not_determined(tmp_path):
+    trained(tiny_lm_trainer, tmp_path, 3, {"min_effective_samples": 1.0}, learning_rate=0.05)
+    (event,) = windows(tmp_path)
+    assert "below min_effective_samples=1: lower `refresh_steps`" in event["remark"]
+    assert (event["outcome"], event["missed"]) == ("undetermined", 1)
+
+
+def test_prompts_that_steer_the_projection_are_not_measured(tmp_path, monkeypatch):
+    taken = []
+    original = guard_module.Mitigator._steering
+
+    def noted(self, refresh):
+        taken.append(original(self, refresh))
+        return taken[-1]
+
+    monkeypatch.setattr(guard_module.Mitigator, "_steering", noted)
+    trained(tiny_grpo_trainer, tmp_path, 3, {"mitigation": "project"})
+    (event,) = windows(tmp_path)
+    assert event["prompts"] == 3
+    measured = measured_prompts(12, GuardConfig(mitigation="project"))
+    assert int(measured.sum()) == 3
+    assert all(torch.equal(steering, ~measured) for steering in taken)
+    assert int(measured_prompts(12, GuardConfig()).sum()) == 12
+    assert not measured_prompts(12, GuardConfig(mitigation="project", instruments="angle")).any()
+
+
+def test_a_floor_waits_for_the_window_of_its_samples(tmp_path):
+    args = {"scale_rewards": "none", "loss_type": "dr_grpo", "num_generations": 8, "per_device_train_batch_size": 16}
+    trainer = tiny_grpo_trainer(tmp_path, model=tiny_model(), max_steps=7, **args)
+    guard = guard_of(trainer, mitigation="reweight", probe_prompts=24)
+    seen = []
+
+    class Notes(type(trainer.callback_handler.callbacks[0])):
+        def on_step_end(self, args, state, control, **_):
+            seen.append((guard.memory.floor_before, guard.memory.floor, objective.floor))
+
+    with PassKObjective(trainer, k=4) as objective:
+        trainer.add_callback(Notes)
+        trainer.train()
+    solved = [floor for _, floor, _ in seen if floor.precision]
+    assert solved, "no floor was solved: the test says nothing"
+    for before, _, in_force in seen:
+        assert in_force == (before.floor if before.precision else None)
+    refreshed = [now for (_, now, _) in seen[::2]]
+    assert [before for before, _, _ in seen[2::2]] == refreshed[:-1]
+
+
+def test_a_run_goes_on_with_the_window_of_its_checkpoint(tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 3}
+    _, whole = trained(tiny_lm_trainer, tmp_path / "whole", 7, **args)
+    trainer = tiny_lm_trainer(tmp_path / "whole", model=tiny_model(), max_steps=7, learning_rate=2e-3, **args)
+    guard = guard_of(trainer)
+    before = windows(tmp_path / "whole")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert guard.memory.change == whole.memory.change
+    again = windows(tmp_path / "whole")[len(before) :]
+    timed = {"seconds"}
+    assert [{k: v for k, v in e.items() if k not in timed} for e in again] == [
+        {k: v for k, v in e.items() if k not in timed} for e in before[1:]
+    ]
+
+
+def test_training_ends_where_the_loss_exceeds_what_is_accepted(tmp_path, monkeypatch, caplog):
+    looked = guard_module.RealisedChange.look
+
+    def beyond(self, rescorer, memory, step):
+        found = looked(self, rescorer, memory, step)
+        stop = found is not None and step == 4
+        return dataclasses.replace(found, verdict=dataclasses.replace(found.verdict, stop=stop)) if found else None
+
+    monkeypatch.setattr(guard_module.RealisedChange, "look", beyond)
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        trainer, _ = trained(tiny_lm_trainer, tmp_path, 9, {"on_loss": "stop", "max_loss": 0.05})
+    assert trainer.state.global_step == 5
+    assert "training stops: the loss of pass@1 exceeds max_loss=0.05" in caplog.text
+    trainer, _ = trained(tiny_lm_trainer, tmp_path / "alert", 9, {"max_loss": 0.05})
+    assert trainer.state.global_step == 9
+
+
+def test_groups_have_a_change_of_their_own(tmp_path):
+    rows = [row | {"level": "low" if i % 3 else "high"} for i, row in enumerate(probe_rows())]
+    trained(tiny_lm_trainer, tmp_path, 3, {"probe": rows, "group_by": "level"})
+    (event,) = windows(tmp_path)
+    assert set(event["groups"]) == {"low", "high"}
+    assert sum(group["num_prompts"] for group in event["groups"].values()) == 12
+    assert sum(rate["share"] for rate in event["solve_rates"]) == pytest.approx(1.0)
+    for prompt, change in event["lost"] + event["gained"]:
+        assert prompt in {row["prompt"] for row in rows}
+        assert change != 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (probe_rows(), "Expected the column group_by='level' in every row of the probe; found none in row 0"),
+        (
+            [row | {"level": i} for i, row in enumerate(probe_rows())],
+            "Expected at most 20 groups in the column group_by='level'; found 40",
+        ),
+    ],
+)
+def test_a_column_that_makes_no_groups_is_refused(rows, message, tmp_path):
+    with pytest.raises(GuardError, match=message):
+        guard_of(tiny_lm_trainer(tmp_path), probe=rows, group_by="level")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"instruments": "change", "source": "training_batch"}, "source='held_out' for instruments='change'"),
+        ({"instruments": "change", "mitigation": "project"}, "mitigation='off' for instruments='change'"),
+        ({"on_loss": "stop"}, "Expected `max_loss` for on_loss='stop'"),
+        ({"max_loss": 1.5}, "max_loss"),
+        ({"instruments": "sketch"}, "instruments"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GuardConfig(**settings)
+
+
+def test_the_training_batch_has_an_angle_alone_and_says_so(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="passk_guard"):
+        trained(tiny_grpo_trainer, tmp_path, 3, {"source": "training_batch", "num_samples": 4, "probe": None})
+    assert not windows(tmp_path)
+    assert "from which no realised change can be measured" in caplog.text
