@@ -65,6 +65,8 @@ def test_holding_takes_an_interval_within_the_tolerance():
     wide, _, verdict = judged([0.001], [1], se=0.02)
     assert wide == ["undetermined"]
     assert "it takes about 5 times the prompts to tell a change of 0.02" in verdict.reason
+    small_loss, _, _ = judged([-0.011], [0.3])
+    assert small_loss == ["undetermined"], "an interval below 0 does not hold, however small the loss"
     between, _, verdict = judged([0.016], [1])
     assert between == ["undetermined"]
     assert "wait for more windows" in verdict.reason
