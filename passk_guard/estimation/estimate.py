@@ -19,7 +19,7 @@ from passk_guard.passk.closed_forms import pass_at_k
 from passk_guard.utils.arguments import as_real
 from passk_guard.utils.errors import GuardError
 
-_FEWEST_PROMPTS = 3  # two would give a U-statistic of one pair, and no jackknife
+_FEWEST_PROMPTS = 3  # two give a U-statistic of one pair, and no jackknife
 
 
 def estimate_conflict(
@@ -50,20 +50,19 @@ def estimate_conflict(
         threshold: cosine below which there is a conflict.
         confidence: of the interval (two-sided) and of the verdict (one-sided).
         history: Gram matrices of earlier refreshes, pooled with this one by averaging the U-statistics.
-        prompt_keys: m hashable names, so that a prompt met again in `history` is recognised.
-        weighting: another objective in place of pass@k, e.g. `named_weighting("grpo")`: g_k is then the gradient its
-            advantages make of the same samples, and there is no curve over k. k still names the pass rate.
+        prompt_keys: m hashable names, by which a prompt is recognised in `history`.
+        weighting: another objective in place of pass@k, e.g. `named_weighting("grpo")`. g_k is then the gradient that
+            its advantages give for the same samples, and there is no curve over k. k still names the pass rate.
 
     Returns:
-        A `ConflictEstimate`. Per-prompt fields describe this refresh, scalars the pooled ones, except the pass
-        rates, which are this refresh's, and E[w] and cov(w, a), which are of refreshes with fresh samples.
+        A `ConflictEstimate`. Per-prompt fields and pass rates describe this refresh. The other numbers are pooled:
+        E[w] and cov(w, a) over the refreshes with fresh samples, the rest over all.
 
     Raises:
         GuardError: shapes that do not fit, a matrix that no score sums have as Gram matrix, or n < k; as
-            `gram_checks.checked_probe`.
+            `gram.checked_probe`.
     """
-    newest = ProbeGram(gram, num_samples, num_correct, prompt_keys)
-    probes = [*history, newest]
+    probes = [*history, ProbeGram(gram, num_samples, num_correct, prompt_keys)]
     return estimate_pooled(probes, k, threshold=threshold, confidence=confidence, weighting=weighting)
 
 
@@ -76,6 +75,8 @@ def estimate_pooled(
     weighting: Weighting | None = None,
 ) -> ConflictEstimate:
     """`estimate_conflict` over a sequence of refreshes, the newest last.
+
+    What is computed from one refresh alone is kept with its `ProbeGram`, and computed once however often that is pooled.
 
     Raises:
         GuardError: as `estimate_conflict`, or no refresh at all.
@@ -106,7 +107,7 @@ def estimate_pooled(
 def in_conflict(estimate: ConflictEstimate, confidence: float) -> bool:
     """Whether <grad J_k, grad J_1> < 0 at this one-sided confidence, e.g. 0.8413 for one standard error.
 
-    The inner product alone is tested: it needs no norms, so it has an answer where the cosine has none.
+    The inner product is tested, which needs no norms: there is an answer where the cosine is undetermined.
     """
     if estimate.inner_product is None or estimate.inner_product_se is None:
         return False
@@ -115,7 +116,7 @@ def in_conflict(estimate: ConflictEstimate, confidence: float) -> bool:
 
 
 def _base(probes: Sequence[ProbeGram], k: int, threshold: float, confidence: float) -> ConflictEstimate:
-    """What every estimate states, with or without an angle."""
+    """The fields that every estimate has, with or without an angle."""
     rate1, error1 = _pass_rate(probes[-1], 1)
     ratek, errork = _pass_rate(probes[-1], k)
     return ConflictEstimate(
@@ -148,7 +149,7 @@ def _with_inner_products(base: ConflictEstimate, moments: Moments) -> ConflictEs
 
 
 def _no_signal(name: str, value: Tensor, covariance: Tensor) -> str | None:
-    """Why there is no angle: one of the two squared norms is not positive."""
+    """The reason where there is no angle: one of the two squared norms is not positive."""
     for which, i in (("pass@1", 1), (name, 2)):
         if not float(value[i]) > 0:
             return (
@@ -160,7 +161,7 @@ def _no_signal(name: str, value: Tensor, covariance: Tensor) -> str | None:
 
 
 def _quantiles(base: ConflictEstimate, moments: Moments, cosines: Tensor) -> list[tuple[float, float]]:
-    """Of the two-sided intervals, judged at the estimates [K], and of the one-sided bounds, at the threshold."""
+    """Of the two-sided intervals, with the degrees at the estimates [K], and of the one-sided bounds, at the threshold."""
     at_estimate = moments.degrees_at(cosines).tolist()
     at_threshold = moments.degrees_at(torch.full_like(cosines, base.threshold)).tolist()
     level = (1 + base.confidence) / 2
