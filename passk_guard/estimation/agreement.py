@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.estimation.ustatistics import (
-    PassKRows,
-    Rows,
-    coefficients,
-    other_prompt_sums,
-    passk_rows,
-    prompt_kernel,
-)
+from passk_guard.estimation.ustatistics import PassKRows, Rows, other_prompt_sums, passk_rows, prompt_kernel
 from passk_guard.passk.closed_forms import unbiased_passk_weight
 
 _PASS_AT_1 = passk_rows(torch.tensor([1]))
@@ -28,7 +21,7 @@ def informative(probe: ProbeGram) -> Tensor:
 
 
 def agreement_sums(probe: ProbeGram, rows: Rows = _PASS_AT_1) -> Tensor:
-    """[m] sum over x' != x of <g(x), g_1(x')>, with the g of the one row. Those of pass@k are computed once for each probe."""
+    """[m] sum over x' != x of <g(x), g_1(x')>, with the g of the one row; for pass@k computed once for each probe."""
 
     def sums() -> Tensor:
         return other_prompt_sums(probe, rows(probe)[0], _PASS_AT_1(probe)[0])
@@ -44,7 +37,7 @@ def prompt_view(probe: ProbeGram, rows: Rows) -> dict[str, Any]:
     its mean over prompts is the inner product. Negative pairs are counted among prompts with a gradient.
     """
     m = probe.num_samples.numel()
-    one = coefficients(probe, torch.tensor([1]))[0]
+    one = _PASS_AT_1(probe)[0]
     kernel, mixed = prompt_kernel(probe, one, one), informative(probe)
     pairs = mixed[:, None] & mixed[None, :] & ~torch.eye(m, dtype=torch.bool)
     return {

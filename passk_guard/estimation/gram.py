@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def _checked(probe: ProbeGram) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         raise GuardError("Expected 0 <= `num_correct` <= `num_samples`; found a count outside.")
     _check_matrix(gram)
     keys = probe.prompt_keys
-    if not isinstance(keys, Sequence) or len(keys) not in (0, m) or not _hashable(keys):
+    if not isinstance(keys, Sequence) or len(keys) not in (0, m) or not all(isinstance(key, Hashable) for key in keys):
         raise GuardError(f"Expected no `prompt_keys` or a list of {m} that can be hashed; found {brief(keys)}.")
     return gram, n, c, None if probe.misses is None else _checked_misses(probe.misses, n)
 
@@ -90,14 +90,6 @@ def _possible(gram: Tensor, atol: float) -> bool:
     length = diagonal.clamp(min=0).sqrt()
     parts = zip(gram.split(_ROWS), length.split(_ROWS), strict=True)
     return all(bool((rows.abs() <= 1.001 * own[:, None] * length + atol).all()) for rows, own in parts)
-
-
-def _hashable(keys: Sequence[Any]) -> bool:
-    try:
-        hash(tuple(keys))
-    except TypeError:
-        return False
-    return True
 
 
 def _checked_misses(misses: Tensor, n: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class ProbeGram:
     num_correct: Tensor
     prompt_keys: Sequence[Any] = ()
     misses: Tensor | None = None
-    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def reused(self) -> bool:
@@ -49,8 +49,7 @@ class ProbeGram:
         """
         if key not in self._kept:
             self._kept[key] = make()
-        kept: T = self._kept[key]
-        return kept
+        return self._kept[key]
 
     def converted(self, gram: Tensor, num_samples: Tensor, num_correct: Tensor, misses: Tensor | None) -> ProbeGram:
         """The same probe in other dtypes. Both share what is kept."""

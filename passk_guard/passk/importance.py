@@ -24,8 +24,8 @@ from torch import Tensor
 def miss_estimates(log_ratios: Tensor, wrong: Tensor, num_samples: Tensor) -> Tensor:
     r"""Unbiased estimates of $(1-p)^j$ from the n - 1 samples other than a right one.
 
-    $e_j(\rho_i : i \text{ wrong}) / \binom{n-1}{j}$, computed in logarithms by adding one sample at a time. All terms are
-    positive, so nothing cancels, and nothing overflows before the result does.
+    $e_j(\rho_i : i \text{ wrong}) / \binom{n-1}{j}$, computed in logarithms by adding one sample at a time. All terms
+    are positive, so nothing cancels, and nothing overflows before the result does.
 
     Args:
         log_ratios: [m, n] float64, log rho of each sample.

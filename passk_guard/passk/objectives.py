@@ -209,10 +209,16 @@ def named_weighting(spec: str) -> Weighting:
         raise GuardError(f"Expected `spec` to be one of {_SPELLINGS}; found {spec!r}.")
     given: dict[str, float] = {}
     for position, part in enumerate(rest.split(",") if colon else []):
-        key, value = _parameter(part, list(types)[:1] if position == 0 else [])
+        key, equals, value = (text.strip() for text in part.partition("="))
+        if not equals and position == 0 and types:
+            key, value = next(iter(types)), key
         if key not in types or key in given:
             raise _misread(spec, f"parameter {key!r} is {'given twice' if key in given else 'unknown'}")
-        given[key] = _number(value, types[key], spec)
+        try:
+            given[key] = types[key](value)
+        except ValueError:
+            kind = "whole number" if types[key] is int else "number"
+            raise _misread(spec, f"{value!r} is not a {kind}") from None
     try:
         inspect.signature(constructor).bind(**given)
     except TypeError as error:
@@ -234,21 +240,6 @@ def _check_finite(name: str, value: float, *, least: float = -math.inf) -> None:
 def _shortest(value: float) -> str:
     """Shortest text that reads back as the same float: 2.0 -> '2'."""
     return repr(float(value)).removesuffix(".0")
-
-
-def _parameter(part: str, keys_left_out: list[str]) -> tuple[str, str]:
-    """('k', '8') from 'k=8', and from '8' where the key may be left out."""
-    key, equals, value = part.partition("=")
-    if not equals and keys_left_out:
-        return keys_left_out[0], part.strip()
-    return key.strip(), value.strip()
-
-
-def _number(text: str, kind: type, spec: str) -> float:
-    try:
-        return kind(text)
-    except ValueError:
-        raise _misread(spec, f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
 
 
 def _misread(spec: str, reason: str) -> GuardError:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from passk_guard.sketch.accumulator import Draws, lay_out
+from passk_guard.sketch.accumulator import Projections, lay_out
 from passk_guard.sketch.countsketch import CountSketchAccumulator, IdentityAccumulator
 from passk_guard.sketch.kronecker import KroneckerAccumulator
 
@@ -15,7 +15,7 @@ DIM = 64
 def empty(method, shape, seed=0, name="w", layout=LAYOUT):
     width = shape[0] * shape[1] if method is IdentityAccumulator else DIM
     rows = torch.zeros(len(layout.groups), width, dtype=torch.float64)
-    return method(rows, layout, {name: shape}, Draws(seed))
+    return method(rows, layout, {name: shape}, Projections(seed))
 
 
 def folded(accumulator):
