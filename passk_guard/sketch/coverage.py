@@ -94,11 +94,6 @@ def _head(model: nn.Module, uses: tuple[Use, ...]) -> Use | None:
     return next((use for use in uses if use.module is module), Use(module, "linear", None, None))
 
 
-def trainable_ids(model: nn.Module) -> frozenset[int]:
-    """Ids of the parameters that require grad."""
-    return frozenset(id(p) for p in model.parameters() if p.requires_grad)
-
-
 def warn_if_low(coverage: Coverage, sizes: Mapping[str, int]) -> None:
     """Emit one UserWarning when less than 95% of the trainable scalars are covered."""
     if coverage.share < WARN_BELOW:

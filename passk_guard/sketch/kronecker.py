@@ -58,9 +58,10 @@ class KroneckerAccumulator(Accumulator):
         return self._side(name, side, x)(x)
 
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
-        a, b, dim = left.shape[-1], right.shape[-1], self.rows.shape[1]
-        if a * b <= dim and (first := _first_of_even(self.layout.groups)) is not None:
-            blocks, many = self.rows.view(-1, a, b), len(self.rows)  # as many tokens in each: one call for all
+        a, b, groups = left.shape[-1], right.shape[-1], self.layout.groups
+        if a * b <= self.rows.shape[1] and len({end - start for _, start, end in groups}) == 1:
+            # Adjacent groups of one size need one call for all.
+            first, blocks, many = groups[0][1], self.rows.view(-1, a, b), len(self.rows)
             even_left, even_right = (x[first:].reshape(many, -1, x.shape[-1]).to(blocks.dtype) for x in (left, right))
             blocks.baddbmm_(even_left.transpose(1, 2), even_right)
             return
@@ -127,9 +128,3 @@ class KroneckerAccumulator(Accumulator):
             return buckets.to(like.device), random_signs((like.shape[-1],), generator).to(like.device)
 
         return self.projections.keep((name, "vector", like.device), sample)
-
-
-def _first_of_even(groups: Sequence[tuple[int, int, int]]) -> int | None:
-    """The first sample of the first group if all groups, which are adjacent, have the same size."""
-    sizes = {end - start for _, start, end in groups}
-    return groups[0][1] if len(sizes) == 1 else None

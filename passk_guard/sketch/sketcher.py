@@ -12,7 +12,7 @@ from passk_guard.sketch.backward import score_pass
 from passk_guard.sketch.batches import TokenBatch
 from passk_guard.sketch.checks import check_batch, check_dim, check_log_probs, check_prompts
 from passk_guard.sketch.countsketch import CountSketchAccumulator, IdentityAccumulator
-from passk_guard.sketch.coverage import Coverage, find_sketched_parameters, trainable_ids, warn_if_low, warn_missed
+from passk_guard.sketch.coverage import Coverage, find_sketched_parameters, warn_if_low, warn_missed
 from passk_guard.sketch.kronecker import KroneckerAccumulator
 from passk_guard.utils.errors import FailedRefresh, GuardError
 
@@ -116,7 +116,7 @@ class ScoreSketcher:
         """
         check_batch(input_ids, attention_mask, completion_mask, slots, num_slots, temperature)
         check_log_probs(log_probs, len(slots))
-        if self._parameters.trainable != trainable_ids(self.model):
+        if self._parameters.trainable != {id(p) for p in self.model.parameters() if p.requires_grad}:
             self._find_parameters()
             self._projections = Projections(self.seed)
         device = input_ids.device

@@ -115,7 +115,7 @@ def probe(reused):
     return ProbeGram(sums @ sums.T, torch.full_like(c, 8), c, misses=misses)
 
 
-def test_what_reused_samples_do_not_know_is_left_out():
+def test_fields_that_need_fresh_samples_are_left_out():
     old, new = probe(reused=True), probe(reused=False)
     estimate = estimate_pooled([new, old], 4)
     assert estimate.inner_product is not None
@@ -129,7 +129,7 @@ def test_what_reused_samples_do_not_know_is_left_out():
     assert conflict_score(old, 4) is None
 
 
-def test_what_cannot_be_asked_of_reused_samples_is_refused():
+def test_arguments_that_need_fresh_samples_are_refused():
     old = probe(reused=True)
     with pytest.raises(GuardError, match="fresh samples for a floor"):
         coefficients(old, torch.tensor([4]), floor=torch.tensor([[0.5]]))

@@ -1,4 +1,4 @@
-"""The methods by themselves, on the factors of one weight gradient of each shape that they treat differently."""
+"""The sketching methods on the factors of one weight gradient, for each shape that they treat differently."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_identity_forms_the_gradient_of_each_slot(shape):
 @pytest.mark.parametrize("method", [IdentityAccumulator, KroneckerAccumulator, CountSketchAccumulator])
 @pytest.mark.parametrize("shape", [SQUARE, VOCABULARY, LORA_DOWN, LORA_UP])
 def test_a_lookup_is_a_product_with_one_hot_vectors(shape, method):
-    """What lets an embedding and a head share one weight."""
+    """So that an embedding and a head can share one weight."""
     ids = torch.randint(shape[0], (4, 5), generator=torch.Generator().manual_seed(1))
     right = factors(shape)[1]
     accumulator = empty(method, shape)
