@@ -13,7 +13,6 @@ from passk_guard.estimation.records import ConflictEstimate, ProbeGram
 from passk_guard.mitigation import combine, project_gradient, smooth_floor, solve_floor
 from passk_guard.passk import Weighting, named_weighting
 from passk_guard.passk.closed_forms import pass_at_k, passk_advantages, passk_weight
-from passk_guard.passk.max_at_k import max_at_k, pkpo_transform
 from passk_guard.passk.population import population_conflict
 from passk_guard.utils.errors import FailedRefresh, GuardError
 
@@ -65,12 +64,10 @@ __all__ = [
     "combine",
     "estimate_conflict",
     "estimate_pooled",
-    "max_at_k",
     "named_weighting",
     "pass_at_k",
     "passk_advantages",
     "passk_weight",
-    "pkpo_transform",
     "population_conflict",
     "project_gradient",
     "report",

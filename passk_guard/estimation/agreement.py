@@ -9,43 +9,50 @@ import torch
 from torch import Tensor
 
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.estimation.ustatistics import Rows, coefficients, other_prompt_sums, passk_rows, prompt_kernel
+from passk_guard.estimation.ustatistics import PassKRows, Rows, other_prompt_sums, passk_rows, prompt_kernel
 from passk_guard.passk.closed_forms import unbiased_passk_weight
 
 _PASS_AT_1 = passk_rows(torch.tensor([1]))
 
 
 def informative(probe: ProbeGram) -> Tensor:
-    """[m] bool: prompts with both right and wrong samples; the others have no gradient estimate but zero."""
+    """[m] bool: prompts with both right and wrong samples; the gradient estimate of the others is zero."""
     return (probe.num_correct > 0) & (probe.num_correct < probe.num_samples)
+
+
+def agreement_sums(probe: ProbeGram, rows: Rows = _PASS_AT_1) -> Tensor:
+    """[m] sum over x' != x of <g(x), g_1(x')>, with the g of the one row; for pass@k computed once for each probe."""
+
+    def sums() -> Tensor:
+        return other_prompt_sums(probe, rows(probe)[0], _PASS_AT_1(probe)[0])
+
+    return probe.keep(("agreement", rows), sums) if isinstance(rows, PassKRows) else sums()
 
 
 def prompt_view(probe: ProbeGram, rows: Rows) -> dict[str, Any]:
     r"""One refresh, prompt by prompt: the per-prompt fields of `ConflictEstimate`.
 
     $a(x) = \frac{1}{m-1} \sum_{x' \ne x} \langle g_1(x), g_1(x') \rangle$ estimates the agreement score of
-    arXiv 2602.21189, Sec. 4, and the same sum with g_k(x) on the left is prompt x's share of the conflict: its mean
-    over prompts is the inner product; `rows` gives the coefficients of that g. Pairs are counted as negative among
-    prompts with a gradient only.
+    arXiv 2602.21189, Sec. 4. The same sum with the g(x) of `rows` on the left is the share of prompt x in the conflict:
+    its mean over prompts is the inner product. Negative pairs are counted among prompts with a gradient.
     """
     m = probe.num_samples.numel()
-    one = coefficients(probe, torch.tensor([1]))[0]
-    kernel = prompt_kernel(probe, one, one)
-    mixed = informative(probe)
+    one = _PASS_AT_1(probe)[0]
+    kernel, mixed = prompt_kernel(probe, one, one), informative(probe)
     pairs = mixed[:, None] & mixed[None, :] & ~torch.eye(m, dtype=torch.bool)
     return {
         "kernel": kernel,
-        "agreement": off_diagonal_sums(probe, _PASS_AT_1) / (m - 1),
-        "weighted_agreement": off_diagonal_sums(probe, rows) / (m - 1),
+        "agreement": agreement_sums(probe) / (m - 1),
+        "weighted_agreement": agreement_sums(probe, rows) / (m - 1),
         "frac_negative_pairs": int(((kernel < 0) & pairs).sum()) / int(pairs.sum()) if bool(pairs.any()) else None,
     }
 
 
 def weight_and_agreement(probes: Sequence[ProbeGram], k: int) -> dict[str, Any]:
-    """E[w_k] and cov(w_k, a), pooled over the refreshes with fresh samples; nothing where the newest has none.
+    """E[w_k] and cov(w_k, a), pooled over the refreshes with fresh samples; empty where the newest has none.
 
-    Of samples of an earlier policy, the ratios are known where there is a gradient, and E[w_k] is over all prompts.
-    cov = E[w a] - E[w] E[a]; the product is averaged over triples of different prompts, so it is unbiased too.
+    E[w_k] is a mean over all prompts, and importance ratios are known only for prompts with a gradient.
+    cov = E[w a] - E[w] E[a]. The product is averaged over triples of different prompts, so it is unbiased too.
     """
     if probes[-1].reused:
         return {}
@@ -55,20 +62,15 @@ def weight_and_agreement(probes: Sequence[ProbeGram], k: int) -> dict[str, Any]:
     for probe in probes:
         m = probe.num_samples.numel()
         weight = unbiased_passk_weight(probe.num_samples, probe.num_correct, k)
-        agreement = off_diagonal_sums(probe, _PASS_AT_1)
+        agreement = agreement_sums(probe)
         triples = float(weight.sum() * agreement.sum() - 2 * weight @ agreement) / (m * (m - 1) * (m - 2))
-        inner = float(off_diagonal_sums(probe, passk_rows(torch.tensor([k]))).sum()) / (m * (m - 1))
+        inner = float(agreement_sums(probe, passk_rows(torch.tensor([k]))).sum()) / (m * (m - 1))
         mean_weight += m / total * float(weight.mean())
         covariance += m / total * (inner - triples)
     return {"mean_weight": mean_weight, "weight_agreement_cov": covariance}
 
 
-def off_diagonal_sums(probe: ProbeGram, rows: Rows) -> Tensor:
-    """[m] sum over x' != x of <g(x), g_1(x')>, with the g of the one row."""
-    return other_prompt_sums(probe, rows(probe)[0], _PASS_AT_1(probe)[0])
-
-
 def mean_positive_and_negative(probe: ProbeGram) -> tuple[float, float]:
     """A+ = E[max(a, 0)] and A- = E[max(-a, 0)] of the agreement scores; noise in the scores raises both alike."""
-    agreement = off_diagonal_sums(probe, _PASS_AT_1) / (probe.num_samples.numel() - 1)
+    agreement = agreement_sums(probe) / (probe.num_samples.numel() - 1)
     return float(agreement.clamp(min=0).mean()), float((-agreement).clamp(min=0).mean())

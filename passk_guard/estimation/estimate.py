@@ -19,7 +19,7 @@ from passk_guard.passk.closed_forms import pass_at_k
 from passk_guard.utils.arguments import as_real
 from passk_guard.utils.errors import GuardError
 
-_FEWEST_PROMPTS = 3  # two would give a U-statistic of one pair, and no jackknife
+_FEWEST_PROMPTS = 3  # two give a U-statistic of one pair, and no jackknife
 
 
 def estimate_conflict(
@@ -50,20 +50,19 @@ def estimate_conflict(
         threshold: cosine below which there is a conflict.
         confidence: of the interval (two-sided) and of the verdict (one-sided).
         history: Gram matrices of earlier refreshes, pooled with this one by averaging the U-statistics.
-        prompt_keys: m hashable names, so that a prompt met again in `history` is recognised.
-        weighting: another objective in place of pass@k, e.g. `named_weighting("grpo")`: g_k is then the gradient its
-            advantages make of the same samples, and there is no curve over k. k still names the pass rate.
+        prompt_keys: m hashable names, by which a prompt is recognised in `history`.
+        weighting: another objective in place of pass@k, e.g. `named_weighting("grpo")`. g_k is then the gradient that
+            its advantages give for the same samples, and there is no curve over k. k still names the pass rate.
 
     Returns:
-        A `ConflictEstimate`. Per-prompt fields describe this refresh, scalars the pooled ones, except the pass
-        rates, which are this refresh's, and E[w] and cov(w, a), which are of refreshes with fresh samples.
+        A `ConflictEstimate`. Per-prompt fields and pass rates describe this refresh. The other numbers are pooled:
+        E[w] and cov(w, a) over the refreshes with fresh samples, the rest over all.
 
     Raises:
         GuardError: shapes that do not fit, a matrix that no score sums have as Gram matrix, or n < k; as
-            `gram_checks.checked_probe`.
+            `gram.checked_probe`.
     """
-    newest = ProbeGram(gram, num_samples, num_correct, prompt_keys)
-    probes = [*history, newest]
+    probes = [*history, ProbeGram(gram, num_samples, num_correct, prompt_keys)]
     return estimate_pooled(probes, k, threshold=threshold, confidence=confidence, weighting=weighting)
 
 
@@ -76,6 +75,8 @@ def estimate_pooled(
     weighting: Weighting | None = None,
 ) -> ConflictEstimate:
     """`estimate_conflict` over a sequence of refreshes, the newest last.
+
+    Statistics of one refresh alone are kept with its `ProbeGram`, and computed once however often it is pooled.
 
     Raises:
         GuardError: as `estimate_conflict`, or no refresh at all.
@@ -92,7 +93,16 @@ def estimate_pooled(
     rows = passk_rows(torch.tensor([k])) if weighting is None else weighting_rows(weighting)
     moments = pooled_moments(probes, rows)
     value, covariance = moments.value[0], moments.covariance[0]
-    base = _with_inner_products(base, moments)
+    inner, norm1_sq, normk_sq = value.tolist()
+    base = replace(
+        base,
+        inner_product=inner,
+        inner_product_se=float(covariance[0, 0]) ** 0.5,
+        degrees=float(moments.degrees[0]),
+        mean_weighted_agreement=inner,
+        norm1_sq=norm1_sq,
+        normk_sq=normk_sq,
+    )
     name = f"pass@{k}" if weighting is None else weighting.name
     if (reason := _no_signal(name, value, covariance)) is not None:
         return replace(base, reason=reason)
@@ -100,13 +110,16 @@ def estimate_pooled(
     if weighting is not None:
         return _with_cosine(estimate, moments)
     estimate = _with_cosine(replace(estimate, **weight_and_agreement(probes, k)), moments)
-    return estimate if estimate.cosine is None else _with_curve(estimate, probes)
+    if estimate.cosine is None:
+        return estimate
+    curve = _curve(probes, estimate)
+    return replace(estimate, k_star=_k_star(curve), curve=curve)
 
 
 def in_conflict(estimate: ConflictEstimate, confidence: float) -> bool:
     """Whether <grad J_k, grad J_1> < 0 at this one-sided confidence, e.g. 0.8413 for one standard error.
 
-    The inner product alone is tested: it needs no norms, so it has an answer where the cosine has none.
+    The inner product is tested, which needs no norms: there is an answer where the cosine is undetermined.
     """
     if estimate.inner_product is None or estimate.inner_product_se is None:
         return False
@@ -115,7 +128,7 @@ def in_conflict(estimate: ConflictEstimate, confidence: float) -> bool:
 
 
 def _base(probes: Sequence[ProbeGram], k: int, threshold: float, confidence: float) -> ConflictEstimate:
-    """What every estimate states, with or without an angle."""
+    """The fields that every estimate has, with or without an angle."""
     rate1, error1 = _pass_rate(probes[-1], 1)
     ratek, errork = _pass_rate(probes[-1], k)
     return ConflictEstimate(
@@ -134,21 +147,8 @@ def _base(probes: Sequence[ProbeGram], k: int, threshold: float, confidence: flo
     )
 
 
-def _with_inner_products(base: ConflictEstimate, moments: Moments) -> ConflictEstimate:
-    inner, norm1_sq, normk_sq = (float(x) for x in moments.value[0])
-    return replace(
-        base,
-        inner_product=inner,
-        inner_product_se=float(moments.covariance[0, 0, 0]) ** 0.5,
-        degrees=float(moments.degrees[0]),
-        mean_weighted_agreement=inner,
-        norm1_sq=norm1_sq,
-        normk_sq=normk_sq,
-    )
-
-
 def _no_signal(name: str, value: Tensor, covariance: Tensor) -> str | None:
-    """Why there is no angle: one of the two squared norms is not positive."""
+    """The reason where there is no angle: one of the two squared norms is not positive."""
     for which, i in (("pass@1", 1), (name, 2)):
         if not float(value[i]) > 0:
             return (
@@ -160,7 +160,7 @@ def _no_signal(name: str, value: Tensor, covariance: Tensor) -> str | None:
 
 
 def _quantiles(base: ConflictEstimate, moments: Moments, cosines: Tensor) -> list[tuple[float, float]]:
-    """Of the two-sided intervals, judged at the estimates [K], and of the one-sided bounds, at the threshold."""
+    """For the two-sided intervals (degrees at the estimates [K]) and the one-sided bounds (at the threshold)."""
     at_estimate = moments.degrees_at(cosines).tolist()
     at_threshold = moments.degrees_at(torch.full_like(cosines, base.threshold)).tolist()
     level = (1 + base.confidence) / 2
@@ -179,6 +179,7 @@ def _with_cosine(base: ConflictEstimate, moments: Moments) -> ConflictEstimate:
     if (lower, upper) == (-1.0, 1.0):
         return replace(base, reason="the probe holds no signal: no cosine in [-1, 1] can be ruled out")
     status, reason = _status(lower, upper, base.threshold, base.confidence)
+    inner, norm1_sq, normk_sq = moments.naive[0].tolist()
     return replace(
         base,
         status=status,
@@ -189,15 +190,8 @@ def _with_cosine(base: ConflictEstimate, moments: Moments) -> ConflictEstimate:
         ci_high=ci_high,
         lower_bound=lower,
         upper_bound=upper,
-        naive_cosine=_naive_cosine(moments.naive[0]),
+        naive_cosine=inner / math.sqrt(norm1_sq * normk_sq) if norm1_sq > 0 and normk_sq > 0 else None,
     )
-
-
-def _with_curve(base: ConflictEstimate, probes: Sequence[ProbeGram]) -> ConflictEstimate:
-    """The same angle for every k that the samples allow."""
-    ks = torch.arange(1, min(int(p.num_samples.min()) for p in probes) + 1)
-    curve = _curve(pooled_moments(probes, passk_rows(ks)), ks, base)
-    return replace(base, k_star=_k_star(curve), curve=curve)
 
 
 def _status(lower: float, upper: float, threshold: float, confidence: float) -> tuple[Status, str]:
@@ -211,12 +205,10 @@ def _status(lower: float, upper: float, threshold: float, confidence: float) -> 
     )
 
 
-def _naive_cosine(value: Tensor) -> float | None:
-    inner, norm1_sq, normk_sq = (float(x) for x in value)
-    return inner / math.sqrt(norm1_sq * normk_sq) if norm1_sq > 0 and normk_sq > 0 else None
-
-
-def _curve(moments: Moments, ks: Tensor, base: ConflictEstimate) -> ConflictCurve:
+def _curve(probes: Sequence[ProbeGram], base: ConflictEstimate) -> ConflictCurve:
+    """The same angle for every k that the samples allow."""
+    ks = torch.arange(1, min(int(p.num_samples.min()) for p in probes) + 1)
+    moments = pooled_moments(probes, passk_rows(ks))
     numbers = torch.full((3, len(ks)), math.nan, dtype=torch.float64)
     established = torch.zeros(len(ks), dtype=torch.bool)
     known = (moments.value[:, 1:] > 0).all(1).nonzero().flatten().tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,28 @@ from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import brief
 
 _ROWS = 64
-_SMALLEST = 1e-60  # fourth powers of the entries are taken, of the influences of prompts
+_SMALLEST = 1e-60  # the jackknife takes fourth powers of the entries
 
 
 def checked_probe(probe: ProbeGram, k: int) -> ProbeGram:
-    """The probe in int64 and float64 on the CPU.
+    """The probe in int64 and float64 on the CPU. Everything but k is checked once for each probe.
 
     Raises:
         GuardError: shapes that do not fit, counts that are not whole or out of range, n < k; a matrix that is not
             finite, not symmetric, against the Cauchy-Schwarz inequality, or of numbers whose products float64 cannot
             hold; `misses` of another shape or negative.
     """
+    probe = probe.converted(*probe.keep("checked", lambda: _checked(probe)))
+    fewest = int(probe.num_samples.min())
+    if not isinstance(k, int) or not 1 <= k <= fewest:
+        raise GuardError(
+            f"Expected `num_samples` >= k >= 1; found num_samples={fewest}, k={k}. Raise `num_samples` or lower `k`."
+        )
+    return probe
+
+
+def _checked(probe: ProbeGram) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gram matrix, counts and misses."""
     n = as_counts(probe.num_samples, "num_samples").cpu().to(torch.int64)
     c = as_counts(probe.num_correct, "num_correct").cpu().to(torch.int64)
     gram = _real(probe.gram, "gram")
@@ -37,16 +48,19 @@ def checked_probe(probe: ProbeGram, k: int) -> ProbeGram:
         )
     if m == 0:
         raise GuardError("Expected at least one prompt; found an empty Gram matrix.")
-    if not isinstance(k, int) or k < 1 or int(n.min()) < k:
-        raise GuardError(
-            f"Expected `num_samples` >= k >= 1; found num_samples={int(n.min())}, k={k}. "
-            "Raise `num_samples` or lower `k`."
-        )
     if bool(((c < 0) | (c > n)).any()):
         raise GuardError("Expected 0 <= `num_correct` <= `num_samples`; found a count outside.")
+    _check_matrix(gram)
+    keys = probe.prompt_keys
+    if not isinstance(keys, Sequence) or len(keys) not in (0, m) or not all(isinstance(key, Hashable) for key in keys):
+        raise GuardError(f"Expected no `prompt_keys` or a list of {m} that can be hashed; found {brief(keys)}.")
+    return gram, n, c, None if probe.misses is None else _checked_misses(probe.misses, n)
+
+
+def _check_matrix(gram: Tensor) -> None:
     low, high = (float(x) for x in gram.aminmax())  # NaN comes through
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise GuardError("Expected a finite Gram matrix; found NaN or infinity. Void this refresh.")
+        raise GuardError("Expected a finite Gram matrix; found NaN or infinity. Leave this refresh out.")
     largest = max(high, -low)
     if largest and not _SMALLEST <= largest <= 1 / _SMALLEST:
         raise GuardError(
@@ -60,16 +74,25 @@ def checked_probe(probe: ProbeGram, k: int) -> ProbeGram:
             "Expected a Gram matrix, S @ S.T of the 2m score sums; found an entry <a, b> above |a||b|, or a negative "
             "diagonal. Are the 2m rows in the order S+_1..S+_m, S-_1..S-_m?"
         )
-    if not isinstance(probe.prompt_keys, Sequence) or len(probe.prompt_keys) not in (0, m) or not _hashable(probe):
-        raise GuardError(
-            f"Expected no `prompt_keys` or a list of {m} that can be hashed; found {brief(probe.prompt_keys)}."
-        )
-    return ProbeGram(gram, n, c, probe.prompt_keys, _checked_misses(probe.misses, n))
 
 
-def _checked_misses(misses: Tensor | None, n: Tensor) -> Tensor | None:
-    if misses is None:
-        return None
+def _symmetric(gram: Tensor, atol: float) -> bool:
+    """Up to rounding, some rows at a time: copies of a whole Gram matrix would double the memory of an estimate."""
+    rows, columns = gram.split(_ROWS), gram.T.split(_ROWS)
+    return all(torch.allclose(a, b, rtol=1e-4, atol=atol) for a, b in zip(rows, columns, strict=True))
+
+
+def _possible(gram: Tensor, atol: float) -> bool:
+    """Cauchy-Schwarz for every pair of rows, up to rounding, in O(m^2)."""
+    diagonal = gram.diagonal()
+    if bool((diagonal < -atol).any()):
+        return False
+    length = diagonal.clamp(min=0).sqrt()
+    parts = zip(gram.split(_ROWS), length.split(_ROWS), strict=True)
+    return all(bool((rows.abs() <= 1.001 * own[:, None] * length + atol).all()) for rows, own in parts)
+
+
+def _checked_misses(misses: Tensor, n: Tensor) -> Tensor:
     misses, shape = _real(misses, "misses"), (n.numel(), int(n.max()))
     if misses.shape != shape:
         raise GuardError(
@@ -77,31 +100,8 @@ def _checked_misses(misses: Tensor | None, n: Tensor) -> Tensor | None:
             "`importance.miss_estimates` gives for these samples, or None for fresh ones."
         )
     if not bool(((misses >= 0) & misses.isfinite()).all()):
-        raise GuardError("Expected `misses` to be finite and not negative; found others. Sample this probe afresh.")
+        raise GuardError("Expected `misses` to be finite and not negative; found others. Resample this probe.")
     return misses
-
-
-def _symmetric(gram: Tensor, atol: float) -> bool:
-    """Up to rounding, some rows at a time: copies of a whole Gram matrix would be what an estimate costs."""
-    rows, columns = gram.split(_ROWS), gram.T.split(_ROWS)
-    return all(torch.allclose(a, b, rtol=1e-4, atol=atol) for a, b in zip(rows, columns, strict=True))
-
-
-def _hashable(probe: ProbeGram) -> bool:
-    try:
-        return len({hash(key) for key in probe.prompt_keys}) >= 0
-    except TypeError:
-        return False
-
-
-def _possible(gram: Tensor, atol: float) -> bool:
-    """Cauchy-Schwarz for every pair of rows, up to rounding: what a sum of squares cannot be is found in O(m^2)."""
-    diagonal = gram.diagonal()
-    if bool((diagonal < -atol).any()):
-        return False
-    length = diagonal.clamp(min=0).sqrt()
-    parts = zip(gram.split(_ROWS), length.split(_ROWS), strict=True)
-    return all(bool((rows.abs() <= 1.001 * own[:, None] * length + atol).all()) for rows, own in parts)
 
 
 def _real(value: Any, name: str) -> Tensor:

@@ -27,8 +27,8 @@ def student_t_quantile(probability: float, degrees: float) -> float:
 def corrected_cosine(moments: Tensor, covariance: Tensor) -> tuple[float, float]:
     """The cosine U_k1 / sqrt(U_11 U_kk) less its bias, clipped to [-1, 1], and its delta-method standard error.
 
-    Noisy squared norms in the denominator make the ratio too large. Its bias to second order in their errors is taken
-    off, damped where those errors are not small against the norms.
+    Noisy squared norms in the denominator make the ratio too large. Its bias to second order in their errors is
+    subtracted, damped where those errors are not small against the norms.
 
     Args:
         moments: [3] U_k1, U_11, U_kk, the last two positive.
@@ -51,10 +51,9 @@ def cosine_bounds(moments: Tensor, covariance: Tensor, quantile: float) -> tuple
     r"""Bounds on cos = a / b, with $a = U_{k1}$ and $b = \sqrt{U_{11} U_{kk}}$, by inverting a test.
 
     A value c is rejected when $|a - c b|$ exceeds `quantile` standard errors of $a - c b$ (Fieller 1954, with the
-    delta method for b). At c = 0 this is the test of the inner product alone, so a noisy norm neither hides a
-    conflict nor makes one up, and where the norms themselves are not established the bounds open up to -1 and 1
-    instead of pretending. The upper bound is the smallest value rejected from below, since rejecting c rejects
-    every larger cosine with it.
+    delta method for b). At c = 0 this is the test of the inner product alone, so that a noisy norm neither hides nor
+    creates a conflict. Where the norms are not established the bounds widen to -1 and 1. The upper bound is the
+    smallest value rejected from below: rejecting c rejects every larger cosine too.
 
     Args:
         moments: [3] U_k1, U_11, U_kk, the last two positive.

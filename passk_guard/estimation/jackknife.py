@@ -1,4 +1,4 @@
-r"""How much the jackknife overestimates the covariance of a U-statistic, and what is left without it. torch alone.
+r"""The excess of the jackknife covariance of a U-statistic, and the covariance without it. Needs torch alone.
 
 By Hoeffding (1948) the kernel of a pair splits into $h(x, y) = \theta + h_1(x) + h_1(y) + h_2(x, y)$. The jackknife is
 right about the part of the variance from $h_1$ and counts that of the degenerate $h_2$ twice (Efron & Stein 1981,
@@ -14,17 +14,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_LARGEST_SHARE = 0.5  # a variance that is all degenerate is counted twice, and nothing is counted more often
+_LARGEST_SHARE = 0.5  # a variance that is all degenerate is counted twice, no other more often
 
 
 def jackknife_overshoot(kernels: Tensor) -> Tensor:
     """[m, S, S] expected excess of the jackknife covariance of S U-statistics over their covariance: prompts' shares.
 
-    The excess is the sum over the prompts, and each one's share is what is in the pairs it is the first of. How the
-    shares differ says how well the sum is known.
+    The excess is the sum over the prompts. The share of a prompt is that of the pairs in which it is the first, and the
+    spread of the shares is the error of the sum.
 
     Args:
-        kernels: [S, m, m] symmetric, one matrix of pair values for each statistic; the diagonals count nowhere.
+        kernels: [S, m, m] symmetric, one matrix of pair values for each statistic; the diagonals are not used.
 
     Returns:
         Zero for fewer than 4 prompts, where no degree of freedom is left.
@@ -33,7 +33,7 @@ def jackknife_overshoot(kernels: Tensor) -> Tensor:
 
 
 def overshoot_by_rows(blocks: Iterable[Tensor], sums: Tensor) -> Tensor:
-    """The same from some rows of the kernels at a time, so that no m x m matrix is needed.
+    """The same from blocks of rows of the kernels, so that no m x m matrix is needed.
 
     Args:
         blocks: [S, b, m] consecutive rows of the kernels, from the first to the last.
@@ -68,8 +68,8 @@ def without_overshoot(jackknife: Tensor, overshoot: Tensor) -> Tensor:
     size = size.clamp(min=1e-12)
     to_white, from_white = axes / size.sqrt()[..., None, :], axes * size.sqrt()[..., None, :]
     share = to_white.mT @ (overshoot / scale) @ to_white
-    amount, turn = torch.linalg.eigh((share + share.mT) / 2)
-    taken = from_white @ turn
+    amount, rotation = torch.linalg.eigh((share + share.mT) / 2)
+    taken = from_white @ rotation
     kept = jackknife - scale * (taken * amount.clamp(0, _LARGEST_SHARE)[..., None, :] @ taken.mT)
     missing = (1 - _LARGEST_SHARE) * spread.square() - kept.diagonal(dim1=-2, dim2=-1)  # rounding of what is singular
     return kept + torch.diag_embed(missing.clamp(min=0))

@@ -1,30 +1,33 @@
-"""The frozen records handed from stage to stage: rollouts -> counts and sketches -> Gram matrix -> estimate."""
+"""The frozen records of the estimation: what a refresh leaves behind, and what is estimated from it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Status = Literal["clear", "conflict", "undetermined"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ProbeGram:
     """All that one refresh leaves behind: inner products of the 2m sketched score sums, and the counts.
 
+    The tensors must not be written into: statistics of the probe are computed once and kept with it.
+
     Attributes:
         gram: [2m, 2m] float64, inner products of [S+_1..S+_m, S-_1..S-_m], where S+ (S-) is the sum of
             score vectors grad log pi(y_i|x) over the correct (wrong) samples of a prompt.
         num_samples: [m] int64, samples with a verdict.
         num_correct: [m] int64.
-        prompt_keys: m hashable names of the prompts; a prompt that comes back in a later refresh is left
-            out of all of them together by the jackknife. Empty: every prompt counts as its own.
-        misses: None for fresh samples. For samples of an earlier policy, whose scores are in the sums times their
-            importance ratios: [m, n] float64 of `importance.miss_estimates`. The counts are those of the draw.
+        prompt_keys: m hashable names of the prompts. The jackknife leaves a prompt out of all refreshes in which its
+            key occurs. Empty: all prompts are different.
+        misses: None for fresh samples. For samples of an earlier policy, whose scores enter the sums times their
+            importance ratios: [m, n] float64 of `importance.miss_estimates`. The counts are those of the sampling.
     """
 
     gram: Tensor
@@ -32,11 +35,27 @@ class ProbeGram:
     num_correct: Tensor
     prompt_keys: Sequence[Any] = ()
     misses: Tensor | None = None
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def reused(self) -> bool:
-        """Whether the samples were drawn for an earlier refresh."""
+        """Whether the samples are those of an earlier refresh."""
         return self.misses is not None
+
+    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of `make()`, computed at the first request for `key`.
+
+        The value must not refer to this probe, or the memory of the Gram matrix is freed late.
+        """
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def converted(self, gram: Tensor, num_samples: Tensor, num_correct: Tensor, misses: Tensor | None) -> ProbeGram:
+        """The same probe in other dtypes. Both share what is kept."""
+        other = ProbeGram(gram, num_samples, num_correct, self.prompt_keys, misses)
+        object.__setattr__(other, "_kept", self._kept)
+        return other
 
 
 @dataclass(frozen=True)
@@ -60,13 +79,13 @@ class ConflictCurve:
 class ConflictEstimate:
     """The conflict between grad J_k and grad J_1 with its uncertainty (arXiv 2602.21189, Sec. 4).
 
-    Numbers are None wherever the probe does not determine them. Per-prompt tensors describe the newest refresh.
+    A number is None where the probe does not determine it. Per-prompt tensors describe the newest refresh.
 
     Attributes:
         k: the k of pass@k.
         status: "conflict" when the upper confidence bound is below the threshold, "clear" when the lower one
             is above it, else "undetermined".
-        reason: one sentence; why the status is what it is.
+        reason: why the status is what it is, in one sentence.
         cosine: U_k1 / sqrt(U_11 U_kk) less its bias to second order, in [-1, 1].
         standard_error: over prompts, of `cosine`.
         ci_low, ci_high: two-sided interval at `confidence`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ _ROWS = 64
 _REUSED = "samples of an earlier policy (`misses`). Pass the refreshes with fresh ones"
 
 Rows = Callable[[ProbeGram], Tensor]
-"""Of a probe with m prompts, the [K, 2m] rows that turn its score sums into K gradients of each prompt."""
+"""Gives the [K, 2m] rows that turn the score sums of a probe with m prompts into K gradients of each prompt."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Moments:
         value: [K, 3] float64.
         influence: [N, K, 3] change of `value` when each of N prompts is left out.
         naive: [K, 3] the same means over all pairs, same-prompt ones included: biased, for comparison.
-        find_overshoot: gives `overshoots`, which takes m^2 operations for each of the K and is found when asked for.
+        find_overshoot: computes `overshoots`, which takes m^2 operations for each of the K, at the first request.
     """
 
     value: Tensor
@@ -65,14 +65,14 @@ class Moments:
     def degrees_at(self, cosine: Tensor) -> Tensor:
         r"""[K] degrees of freedom of the variance of $U_{k1} - c \sqrt{U_{11} U_{kk}}$, in [3, N - 1].
 
-        A variance V that is known to a variance of its own has $2 V^2 / Var(V)$ of them (Satterthwaite 1946). V is a
-        sum over prompts: squared changes, less the share in what the jackknife counts twice, which as a statistic
-        of pairs moves twice as much when a prompt goes. Without that part this is 2N / (kurtosis - 1). A few hard
-        prompts carry most of grad J_k, so that 64 prompts are often worth 20. How a prompt moves the changes of the
-        others is left out: with it 95% intervals cover 98% (benchmarks/README.md, Calibration).
+        A variance estimate V with a variance Var(V) has $2 V^2 / Var(V)$ of them (Satterthwaite 1946). V is a sum over
+        prompts: squared changes, less the share in what the jackknife counts twice. That share is a statistic of
+        pairs, and changes twice as much when a prompt is left out. Without it this is 2N / (kurtosis - 1). A few hard
+        prompts carry most of grad J_k, so that 64 prompts often give 20 degrees. The effect of a prompt on the changes
+        of the others is left out: with it 95% intervals cover 98% (benchmarks/README.md, Calibration).
 
         Args:
-            cosine: [K] c; one whose squared norms are not positive is taken for 0.
+            cosine: [K] c, replaced by 0 where a squared norm is not positive.
         """
         count, (_, one, many) = self.influence.shape[0], self.value.unbind(-1)
         root = torch.where((one > 0) & (many > 0), cosine * (one * many).clamp(min=0).sqrt() / 2, 0.0)
@@ -93,8 +93,8 @@ class Moments:
 def coefficients(probe: ProbeGram, ks: Tensor, *, floor: Tensor | None = None, cap: float | None = None) -> Tensor:
     """[K, 2m] rows that turn the 2m score sums into g_k of each prompt: alpha+ of m prompts, then alpha-.
 
-    With bounds, the prompt weight of g_k is clipped to [floor, cap] as in `sample_coefficients`; `floor`
-    holds [F, 1] floors, a row for each of them at the one k.
+    With bounds, the prompt weight of g_k is clipped to [floor, cap] as in `sample_coefficients`. `floor` holds [F, 1]
+    floors, which give one row each at the one k.
 
     Raises:
         GuardError: bounds for samples of an earlier policy, for which no clipped weight is unbiased.
@@ -108,9 +108,20 @@ def coefficients(probe: ProbeGram, ks: Tensor, *, floor: Tensor | None = None, c
     return torch.cat([positive, negative], dim=1)
 
 
-def passk_rows(ks: Tensor) -> Rows:
+@dataclass(frozen=True)
+class PassKRows:
     """The rows of pass@k, for K values of k."""
-    return lambda probe: coefficients(probe, ks)
+
+    ks: tuple[int, ...]
+
+    def __call__(self, probe: ProbeGram) -> Tensor:
+        """[K, 2m]."""
+        return coefficients(probe, torch.tensor(self.ks))
+
+
+def passk_rows(ks: Tensor) -> PassKRows:
+    """The rows of pass@k for ks [K]. Moments that are made with them are kept with the probe."""
+    return PassKRows(tuple(ks.tolist()))
 
 
 def weighting_rows(weighting: Weighting) -> Rows:
@@ -132,22 +143,6 @@ def prompt_kernel(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
     return kernel
 
 
-def _products(probe: ProbeGram, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Of some prompts x at a time [2, b, m]: <S+(x), h(x')> and <S-(x), h(x')> for all x'."""
-    m = probe.num_samples.numel()
-    sums = probe.gram.view(2, m, 2 * m)
-    for first in range(0, m, _ROWS):  # a few rows stay in the cache, where the whole Gram matrix is half a GiB at 4096
-        rows = slice(first, min(first + _ROWS, m))
-        weighted = sums[:, rows] * right
-        yield rows, weighted[..., :m] + weighted[..., m:]
-
-
-def _times(left: Tensor, rows: slice, products: Tensor) -> Tensor:
-    """[b, m] those prompts' rows of the kernel, from their `_products`."""
-    positive, negative = left.view(2, -1)[:, rows, None]
-    return positive * products[0] + negative * products[1]
-
-
 def other_prompt_sums(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
     """[m] sum over x' != x of <g(x), h(x')>: the kernel's row sums without its diagonal, and without the kernel."""
     m = probe.num_samples.numel()
@@ -164,12 +159,17 @@ def refresh_moments(probe: ProbeGram, rows: Rows) -> Moments:
     leave-one-out value, so that all K gradients cost one product of [K, 2m] and [2m, 2m].
 
     Args:
-        probe: m >= 3 prompts.
-        rows: of the K gradients that are held against g_1, e.g. `passk_rows(ks)`.
+        probe: m >= 3 prompts. Moments of `passk_rows` are computed once for each probe, and kept with it.
+        rows: of the K gradients that are compared with g_1, e.g. `passk_rows(ks)`.
     """
+    if isinstance(rows, PassKRows):
+        return probe.keep(rows, lambda: _moments(probe, rows(probe)))
+    return _moments(probe, rows(probe))
+
+
+def _moments(probe: ProbeGram, many: Tensor) -> Moments:
     m = probe.num_samples.numel()
     one = coefficients(probe, torch.ones(1, dtype=torch.int64))
-    many = rows(probe)
     one_product, many_product = one @ probe.gram, many @ probe.gram
     own = torch.stack([probe.gram.diagonal()[:m], probe.gram.diagonal()[m:], probe.gram.diagonal(m)])
 
@@ -193,16 +193,16 @@ def refresh_moments(probe: ProbeGram, rows: Rows) -> Moments:
         pairs(many, many_product, many, many_product),
     ]
     value, change, naive = (torch.stack([part[i] for part in parts], dim=-1) for i in range(3))
+    bare = ProbeGram(probe.gram, probe.num_samples, probe.num_correct)  # the moments are kept with `probe` itself
+    return Moments(value, change.transpose(0, 1).contiguous(), naive, partial(_overshoots, bare, many, one[0]))
 
-    def overshoot() -> Tensor:
-        return torch.stack([_overshoot(probe, row, one[0]) for row in many], dim=1)
 
-    return Moments(value=value, influence=change.transpose(0, 1), naive=naive, find_overshoot=overshoot)
+def _overshoots(probe: ProbeGram, many: Tensor, one: Tensor) -> Tensor:
+    """[m, K, 3, 3] for the kernels of U_k1, U_11 and U_kk."""
+    return torch.stack([_overshoot(probe, row, one) for row in many], dim=1)
 
 
 def _overshoot(probe: ProbeGram, many: Tensor, one: Tensor) -> Tensor:
-    """[m, 3, 3] for the kernels of U_k1, U_11 and U_kk."""
-
     def kernels() -> Iterator[Tensor]:
         for (rows, with_one), (_, with_many) in zip(_products(probe, one), _products(probe, many), strict=True):
             mixed = _times(many, rows, with_one) + _times(one, rows, with_many)
@@ -213,31 +213,47 @@ def _overshoot(probe: ProbeGram, many: Tensor, one: Tensor) -> Tensor:
     return overshoot_by_rows(kernels(), torch.stack(sums))
 
 
+def _products(probe: ProbeGram, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Of some prompts x at a time [2, b, m]: <S+(x), h(x')> and <S-(x), h(x')> for all x'."""
+    m = probe.num_samples.numel()
+    sums = probe.gram.view(2, m, 2 * m)
+    for first in range(0, m, _ROWS):  # a few rows stay in the cache, where the whole Gram matrix is half a GiB at 4096
+        rows = slice(first, min(first + _ROWS, m))
+        weighted = sums[:, rows] * right
+        yield rows, weighted[..., :m] + weighted[..., m:]
+
+
+def _times(left: Tensor, rows: slice, products: Tensor) -> Tensor:
+    """[b, m] those prompts' rows of the kernel, from their `_products`."""
+    positive, negative = left.view(2, -1)[:, rows, None]
+    return positive * products[0] + negative * products[1]
+
+
 def pooled_moments(probes: Sequence[ProbeGram], rows: Rows) -> Moments:
     """The same over several refreshes, each weighted by its number of prompts.
 
-    A prompt that appears in several refreshes (equal `prompt_keys`) is left out of all of them together, so
-    that a small probe set that comes round again does not pass for fresh data.
+    A prompt that appears in several refreshes (equal `prompt_keys`) is left out of all of them together, so that a
+    small probe set that is used again does not count as fresh data.
     """
     sizes = [probe.num_samples.numel() for probe in probes]
-    weights = [size / sum(sizes) for size in sizes]
     parts = [refresh_moments(probe, rows) for probe in probes]
-    value = torch.stack([w * part.value for w, part in zip(weights, parts, strict=True)]).sum(0)
-    naive = torch.stack([w * part.naive for w, part in zip(weights, parts, strict=True)]).sum(0)
-    changes = torch.cat([w * part.influence for w, part in zip(weights, parts, strict=True)])
-    identity: dict[object, int] = {}
+    number: dict[object, int] = {}
     owner = [
-        identity.setdefault(probe.prompt_keys[x] if len(probe.prompt_keys) else (r, x), len(identity))
+        number.setdefault(probe.prompt_keys[x] if len(probe.prompt_keys) else (r, x), len(number))
         for r, probe in enumerate(probes)
         for x in range(sizes[r])
     ]
+    if len(parts) == 1 and len(number) == sizes[0]:
+        return parts[0]
+    weighted = [(size / sum(sizes), part) for size, part in zip(sizes, parts, strict=True)]
 
-    def of_prompts(rows: Tensor) -> Tensor:
-        return rows.new_zeros(len(identity), *rows.shape[1:]).index_add_(0, torch.tensor(owner), rows)
+    def by_prompt(changes: list[Tensor]) -> Tensor:
+        every = torch.cat(changes)
+        return every.new_zeros(len(number), *every.shape[1:]).index_add_(0, torch.tensor(owner), every)
 
-    influence = of_prompts(changes)
-
-    def overshoot() -> Tensor:
-        return of_prompts(torch.cat([w**2 * part.overshoots for w, part in zip(weights, parts, strict=True)]))
-
-    return Moments(value=value, influence=influence, naive=naive, find_overshoot=overshoot)
+    return Moments(
+        value=torch.stack([w * part.value for w, part in weighted]).sum(0),
+        influence=by_prompt([w * part.influence for w, part in weighted]),
+        naive=torch.stack([w * part.naive for w, part in weighted]).sum(0),
+        find_overshoot=lambda: by_prompt([w**2 * part.overshoots for w, part in weighted]),
+    )

@@ -13,7 +13,6 @@ from passk_guard.utils.text import brief
 
 _TERMS_PER_CHUNK = 1024
 _ROUNDING = 1e-6
-LARGEST_COUNT = 10_000_000  # a sum of so many logarithms takes a second
 
 
 def pass_at_k(num_samples: Tensor | int, num_correct: Tensor | int, k: Tensor | int) -> Tensor:
@@ -33,7 +32,12 @@ def pass_at_k(num_samples: Tensor | int, num_correct: Tensor | int, k: Tensor | 
     Raises:
         GuardError: k > n (no unbiased estimate exists there), k < 1, or c outside 0..n.
     """
-    n, c, k = _counts(num_samples, num_correct, k)
+    given = [as_counts(v, name) for v, name in ((num_samples, "num_samples"), (num_correct, "num_correct"), (k, "k"))]
+    device = next((t.device for t in given if t.ndim), given[0].device)
+    n, c, k = together(*(t.to(device) for t in given))
+    _check_k(n, k)
+    if bool(((c < 0) | (c > n)).any()):
+        raise GuardError("Expected 0 <= `num_correct` <= `num_samples`; found a count outside.")
     return torch.expm1(_log_miss(n, c, k)).abs()  # and no -0.0
 
 
@@ -50,11 +54,10 @@ def passk_weight(pass_rate: Tensor, k: int | float | Tensor) -> Tensor:
     Raises:
         GuardError: a rate outside [0, 1] by more than rounding, or k < 1.
     """
-    p = pass_rate
-    if not bool(((p >= -_ROUNDING) & (p <= 1 + _ROUNDING)).all()) or not _at_least_1(k):
-        raise GuardError(
-            f"Expected `pass_rate` in [0, 1] and a finite k >= 1; found {brief(pass_rate)} and {brief(k)}."
-        )
+    p, size = pass_rate, k if isinstance(k, Tensor) else torch.tensor(as_real(k, "k"))
+    in_range = bool(((p >= -_ROUNDING) & (p <= 1 + _ROUNDING)).all())
+    if not in_range or not bool(((size >= 1) & size.isfinite()).all()):
+        raise GuardError(f"Expected `pass_rate` in [0, 1] and a finite k >= 1; found {brief(p)} and {brief(k)}.")
     return k * (1 - p).clamp(0, 1) ** (k - 1)
 
 
@@ -62,17 +65,14 @@ def unbiased_passk_weight(num_samples: Tensor, num_correct: Tensor, k: int | Ten
     r"""Unbiased estimate of w_k(p) from n samples: $k \binom{n-c}{k-1} / \binom{n}{k-1}$.
 
     Args:
-        num_samples: n, any shape; num_correct: c, same shape.
+        num_samples: n, any shape. num_correct: c in 0..n, same shape. Neither is checked.
         k: 1 <= k <= n + 1.
 
     Returns:
         float64 tensor, in [0, k].
-
-    Raises:
-        GuardError: k - 1 > n, or c outside 0..n.
     """
-    n, c, subset = _counts(num_samples, num_correct, as_counts(k, "k") - 1, smallest_k=0)
-    return (subset + 1) * torch.exp(_log_miss(n, c, subset))
+    n, c, wanted = _in_float64(num_samples, num_correct, k)
+    return wanted * torch.exp(_log_miss(n, c, wanted - 1))
 
 
 def sample_coefficients(
@@ -89,24 +89,19 @@ def sample_coefficients(
     $g_k = \alpha^+ S^+ + \alpha^- S^-$ is unbiased for $w_k(p) \nabla p$, where
     $\alpha^+ = f(W(c-1)) (1 - \frac{c-1}{n-1}) / n$, $\alpha^- = -f(W(c)) \frac{c}{n-1} / n$,
     $W(c') = k \binom{n-1-c'}{k-1} / \binom{n-1}{k-1}$ is the weight as seen from the n - 1 *other* samples, of which
-    c' are correct, and f clips to [floor, cap]. Weight and baseline never look at the sample they multiply.
+    c' are correct, and f clips to [floor, cap]. Weight and baseline do not depend on the sample they multiply.
 
     Args:
-        num_samples: n, any shape. A single sample (n = 1, so k = 1) has no others; its baseline is 0.
-        num_correct: c, same shape.
-        k: 1 <= k <= n, broadcasts.
-        floor, cap: bounds on the weight; None for none. With them the estimate is unbiased for
-            $E[f(W)] \nabla p$ instead. Several floors at once as a tensor that broadcasts with the others.
+        num_samples: n, any shape. A single sample (n = 1, so k = 1) has no others, and its baseline is 0.
+        num_correct: c in 0..n, same shape.
+        k: 1 <= k <= n wherever n > 0, broadcasts. None of the three is checked.
+        floor, cap: bounds on the weight, floor <= cap; None for none. With them the estimate is unbiased for
+            $E[f(W)] \nabla p$ instead. Several floors as a tensor that broadcasts with the others.
 
     Returns:
-        alpha+ and alpha-, float64. A prompt with c = 0 has alpha- = 0, one with c = n has alpha+ = 0, and
-        where n = 0 both are 0.
-
-    Raises:
-        GuardError: k > n for some n > 0, k < 1, c outside 0..n, or floor > cap.
+        alpha+ and alpha-, float64. alpha+ is 0 where c = 0, and alpha- where c = n; where n = 0 both are 0.
     """
-    cap = _checked_cap(floor, cap)
-    n, c, wanted = _counts(num_samples, num_correct, k, empty_ok=True)
+    n, c, wanted = _in_float64(num_samples, num_correct, k)
     others = (n - 1).clamp(min=0)
 
     def weight(correct_others: Tensor) -> Tensor:
@@ -115,15 +110,10 @@ def sample_coefficients(
         w = w if floor is None else torch.maximum(w, torch.as_tensor(floor, dtype=w.dtype, device=w.device))
         return w if cap is None else w.clamp(max=cap)
 
-    others_or_1 = others.clamp(min=1)
-    n_or_1 = n.clamp(min=1)
-    c_above = (c - 1).clamp(min=0)
+    others_or_1, n_or_1, c_above = others.clamp(min=1), n.clamp(min=1), (c - 1).clamp(min=0)
     positive = weight(c_above) * (1 - c_above / others_or_1) / n_or_1
     negative = -weight(c) * (c / others_or_1) / n_or_1
-    single = n == 1
-    positive = torch.where(c > 0, positive, 0.0)
-    negative = torch.where((c < n) & ~single, negative, 0.0)
-    return positive, negative
+    return torch.where(c > 0, positive, 0.0), torch.where((c < n) & (n > 1), negative, 0.0)
 
 
 def passk_advantages(
@@ -142,8 +132,8 @@ def passk_advantages(
     Args:
         correct: [m, n] of 0/1 (bool, int or float), n samples for each of m prompts.
         k: 1 <= k <= n.
-        mask: [m, n] bool, False where a sample has no verdict: its advantage is 0 and n is lowered for its
-            prompt. The mean is over the n samples that are left. A prompt with none left gets zeros.
+        mask: [m, n] bool, False where a sample has no verdict. Its advantage is 0, and n counts the samples of its
+            prompt that are left, over which the mean is taken. A prompt without any gets zeros.
         floor, cap: clip the weight to [floor, cap]; None for no bound.
 
     Returns:
@@ -162,69 +152,43 @@ def passk_advantages(
         raise GuardError("Expected `correct` to hold 0 and 1 only; compare your rewards with a threshold first.")
     right = (correct == 1) & valid
     num_samples, num_correct = valid.sum(1), right.sum(1)
+    _check_k(num_samples[num_samples > 0], as_counts(k, "k"))
+    floor, cap = (None if v is None else as_real(v, name) for v, name in ((floor, "floor"), (cap, "cap")))
+    if math.isnan(floor or 0.0) or not (cap is None or max(floor or 0.0, 0.0) <= cap):
+        raise GuardError(f"Expected a number `floor` <= `cap`, and `cap` >= 0; found {floor=}, {cap=}.")
     positive, negative = sample_coefficients(num_samples, num_correct, k, floor=floor, cap=cap)
     advantages = torch.where(right, positive[:, None], negative[:, None]) * num_samples[:, None]
     dtype = correct.dtype if correct.is_floating_point() else torch.get_default_dtype()
     return torch.where(valid, advantages, 0.0).to(dtype)
 
 
+def _in_float64(n: Tensor | int, c: Tensor | int, k: Tensor | int) -> tuple[Tensor, ...]:
+    """The three counts in one shape, on the device of n."""
+    n = torch.as_tensor(n)
+    return torch.broadcast_tensors(*(torch.as_tensor(x, device=n.device).double() for x in (n, c, k)))
+
+
 def _log_miss(n: Tensor, c: Tensor, k: Tensor) -> Tensor:
     """log of C(n-c, k) / C(n, k), the chance that a k-subset of n samples misses all c correct ones."""
-    # The ratio is symmetric in c and k; the product over the smaller one has the fewer factors.
-    terms, drawn = torch.minimum(c, k), torch.maximum(c, k)
+    # The ratio is symmetric in c and k; the product over the smaller one has fewer factors.
+    fewer, more = torch.minimum(c, k), torch.maximum(c, k)
     total = torch.zeros_like(n)
-    most = int(terms.max()) if terms.numel() else 0
+    most = int(fewer.max()) if fewer.numel() else 0
     for start in range(0, most, _TERMS_PER_CHUNK):
         j = torch.arange(start, min(start + _TERMS_PER_CHUNK, most), device=n.device, dtype=n.dtype)
-        factor = -drawn[..., None] / (n[..., None] - j).clamp(min=1)
-        total = total + torch.where(j < terms[..., None], torch.log1p(factor.clamp(min=-1)), 0.0).sum(-1)
+        factor = -more[..., None] / (n[..., None] - j).clamp(min=1)
+        total = total + torch.where(j < fewer[..., None], torch.log1p(factor.clamp(min=-1)), 0.0).sum(-1)
     return torch.where(n - c < k, -torch.inf, total)
 
 
-def _counts(
-    num_samples: Tensor | int,
-    num_correct: Tensor | int,
-    k: Tensor | int,
-    *,
-    smallest_k: int = 1,
-    empty_ok: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three counts as float64 tensors of one shape on one device, checked."""
-    names = {"num_samples": num_samples, "num_correct": num_correct, "k": k}
-    given = [as_counts(value, name) for name, value in names.items()]
-    device = next((t.device for t in given if t.ndim), given[0].device)
-    n, c, k = together(*(t.to(device) for t in given))
-    if bool((n > LARGEST_COUNT).any()):
-        raise GuardError(f"Expected `num_samples` of at most {LARGEST_COUNT}; found {int(n.max())}.")
-    if bool((k < smallest_k).any()):
-        raise GuardError(f"Expected `k` >= {smallest_k}; found k={int(k.min())}.")
-    too_few = (n < k) & ~((n == 0) & empty_ok)
-    if bool(too_few.any()):
-        at = int(too_few.flatten().nonzero()[0])
+def _check_k(n: Tensor, k: Tensor) -> None:
+    """Raise GuardError unless 1 <= k <= n everywhere."""
+    if bool((k < 1).any()):
+        raise GuardError(f"Expected `k` >= 1; found k={int(k.min())}.")
+    n, k = torch.broadcast_tensors(n, k.to(n.device))
+    if bool((n < k).any()):
+        at = int((n < k).flatten().nonzero()[0])
         raise GuardError(
             f"Expected `num_samples` >= k; found num_samples={int(n.flatten()[at])}, k={int(k.flatten()[at])}. No "
             "unbiased estimate exists above n: raise `num_samples` or lower `k`."
         )
-    if bool(((c < 0) | (c > n)).any()):
-        raise GuardError("Expected 0 <= `num_correct` <= `num_samples`; found a count outside.")
-    return n, c, k
-
-
-def _checked_cap(floor: float | Tensor | None, cap: float | None) -> float | None:
-    highest = 0.0 if floor is None else _highest(floor)
-    cap = None if cap is None else as_real(cap, "cap")
-    if math.isnan(highest) or (cap is not None and not cap >= 0):
-        raise GuardError(f"Expected `floor` to be a number and `cap` >= 0; found floor={brief(floor)}, cap={cap}.")
-    if floor is not None and cap is not None and highest > cap:
-        raise GuardError(f"Expected `floor` <= `cap`; found floor={highest}, cap={cap}.")
-    return cap
-
-
-def _at_least_1(k: int | float | Tensor) -> bool:
-    values = k if isinstance(k, Tensor) else torch.tensor(as_real(k, "k"))
-    return bool(((values >= 1) & values.isfinite()).all())
-
-
-def _highest(floor: float | Tensor) -> float:
-    values = floor if isinstance(floor, Tensor) else torch.tensor(as_real(floor, "floor"))
-    return float(values.max()) if values.numel() else math.nan  # NaN of any is NaN

@@ -1,6 +1,6 @@
 r"""Samples of an earlier policy as samples of the present one, by importance weights. Needs torch alone.
 
-Of a prompt, n samples $y_i \sim \mu$ were drawn and c are right; the policy has become $\pi$, and
+For each prompt, n completions $y_i \sim \mu$ were sampled and c are right. The policy is now $\pi$, and
 $\rho_i = \pi(y_i)/\mu(y_i)$ are ratios of whole sequences at the sampling temperature. With score vectors $s_i$ of
 $\pi$, $E_\mu[\rho s] = 0$ and $E_\mu[\rho\, r s] = \nabla p$, and over different samples
 $E_\mu[\prod_{j \in T} \rho_j (1 - r_j)] = (1-p)^{|T|}$. So
@@ -9,9 +9,10 @@ $$ g_k = \frac1n \sum_{i \text{ right}} \rho_i s_i \Big(W - h_k(c-1)\Big) - \fra
 \, h_k(c), \qquad W = k\, e_{k-1}(\rho_j : j \text{ wrong}) \Big/ \binom{n-1}{k-1} $$
 
 is unbiased for $w_k(p) \nabla p$, with $e_j$ the elementary symmetric polynomial and $h_k$ any function of the number
-of right samples among the *others*: the one of `sample_coefficients`, so that ratios of 1 give its estimate back. Two
-numbers a prompt, as there: of $S^+ = \sum_{right} \rho_i s_i$ and $S^- = \sum_{wrong} \rho_i s_i$. A prompt with c = 0
-or c = n contributes nothing here either. A clipped weight f(W) has no such form.
+of right samples among the *others*. Here it is that of `sample_coefficients`, so that ratios of 1 give its estimate. As
+there, each prompt has two numbers, the coefficients of $S^+ = \sum_{right} \rho_i s_i$ and
+$S^- = \sum_{wrong} \rho_i s_i$, and a prompt with c = 0 or c = n contributes nothing. A clipped weight f(W) has no such
+form.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch import Tensor
 def miss_estimates(log_ratios: Tensor, wrong: Tensor, num_samples: Tensor) -> Tensor:
     r"""Unbiased estimates of $(1-p)^j$ from the n - 1 samples other than a right one.
 
-    $e_j(\rho_i : i \text{ wrong}) / \binom{n-1}{j}$ by adding one sample at a time, in logarithms: all terms are
-    positive, so nothing cancels, and nothing overflows before the result does.
+    $e_j(\rho_i : i \text{ wrong}) / \binom{n-1}{j}$, computed in logarithms by adding one sample at a time. All terms
+    are positive, so nothing cancels, and nothing overflows before the result does.
 
     Args:
         log_ratios: [m, n] float64, log rho of each sample.
@@ -32,7 +33,7 @@ def miss_estimates(log_ratios: Tensor, wrong: Tensor, num_samples: Tensor) -> Te
         num_samples: [m] samples of each prompt, at most n.
 
     Returns:
-        [m, n] float64, j = 0..n-1; 0 for j >= num_samples. Infinite where float64 ends, NaN after a ratio that is.
+        [m, n] float64, j = 0..n-1; 0 for j >= num_samples, infinite on overflow, NaN if a ratio is.
     """
     m, n = log_ratios.shape
     total = log_ratios.new_full((m, n), -torch.inf)
@@ -46,11 +47,11 @@ def miss_estimates(log_ratios: Tensor, wrong: Tensor, num_samples: Tensor) -> Te
 
 
 def effective_share(log_ratios: Tensor, counted: Tensor) -> Tensor:
-    r"""Share of its samples that a prompt is worth: $\frac{(\sum \rho)^2}{n \sum \rho^2} \min(\bar\rho, 1/\bar\rho)$.
+    r"""Effective sample size over sample size: $\frac{(\sum \rho)^2}{n \sum \rho^2} \min(\bar\rho, 1/\bar\rho)$.
 
     The first factor is the usual effective sample size (Kong 1992; Owen 2013, *Monte Carlo theory, methods and
-    examples*, Sec. 9.3). It sees only how unequal the ratios are; but their mean is 1 in expectation, and samples that
-    the policy has left behind all alike, with equal ratios near 0, are no samples of it.
+    examples*, Sec. 9.3), which depends only on how unequal the ratios are. The second factor lowers it where the mean
+    ratio is far from its expectation of 1: samples with equal ratios near 0 are not samples of the policy.
 
     Args:
         log_ratios: [m, n] float64; counted: [m, n] bool, the samples there are.
@@ -65,7 +66,7 @@ def effective_share(log_ratios: Tensor, counted: Tensor) -> Tensor:
 
 
 def reweighted(positive: Tensor, num_samples: Tensor, num_correct: Tensor, misses: Tensor, ks: Tensor) -> Tensor:
-    r"""[K, m] coefficients of S+ under ratios; those of S- stay what they are on fresh samples.
+    r"""[K, m] coefficients of S+ with importance ratios. Those of S- are the same as on fresh samples.
 
     $\alpha^+_k = (k\, m_{k-1} - h_k(c-1))/n$ with $h_k(c') = W_k(c') c'/(n-1)$.
 

@@ -1,4 +1,9 @@
-"""Objectives by name, as they stand in a configuration: 'grpo', 'passk:8,floor=0.5', 'rs_grpo:beta=2'."""
+"""Published objectives as a `Weighting`, and by the name they have in a configuration: 'grpo', 'passk:8,floor=0.5'.
+
+`grpo`, `dr_grpo` and `rloo` compare a reward with the mean of its group. `passk` and `passk_training` reward k samples
+together if any of them is right. `maxrl` and `rs_grpo` maximise E[u(p)] with a concave utility u of the pass rate, so
+that the prompt weight is u'(p).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,11 @@ import torch
 from torch import Tensor
 
 from passk_guard.passk.closed_forms import pass_at_k, passk_weight, sample_coefficients, unbiased_passk_weight
-from passk_guard.passk.weighting import Weighting, centred, check_finite, shortest
+from passk_guard.passk.weighting import Weighting, centred
 from passk_guard.utils.errors import GuardError
 
-# The advantages of GRPO, Dr. GRPO and RLOO: rewards against their group's mean.
-
-
 TRL_EPSILON = 1e-4
+_LARGEST_BETA = 700.0  # exp of more overflows float64
 
 
 def grpo(epsilon: float = TRL_EPSILON) -> Weighting:
@@ -24,9 +27,9 @@ def grpo(epsilon: float = TRL_EPSILON) -> Weighting:
 
     $A = (r - \bar r) / (\sigma + \epsilon)$ with $\sigma^2 = \frac{n}{n-1} \bar r (1 - \bar r)$, as TRL's GRPOTrainer
     computes it with `scale_rewards="group"` (its default): the unbiased standard deviation, epsilon = 1e-4.
-    Population weight $1 / (\sqrt{p(1-p)} + \epsilon)$: prompts that nearly always fail and those that nearly always
-    pass weigh the most, and none less than about 2. With n samples the weight stops at about sqrt(n) at either end.
-    Sources: arXiv 2402.03300, Sec. 4.1 (the advantage, whose standard deviation it does not say how to estimate);
+    Population weight $1 / (\sqrt{p(1-p)} + \epsilon)$, at least about 2 and largest for prompts that nearly always fail
+    or pass. With n samples the weight is at most about sqrt(n) at either end.
+    Sources: arXiv 2402.03300, Sec. 4.1 (the advantage; how the standard deviation is estimated is not stated);
     trl/trainer/grpo_trainer.py.
 
     Args:
@@ -35,14 +38,14 @@ def grpo(epsilon: float = TRL_EPSILON) -> Weighting:
     Raises:
         GuardError: epsilon not finite or not positive.
     """
-    check_finite("epsilon", epsilon)
+    _check_finite("epsilon", epsilon)
     if epsilon <= 0:
         raise GuardError(f"Expected `epsilon` > 0; found {epsilon}.")
 
     def scale(n: Tensor, c: Tensor) -> Tensor:
         return 1 / ((c * (n - c) / (n * (n - 1))).sqrt() + epsilon)
 
-    name = "grpo" if epsilon == TRL_EPSILON else f"grpo:epsilon={shortest(epsilon)}"
+    name = "grpo" if epsilon == TRL_EPSILON else f"grpo:epsilon={_shortest(epsilon)}"
     return centred(name, scale, lambda p: 1 / ((p * (1 - p)).sqrt() + epsilon))
 
 
@@ -60,14 +63,11 @@ def rloo() -> Weighting:
     r"""RLOO: the reward less the mean reward of the *other* samples.
 
     $A_i = r_i - \frac{1}{n-1} \sum_{j \ne i} r_j = \frac{n}{n-1}(r_i - \bar r)$. Weight exactly 1 for every p and n:
-    unbiased for pass@1. TRL's RLOOTrainer with `normalize_advantages=False` (its default) and `beta=0`; its KL
-    penalty is a part of the reward, and a reward with it in is not 0/1.
+    unbiased for pass@1. TRL's RLOOTrainer with `normalize_advantages=False` (its default) and `beta=0`: its KL
+    penalty is part of the reward, which is then not 0/1.
     Source: arXiv 2402.14740.
     """
     return centred("rloo", lambda n, c: n / (n - 1) * torch.ones_like(c), torch.ones_like)
-
-
-# Objectives that reward k samples together if any of them is right.
 
 
 def passk(k: int, floor: float | None = None, cap: float | None = None) -> Weighting:
@@ -87,7 +87,7 @@ def passk(k: int, floor: float | None = None, cap: float | None = None) -> Weigh
     _check_k(k)
     for bound, value in (("floor", floor), ("cap", cap)):
         if value is not None:
-            check_finite(bound, value, least=0)
+            _check_finite(bound, value, least=0)
     if floor is not None and cap is not None and floor > cap:
         raise GuardError(f"Expected `floor` <= `cap`; found floor={floor}, cap={cap}.")
 
@@ -100,7 +100,7 @@ def passk(k: int, floor: float | None = None, cap: float | None = None) -> Weigh
         return w if floor is None and cap is None else w.clamp(min=floor, max=cap)
 
     bounds = {"floor": floor, "cap": cap}
-    more = "".join(f",{bound}={shortest(value)}" for bound, value in bounds.items() if value is not None)
+    more = "".join(f",{bound}={_shortest(value)}" for bound, value in bounds.items() if value is not None)
     return Weighting(f"passk:{k}{more}", population_weight, advantages, k)
 
 
@@ -113,10 +113,10 @@ def passk_training(k: int) -> Weighting:
     $s (r - \bar r)$ with $s = \frac{n}{n-c} \sqrt{(1 - \bar R) / \bar R}$, which is how they are computed. Zero where
     sigma = 0, i.e. for c = 0 and for n - c < k; so with n = k nothing is ever learnt.
 
-    Population weight $w_k(p) / (k \sigma) = (1-p)^{k/2-1} / \sqrt{1 - (1-p)^k}$. The normalisation takes back much
-    of what pass@k asks for: k = 1 is GRPO's weight, k = 2 still gives weight 1 at p = 1, and near p = 0 the weight
-    grows as $1/\sqrt{kp}$, the *less* the larger k is. n samples stop at $\sqrt{(n-k)/k}$ there.
-    Source: arXiv 2508.10751, Sec. 2.4 and its appendix; the weight is derived from them. The authors' code adds
+    Population weight $w_k(p) / (k \sigma) = (1-p)^{k/2-1} / \sqrt{1 - (1-p)^k}$. The normalisation undoes much of the
+    emphasis of pass@k: k = 1 is GRPO's weight, k = 2 still gives weight 1 at p = 1, and near p = 0 the weight
+    grows as $1/\sqrt{kp}$, which is *smaller* for larger k. With n samples it is at most $\sqrt{(n-k)/k}$ there.
+    Source: arXiv 2508.10751, Sec. 2.4 and its appendix, from which the weight is derived. The authors' code adds
     1e-6 to sigma, which is left out here.
 
     Args:
@@ -137,26 +137,15 @@ def passk_training(k: int) -> Weighting:
     return centred(f"passk_training:{k}", scale, population_weight, fewest_samples=k)
 
 
-def _check_k(k: int) -> None:
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise GuardError(f"Expected `k` to be a whole number >= 1; found {k!r}.")
-
-
-# Objectives E[u(p)] with a concave utility u of the pass rate; the prompt weight is u'(p).
-
-
-_LARGEST_BETA = 700.0  # exp of more overflows float64
-
-
 def maxrl() -> Weighting:
     r"""Maximum Likelihood RL: u = log p, estimated by dividing by the number of successes in place of the samples.
 
     $A = (r - \bar r) / \bar r$, and 0 for a group without a success. Population weight 1/p. n samples give the
     series for log p cut off at order n - 1, *not* n: $W_n(p) = (1 - (1-p)^{n-1}) / p = \sum_{k<n} (1-p)^{k-1}$, at
-    most n - 1. (The estimator without the baseline, $r / \bar r$, reaches order n; a mean-reward baseline that is
-    dropped together with the groups that failed takes one order off.)
-    Source: arXiv 2602.02710: the estimators are in its method section, the order n - 1 of the one with the baseline
-    in an appendix of its third version. The authors' code adds 1e-6 to the divisor, which is left out here.
+    most n - 1. (The estimator without the baseline, $r / \bar r$, reaches order n. Groups without a success have no
+    baseline either, which costs one order.)
+    Source: arXiv 2602.02710, method section, and an appendix of its third version for the order n - 1. The authors'
+    code adds 1e-6 to the divisor, which is left out here.
     """
     return centred("maxrl", lambda n, c: n / c, lambda p: 1 / p)
 
@@ -172,12 +161,12 @@ def rs_grpo(beta: float) -> Weighting:
     recommends beta = 2).
 
     Args:
-        beta: not 0, of size 700 at most; negative is risk-averse.
+        beta: not 0, within +-700; negative is risk-averse.
 
     Raises:
-        GuardError: beta = 0, not finite, or larger.
+        GuardError: beta = 0, not finite, or outside.
     """
-    check_finite("beta", beta)
+    _check_finite("beta", beta)
     if beta == 0:
         raise GuardError("Expected `beta` other than 0; found 0. That limit is `dr_grpo`.")
     if abs(beta) > _LARGEST_BETA:
@@ -187,7 +176,7 @@ def rs_grpo(beta: float) -> Weighting:
     def weight(p: Tensor) -> Tensor:
         return lift / beta / (1 + p * lift)
 
-    return centred(f"rs_grpo:beta={shortest(beta)}", lambda n, c: weight(c / n), weight)
+    return centred(f"rs_grpo:beta={_shortest(beta)}", lambda n, c: weight(c / n), weight)
 
 
 _CONSTRUCTORS: dict[str, tuple[Callable[..., Weighting], dict[str, type]]] = {
@@ -206,8 +195,8 @@ def named_weighting(spec: str) -> Weighting:
     """The weighting a text names.
 
     Args:
-        spec: a name, then after a colon its parameters as `key=value` with commas between; the first parameter may
-            stand without its key. One of: grpo[:epsilon=E], dr_grpo, rloo, maxrl, passk:K[,floor=F][,cap=C],
+        spec: a name, then after a colon its parameters as `key=value` with commas between. The first key may be left
+            out. One of: grpo[:epsilon=E], dr_grpo, rloo, maxrl, passk:K[,floor=F][,cap=C],
             passk_training:K, rs_grpo:beta=B.
 
     Raises:
@@ -220,10 +209,16 @@ def named_weighting(spec: str) -> Weighting:
         raise GuardError(f"Expected `spec` to be one of {_SPELLINGS}; found {spec!r}.")
     given: dict[str, float] = {}
     for position, part in enumerate(rest.split(",") if colon else []):
-        key, value = _parameter(part, list(types)[:1] if position == 0 else [])
+        key, equals, value = (text.strip() for text in part.partition("="))
+        if not equals and position == 0 and types:
+            key, value = next(iter(types)), key
         if key not in types or key in given:
             raise _misread(spec, f"parameter {key!r} is {'given twice' if key in given else 'unknown'}")
-        given[key] = _number(value, types[key], spec)
+        try:
+            given[key] = types[key](value)
+        except ValueError:
+            kind = "whole number" if types[key] is int else "number"
+            raise _misread(spec, f"{value!r} is not a {kind}") from None
     try:
         inspect.signature(constructor).bind(**given)
     except TypeError as error:
@@ -231,19 +226,20 @@ def named_weighting(spec: str) -> Weighting:
     return constructor(**given)
 
 
-def _parameter(part: str, keys_left_out: list[str]) -> tuple[str, str]:
-    """('k', '8') from 'k=8', and from '8' where the key may be left out."""
-    key, equals, value = part.partition("=")
-    if not equals and keys_left_out:
-        return keys_left_out[0], part.strip()
-    return key.strip(), value.strip()
+def _check_k(k: int) -> None:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise GuardError(f"Expected `k` to be a whole number >= 1; found {k!r}.")
 
 
-def _number(text: str, kind: type, spec: str) -> float:
-    try:
-        return kind(text)
-    except ValueError:
-        raise _misread(spec, f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+def _check_finite(name: str, value: float, *, least: float = -math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+        bound = "" if least == -math.inf else f" >= {least:g}"
+        raise GuardError(f"Expected `{name}` to be a finite number{bound}; found {value!r}.")
+
+
+def _shortest(value: float) -> str:
+    """Shortest text that reads back as the same float: 2.0 -> '2'."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def _misread(spec: str, reason: str) -> GuardError:

@@ -1,4 +1,4 @@
-"""The conflict of a known population: exact gradients and pass rates in, the paper's quantities out."""
+"""The conflict of a known population: the paper's quantities from exact gradients and pass rates."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class PopulationConflict:
         agreement: [m] a(x) = E_x' kappa(x, x'), prompt x included.
         weight: [m] w_k(p(x)).
         mean_weight: E[w_k]; weight_agreement_cov: cov(w_k, a).
-        mixing: the smallest lambda >= 0 at which grad J_k + lambda grad J_1 no longer conflicts; it is also the
-            constant to add to every prompt weight.
+        mixing: the smallest lambda >= 0 at which grad J_k + lambda grad J_1 no longer conflicts. Adding lambda to
+            every prompt weight has the same effect.
     """
 
     inner_product: float
@@ -43,7 +43,7 @@ def population_conflict(
     r"""Conflict between grad J_k and grad J_1 when p(x) and grad p(x) are known for every prompt.
 
     $\langle \nabla J_k, \nabla J_1 \rangle = E[w_k a] = E[w_k] |\nabla J_1|^2 + cov(w_k, a)$
-    (arXiv 2602.21189, Sec. 4). Same-prompt pairs belong to it: nothing here is sampled.
+    (arXiv 2602.21189, Sec. 4). Same-prompt pairs are included, since nothing here is sampled.
 
     Args:
         kernel: [m, m] similarity kernel kappa(x, x') = <grad p(x), grad p(x')>.
@@ -81,57 +81,3 @@ def population_conflict(
         weight_agreement_cov=inner - mean_weight * norm1_sq,
         mixing=max(0.0, -inner / norm1_sq) if norm1_sq > 0 else float("nan"),
     )
-
-
-def population_k_star(
-    kernel: Tensor, pass_rate: Tensor, prompt_probability: Tensor | None = None, *, largest: float = 1024.0
-) -> float | None:
-    """The smallest real k > 1 at which the inner product turns negative, by scan and bisection.
-
-    Args:
-        kernel, pass_rate, prompt_probability: as for `population_conflict`.
-        largest: where the search ends.
-
-    Returns:
-        k*, or None when there is no conflict up to `largest`.
-    """
-
-    def inner(k: float) -> float:
-        return population_conflict(kernel, pass_rate, k, prompt_probability).inner_product
-
-    grid = torch.logspace(0, torch.tensor(largest).log10().item(), 2000, dtype=torch.float64).tolist()
-    crossing = next((i for i, k in enumerate(grid) if inner(k) < 0), None)
-    if not crossing:
-        return None
-    low, high = grid[crossing - 1], grid[crossing]
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if inner(middle) < 0 else (middle, high)
-    return (low + high) / 2
-
-
-def conflict_threshold(
-    hard_mass: float, gradient_bound: float, margin: float, easy_gap: float, hard_gap: float
-) -> float:
-    r"""k above which interference is sufficient for conflict (arXiv 2602.21189, Prop. 4.5).
-
-    $k^* = 1 + \log\frac{(1-q) G^2}{q m} / \log\frac{1-\epsilon}{1-\delta}$.
-
-    Args:
-        hard_mass: q in (0, 1), probability of the negatively interfering hard prompts.
-        gradient_bound: G, bound on |grad p(x)|.
-        margin: m > 0, hard prompts have a(x) <= -m.
-        easy_gap: delta, easy prompts have p(x) >= delta.
-        hard_gap: epsilon < delta, hard prompts have p(x) <= epsilon.
-
-    Raises:
-        GuardError: an argument outside its range.
-    """
-    if not (0 < hard_mass < 1 and margin > 0 and gradient_bound > 0 and 0 <= hard_gap < easy_gap < 1):
-        raise GuardError(
-            "Expected 0 < hard_mass < 1, margin > 0, gradient_bound > 0 and 0 <= hard_gap < easy_gap < 1; found "
-            f"{hard_mass=}, {margin=}, {gradient_bound=}, {hard_gap=}, {easy_gap=}."
-        )
-    ratio = torch.tensor((1 - hard_mass) * gradient_bound**2 / (hard_mass * margin), dtype=torch.float64)
-    spread = torch.tensor((1 - hard_gap) / (1 - easy_gap), dtype=torch.float64)
-    return float(1 + ratio.log() / spread.log())

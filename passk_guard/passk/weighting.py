@@ -1,4 +1,4 @@
-"""Two advantages per group, one for its correct and one for its wrong samples, and the prompt weight they amount to."""
+"""Two advantages per group, one for its correct and one for its wrong samples, and the prompt weight that they give."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from passk_guard.utils.errors import GuardError
 
 @dataclass(frozen=True)
 class Weighting:
-    r"""An objective for 0/1 rewards, by what its advantages do to a prompt.
+    r"""An objective for 0/1 rewards, as the weight that its advantages give a prompt.
 
-    Of n samples of a prompt c are correct; a correct one gets $A^+(n, c)$, a wrong one $A^-(n, c)$. With S+ (S-) the
-    sum of score vectors over the correct (wrong) samples, the prompt's gradient estimate is
+    For each prompt, n completions are sampled and c of them are correct. A correct one gets $A^+(n, c)$, a wrong one
+    $A^-(n, c)$. With S+ (S-) the sum of score vectors over the correct (wrong) samples, the gradient estimate is
     $g = \frac{1}{n}(A^+ S^+ + A^- S^-)$, and $E[g] = W_n(p) \nabla p$ for *any* such pair, since
     $E[S^+ | c] = c \nabla p / p$ and $E[S^- | c] = -(n-c) \nabla p / (1-p)$.
 
-    Only the advantage is meant: clipping, a KL term and normalisation by length are the trainer's own.
+    Clipping, a KL term and normalisation by length are left to the trainer.
 
     Attributes:
         name: spec that `named_weighting` turns back into the same weighting.
         population_weight: p -> limit of W_n(p) as n grows, elementwise on a float tensor of pass rates in [0, 1];
             infinite where that limit is.
-        advantages: (n, c) -> (A+, A-), float64 tensors that broadcast, n >= fewest_samples. A+ means nothing where
-            c = 0, nor A- where c = n; `coefficients` puts zeros there.
+        advantages: (n, c) -> (A+, A-), float64 tensors that broadcast, n >= fewest_samples. `coefficients` replaces
+            A+ by 0 where c = 0, and A- where c = n.
         fewest_samples: smallest n for which the advantages are defined.
     """
 
@@ -104,7 +104,7 @@ def centred(
     throughout.
 
     Args:
-        name, population_weight, fewest_samples: of the `Weighting`. One sample has no group to stand out from.
+        name, population_weight, fewest_samples: of the `Weighting`. A group of one sample has no mean to differ from.
         scale: (n, c) -> s(n, c).
     """
 
@@ -114,18 +114,6 @@ def centred(
         return s * (1 - c / n), -s * c / n
 
     return Weighting(name, population_weight, advantages, fewest_samples)
-
-
-def shortest(value: float) -> str:
-    """Shortest text that reads back as the same float: 2.0 -> '2'."""
-    return repr(float(value)).removesuffix(".0")
-
-
-def check_finite(name: str, value: float, *, least: float = -math.inf) -> None:
-    """Raise GuardError unless value is a finite number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-        bound = "" if least == -math.inf else f" >= {least:g}"
-        raise GuardError(f"Expected `{name}` to be a finite number{bound}; found {value!r}.")
 
 
 def _binomial(trials: int, successes: Tensor, p: Tensor) -> Tensor:

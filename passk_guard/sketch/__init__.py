@@ -1,4 +1,4 @@
-"""Sketched score vectors: what a batch of completions says about the gradient, in a few thousand numbers."""
+"""Sketched score vectors: random projections of grad log pi(y | x), with a few thousand numbers each."""
 
 from passk_guard.sketch.batches import TokenBatch, filler_batch, token_batches
 from passk_guard.sketch.coverage import Coverage

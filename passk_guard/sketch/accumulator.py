@@ -1,4 +1,4 @@
-"""What a sketching method has to provide: it turns layer inputs and output gradients into rows of the sketch."""
+"""Base class of a sketching method, which turns layer inputs and output gradients into rows of the sketch."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def lay_out(sorted_slots: Tensor) -> Layout:
 
 
 @dataclass
-class Draws:
-    """The random draws of one seed, made once and kept on the device for all batches of a refresh."""
+class Projections:
+    """The random projections of one seed, sampled once and kept on the device for all batches of a refresh."""
 
     seed: int
     _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -58,17 +58,17 @@ class Accumulator(ABC):
         rows: [number of groups, dim], one row per group; fp32 or float64.
         layout: the groups.
         shapes: name of each trainable parameter -> its shape.
-        draws: random draws, shared by all batches of a refresh.
+        projections: shared by all batches of a refresh.
     """
 
     rows: Tensor
     layout: Layout
     shapes: Mapping[str, tuple[int, ...]]
-    draws: Draws
+    projections: Projections
 
     @abstractmethod
     def project(self, name: str, side: str, x: Tensor) -> Tensor:
-        """What to keep of x [..., n], the "left" or "right" factor of weight `name`."""
+        """The projection of x [..., n], the "left" or "right" factor of weight `name`."""
 
     @abstractmethod
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
@@ -76,7 +76,7 @@ class Accumulator(ABC):
 
     @abstractmethod
     def add_tokens(self, name: str, left: Tensor, right: Tensor, spans: Sequence[Span]) -> None:
-        """The same for tokens of several samples in a row, left [N, .] and right [N, .], the groups' in spans."""
+        """The same for consecutive tokens of several samples, left [N, .] and right [N, .], groups in spans."""
 
     @abstractmethod
     def add_rows(self, name: str, indices: Tensor, right: Tensor) -> None:
@@ -87,7 +87,7 @@ class Accumulator(ABC):
         """Add the gradient of a 1-D parameter, values [B, n] per sample."""
 
     def spans(self, width: int) -> list[Span]:
-        """Where the groups lie among the B T tokens of a batch of that width."""
+        """The groups among the B T tokens of a batch of that width."""
         return [(group, start * width, end * width) for group, (_, start, end) in enumerate(self.layout.groups)]
 
     def fold_into(self, sketch: Tensor) -> None:

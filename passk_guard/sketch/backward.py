@@ -1,25 +1,111 @@
-"""One forward and backward over a batch, with every covered module listened to."""
+"""One forward and backward over a batch, with hooks on every covered module.
+
+The gradient of the log-probabilities with respect to the logits is written down in closed form, and the backward
+starts from it.
+"""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from passk_guard.sketch.accumulator import Accumulator
-from passk_guard.sketch.coverage import Plan
+from passk_guard.sketch.batches import TokenBatch
+from passk_guard.sketch.coverage import SketchedParameters
 from passk_guard.sketch.head import ClosedHead
 from passk_guard.sketch.hooks import Tap, tapped
 from passk_guard.utils.errors import GuardError
-from passk_guard.utils.isolation import frozen_pass as untouched
-
-# The summed log-probability of each completion, and its gradient with respect to the logits in closed form.
-
+from passk_guard.utils.isolation import frozen_pass
 
 _CHUNK_SCALARS = 1 << 24  # logits turned into probabilities at a time: 64 MiB in fp32
+
+
+def score_pass(
+    model: nn.Module,
+    parameters: SketchedParameters,
+    accumulator: Accumulator,
+    checked: set[nn.Module],
+    batch: TokenBatch,
+    temperature: float,
+    closed: bool,
+) -> tuple[Tensor, set[str]] | None:
+    """Sketch the gradients of log pi(y | x) into `accumulator`.
+
+    Args:
+        model: the language model. parameters: of that model.
+        accumulator: empty, laid out for the batch.
+        checked: norms whose formula has held before.
+        batch: samples sorted by slot, with a bool completion mask.
+        temperature: of the sampling.
+        closed: whether the closed form replaces the head. Whether that applies depends on the code of the model
+            alone, so that all ranks of a sharded model agree.
+
+    Returns:
+        log pi(y | x) [B] in nats, and the names of parameters to which at least one covered module contributed
+        nothing. None if `closed` and the logits are not simply the output of the head; `accumulator` is then unusable.
+
+    Raises:
+        GuardError: the model returns no logits that a gradient flows through.
+    """
+    head = None
+    if closed and parameters.head is not None:
+        head = ClosedHead(parameters.head, accumulator, batch.input_ids, batch.completion_mask, temperature)
+    tap = Tap(parameters.uses, accumulator, len(batch.input_ids), batch.input_ids.shape[1], checked)
+    besides = None if head is None else head.use.module
+    with frozen_pass(model), tapped(model, tap, besides), torch.enable_grad():
+        if head is None:
+            logits = forward_logits(model, batch.input_ids, batch.attention_mask)
+            log_probs, gradient = score_logits(logits.detach(), batch.input_ids, batch.completion_mask, temperature)
+        else:
+            if (stand_in := _stand_in(model, head, batch)) is None:
+                return None
+            logits, log_probs, gradient = stand_in, head.log_probs, stand_in.detach()
+        logits.backward(gradient)
+    return log_probs, tap.unseen()
+
+
+def _stand_in(model: nn.Module, head: ClosedHead, batch: TokenBatch) -> Tensor | None:
+    """The stand-in for the logits as the model returns it; None if the model changed it or did not return it."""
+    try:
+        with head.installed():
+            logits = forward_logits(model, batch.input_ids, batch.attention_mask)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if not head.handed_out:
+            raise
+        return None  # the stand-in cannot be written into
+    return logits if head.made(logits) else None
+
+
+def forward_logits(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, differentiable: bool = True
+) -> Tensor:
+    """Logits [B, T, V] of `model(input_ids=..., attention_mask=...)`, without cache and without labels.
+
+    Raises:
+        GuardError: the output holds no such logits, or none that is `differentiable` where that is asked for.
+    """
+    accepted = inspect.signature(model.forward).parameters.values()
+    takes_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted)
+    cache = {"use_cache": False} if takes_cache else {}
+    output = model(input_ids=input_ids, attention_mask=attention_mask, **cache)
+    logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+    if shape is None or len(shape) != 3 or shape[:2] != tuple(input_ids.shape):
+        raise GuardError(
+            f"Expected logits [{input_ids.shape[0]}, {input_ids.shape[1]}, V] from the model; found "
+            f"{type(logits).__name__ if shape is None else list(shape)}. Pass a causal LM whose forward returns "
+            "logits: switch off fused heads and losses that skip them."
+        )
+    if differentiable and not logits.requires_grad:
+        raise GuardError(
+            "Expected logits through which a gradient flows; found a detached tensor. Pass a model whose forward "
+            "does not run under no_grad or inference_mode."
+        )
+    return logits
 
 
 def score_logits(
@@ -53,125 +139,3 @@ def score_logits(
         rows.scatter_add_(1, y[:, None], rows.new_ones(len(y), 1))
         gradient[b, t] = rows.div_(temperature).to(gradient.dtype)
     return log_probs, gradient
-
-
-# One forward of a causal language model, to logits.
-
-
-def forward_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, differentiable: bool = True
-) -> Tensor:
-    """Logits [B, T, V] of `model(input_ids=..., attention_mask=...)`, without cache and without labels.
-
-    Raises:
-        GuardError: the output holds no such logits, or none that is `differentiable` where that is asked for.
-    """
-    cache = {"use_cache": False} if _accepts(model, "use_cache") else {}
-    output = model(input_ids=input_ids, attention_mask=attention_mask, **cache)
-    logits = _logits_of(output)
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
-    if shape is None or len(shape) != 3 or shape[:2] != tuple(input_ids.shape):
-        raise GuardError(
-            f"Expected logits [{input_ids.shape[0]}, {input_ids.shape[1]}, V] from the model; found "
-            f"{type(logits).__name__ if shape is None else list(shape)}. Pass a causal LM whose forward returns "
-            "logits: switch off fused heads and losses that skip them."
-        )
-    if differentiable and not logits.requires_grad:
-        raise GuardError(
-            "Expected logits through which a gradient flows; found a detached tensor. Pass a model whose forward "
-            "does not run under no_grad or inference_mode."
-        )
-    return logits
-
-
-def _logits_of(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else getattr(output, "logits", None)
-
-
-def _accepts(model: nn.Module, name: str) -> bool:
-    parameters = inspect.signature(model.forward).parameters.values()
-    return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples sorted by slot.
-
-    Attributes:
-        input_ids, attention_mask: [B, T] int64, padded on the right.
-        completion: [B, T] bool, tokens whose log-probability counts.
-        temperature: of the sampling.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion: Tensor
-    temperature: float
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a pass found.
-
-    Attributes:
-        accumulator: holds the sketched gradients.
-        log_probs: [B] log pi(y | x) in nats.
-        unseen: names of parameters to which at least one covered module contributed nothing.
-    """
-
-    accumulator: Accumulator
-    log_probs: Tensor
-    unseen: set[str]
-
-
-def score_pass(
-    model: nn.Module, plan: Plan, accumulator: Accumulator, checked: set[nn.Module], batch: Batch, closed: bool
-) -> Scored | None:
-    """Sketch the gradients of log pi(y | x) into `accumulator`.
-
-    Args:
-        model: the language model.
-        plan: of that model.
-        accumulator: empty, laid out for the batch.
-        checked: norms whose formula has held before.
-        batch: the samples.
-        closed: whether the closed form stands in for the head. Ranks of a sharded model decide alike, since it
-            depends on the model's code alone whether that turns out to apply.
-
-    Returns:
-        None if `closed` and the logits are not simply what the head returned; `accumulator` is then spoilt.
-
-    Raises:
-        GuardError: the model returns no logits that a gradient flows through.
-    """
-    head = None
-    if closed and plan.head is not None:
-        head = ClosedHead(plan.head, accumulator, batch.input_ids, batch.completion, batch.temperature)
-    tap = Tap(plan.uses, accumulator, len(batch.input_ids), batch.input_ids.shape[1], checked)
-    besides = None if head is None else head.use.module
-    with untouched(model), tapped(model, tap, besides), torch.enable_grad():
-        if head is None:
-            logits = forward_logits(model, batch.input_ids, batch.attention_mask)
-            log_probs, gradient = score_logits(logits.detach(), batch.input_ids, batch.completion, batch.temperature)
-        else:
-            if (stand_in := _stand_in(model, head, batch)) is None:
-                return None
-            logits, log_probs, gradient = stand_in, head.log_probs, stand_in.detach()
-        logits.backward(gradient)
-    return Scored(accumulator, log_probs, tap.unseen())
-
-
-def _stand_in(model: nn.Module, head: ClosedHead, batch: Batch) -> Tensor | None:
-    """The stand-in for the logits as the model returns it; None if it did anything else with it, or had none."""
-    try:
-        with head.installed():
-            logits = forward_logits(model, batch.input_ids, batch.attention_mask)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        if not head.handed_out:
-            raise
-        return None  # the stand-in cannot be written into
-    return logits if head.made(logits) else None

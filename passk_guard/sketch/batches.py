@@ -20,7 +20,7 @@ class TokenBatch:
         attention_mask: [B, T] int64, 1 on tokens and 0 on padding.
         completion_mask: [B, T] int64, 1 on completion tokens.
         slots: [B] int64, the row of the sketch that each sample adds to; -1: none.
-        factors: [B] float64 that the samples' scores are to be multiplied with; None: 1 for each.
+        factors: [B] float64 by which the samples' scores are multiplied; None: 1 for each.
     """
 
     input_ids: Tensor
@@ -39,7 +39,7 @@ def token_batches(
     pad_token_id: int,
     device: torch.device | str,
 ) -> Iterator[TokenBatch]:
-    """Batches of similar length with B T <= max_tokens each; a longer sample gets a batch of its own.
+    """Batches of similar length with B T <= max_tokens each; a longer sample gets a separate batch.
 
     Args:
         prompt_ids: prompt tokens of each sample, at least one.
@@ -80,7 +80,7 @@ def _length(sample: _Sample) -> int:
 
 
 def _collated(samples: list[_Sample], max_tokens: int, pad_token_id: int, device: torch.device) -> Iterator[TokenBatch]:
-    # Longest first: the first batch needs the most memory, so that running out of it shows at once.
+    # Longest first: the first batch needs the most memory, so that out of memory happens at once if at all.
     batch: list[_Sample] = []
     for sample in sorted(samples, key=_length, reverse=True):
         if batch and _length(batch[0]) * (len(batch) + 1) > max_tokens:
@@ -105,8 +105,8 @@ def _collate(samples: list[_Sample], pad_token_id: int, device: torch.device) ->
 
 
 def filler_batch(*, pad_token_id: int, device: torch.device | str) -> TokenBatch:
-    """One sample of two tokens with slot -1: a rank that has run out of samples still runs the forward.
+    """One sample of two tokens with slot -1, for a rank without samples.
 
-    Sharded models gather their weights in every forward and backward, so ranks must run equally many.
+    Sharded models gather their weights in every forward and backward, so that all ranks must run equally many.
     """
     return _collate([([pad_token_id], [pad_token_id], -1)], pad_token_id, torch.device(device))

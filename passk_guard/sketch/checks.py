@@ -1,4 +1,4 @@
-"""Refuse batches whose samples cannot be told apart, before any forward runs."""
+"""Checks of the arguments of `ScoreSketcher`, before any forward runs."""
 
 from __future__ import annotations
 
@@ -19,22 +19,6 @@ def check_batch(
     temperature: float,
 ) -> None:
     """Raise GuardError unless the arguments of `ScoreSketcher.sketch` fit together."""
-    _check_shapes(input_ids, attention_mask, completion_mask, slots)
-    _check_masks(attention_mask.bool(), completion_mask.bool())
-    if slots.is_floating_point() or slots.dtype == torch.bool:
-        raise GuardError(f"Expected int64 `slots`; found {slots.dtype}. Pass the row number of each sample.")
-    if bool(((slots < -1) | (slots >= num_slots)).any()):
-        raise GuardError(
-            f"Expected `slots` in -1..{num_slots - 1}; found {int(slots.min())}..{int(slots.max())}. Pass -1 for "
-            "samples to ignore, or raise `num_slots`."
-        )
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise GuardError(
-            f"Expected `temperature` > 0; found {temperature}. Pass the one the completions were sampled at."
-        )
-
-
-def _check_shapes(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, slots: Tensor) -> None:
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise GuardError(
             f"Expected `input_ids` [B, T] with B, T >= 1; found {list(input_ids.shape)}. Packed and padding-free "
@@ -46,10 +30,19 @@ def _check_shapes(input_ids: Tensor, attention_mask: Tensor, completion_mask: Te
                 f"Expected `{name}` of the shape of `input_ids` {list(input_ids.shape)}; found "
                 f"{list(mask.shape)}. Pass the batch dimension first, and one entry per token."
             )
-    if slots.shape != input_ids.shape[:1]:
+    if slots.shape != input_ids.shape[:1] or slots.is_floating_point() or slots.dtype == torch.bool:
         raise GuardError(
-            f"Expected `slots` [{input_ids.shape[0]}], one per row of `input_ids`; found {list(slots.shape)}."
+            f"Expected int64 `slots` [{input_ids.shape[0]}], one per row of `input_ids`; found {list(slots.shape)} of "
+            f"{slots.dtype}. Pass the row number of each sample."
         )
+    if bool(((slots < -1) | (slots >= num_slots)).any()):
+        raise GuardError(
+            f"Expected `slots` in -1..{num_slots - 1}; found {int(slots.min())}..{int(slots.max())}. Pass -1 for "
+            "samples to ignore, or raise `num_slots`."
+        )
+    _check_masks(attention_mask.bool(), completion_mask.bool())
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise GuardError(f"Expected `temperature` > 0; found {temperature}. Pass that of the sampling.")
 
 
 def _check_masks(attended: Tensor, completion: Tensor) -> None:

@@ -1,26 +1,27 @@
-"""Form each layer's gradient once per slot, and then write it down (identity) or hash it (countsketch)."""
+"""Form each layer's gradient once per slot, and copy it (identity) or hash it (countsketch)."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from passk_guard.sketch.accumulator import Accumulator, Span
-from passk_guard.sketch.projections import draw_pair_hash
+from passk_guard.sketch.projections import sample_pair_hash
 
 _CHUNK = 1 << 22  # scalars of a weight gradient formed at a time: bounds memory for a vocabulary matrix
 
 
 class ExactAccumulator(Accumulator):
-    """Forms G_s = sum_{i in slot s} sum_t left_t right_t^T and hands it, some rows at a time, to `deposit`."""
+    """Forms G_s = sum_{i in slot s} sum_t left_t right_t^T some rows at a time, and adds it where `deposit` says."""
 
     @abstractmethod
     def deposit(self, name: str, rows: Tensor, cols: int) -> tuple[Tensor, Tensor | None]:
-        """Where entries [rows, 0..cols-1] of a weight go: places [R, cols] in a row, and signs or None."""
+        """For entries [rows, 0..cols-1] of a weight: places [R, cols] in a row of the sketch, and signs or None."""
 
     def project(self, name: str, side: str, x: Tensor) -> Tensor:
         return x
@@ -61,15 +62,12 @@ class IdentityAccumulator(ExactAccumulator):
     """The flattened gradient itself, parameters one after the other."""
 
     def deposit(self, name: str, rows: Tensor, cols: int) -> tuple[Tensor, None]:
-        starts = self.draws.keep("starts", self._starts)
+        starts = self.projections.keep("starts", self._starts)
         return starts[name] + rows[:, None] * cols + torch.arange(cols, device=rows.device), None
 
     def _starts(self) -> dict[str, int]:
-        starts, total = {}, 0
-        for name, shape in self.shapes.items():
-            starts[name] = total
-            total += math.prod(shape)
-        return starts
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        return dict(zip(self.shapes, accumulate([0, *sizes[:-1]]), strict=True))
 
 
 class CountSketchAccumulator(ExactAccumulator):
@@ -77,6 +75,6 @@ class CountSketchAccumulator(ExactAccumulator):
 
     def deposit(self, name: str, rows: Tensor, cols: int) -> tuple[Tensor, Tensor]:
         shape = (self.shapes[name][0], cols)
-        seed, dim = self.draws.seed, self.rows.shape[1]
-        pair = self.draws.keep((name, rows.device), lambda: draw_pair_hash(shape, dim, seed, name, self.rows))
+        seed, dim = self.projections.seed, self.rows.shape[1]
+        pair = self.projections.keep((name, rows.device), lambda: sample_pair_hash(shape, dim, seed, name, self.rows))
         return pair.places(rows), pair.signs(rows)

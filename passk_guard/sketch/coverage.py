@@ -1,10 +1,13 @@
-"""Which share of the trainable parameters a sketch sees; nothing is left out without a word."""
+"""The trainable parameters of a model, the modules that use them, and the share that a sketch sees.
+
+A parameter that is not sketched is always reported, by name.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -34,17 +37,61 @@ class Coverage:
     uncovered: tuple[str, ...] = ()
 
 
-def measure_coverage(sizes: Mapping[str, int], uncovered: Set[str]) -> Coverage:
-    """Count what is covered, given the number of scalars of each trainable parameter.
+@dataclass(frozen=True)
+class SketchedParameters:
+    """The trainable parameters of a model, and the covered modules that hold them.
 
-    Args:
-        sizes: name of each trainable parameter -> number of scalars.
-        uncovered: the names among them that are not sketched.
+    Attributes:
+        trainable: ids of the parameters that require grad, to notice when that changes.
+        shapes: their names -> shapes, in the order of `named_parameters`; a tied weight occurs once.
+        uses: the covered modules that hold them.
+        unknown: names that no covered module holds.
+        head: the module that makes the logits, trainable or not, where its closed form may replace it.
     """
-    total = sum(sizes.values())
-    missing = sorted(uncovered & sizes.keys(), key=lambda name: (-sizes[name], name))
-    covered = total - sum(sizes[name] for name in missing)
-    return Coverage(covered, total, covered / total, tuple(missing))
+
+    trainable: frozenset[int]
+    shapes: dict[str, tuple[int, ...]]
+    uses: tuple[Use, ...]
+    unknown: frozenset[str]
+    head: Use | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Scalars of each trainable parameter."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
+
+    def coverage(self, missed: set[str]) -> Coverage:
+        """The share that is sketched, when a pass has shown that `missed` is not."""
+        sizes = self.sizes
+        uncovered = _largest_first((self.unknown | missed) & sizes.keys(), sizes)
+        total = sum(sizes.values())
+        covered = total - sum(sizes[name] for name in uncovered)
+        return Coverage(covered, total, covered / total, tuple(uncovered))
+
+
+def find_sketched_parameters(model: nn.Module) -> SketchedParameters:
+    """The trainable parameters of `model`.
+
+    Raises:
+        GuardError: no parameter requires grad.
+    """
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise GuardError(
+            "Expected a model with trainable parameters; found none that requires grad. Pass the model that is "
+            "trained, before anything freezes it (for LoRA: the PEFT model, with its adapter active)."
+        )
+    # Under ZeRO-3 a weight is empty outside a forward, and `ds_shape` is its shape.
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}
+    uses = tuple(find_uses(model, trainable))
+    held = {name for use in uses for name in (use.weight, use.bias)}
+    return SketchedParameters(frozenset(trainable), shapes, uses, frozenset(shapes.keys() - held), _head(model, uses))
+
+
+def _head(model: nn.Module, uses: tuple[Use, ...]) -> Use | None:
+    if (module := head_of(model)) is None:
+        return None
+    return next((use for use in uses if use.module is module), Use(module, "linear", None, None))
 
 
 def warn_if_low(coverage: Coverage, sizes: Mapping[str, int]) -> None:
@@ -61,79 +108,22 @@ def warn_if_low(coverage: Coverage, sizes: Mapping[str, int]) -> None:
 
 def warn_missed(missed: set[str], sizes: Mapping[str, int]) -> None:
     """Emit one UserWarning that names parameters whose module never took part in a pass."""
-    largest_first = sorted(missed, key=lambda name: (-sizes[name], name))
     warnings.warn(
         "These trainable parameters were counted as covered, but the pass bypassed their module or called it "
-        f"on something that is not the batch: {_listed(largest_first, sizes)}. Their gradient is missing from "
+        f"on something that is not the batch: {_listed(missed, sizes)}. Their gradient is missing from "
         "the sketch, in whole or in part. A fused head or kernel that reads the weight directly does this: "
         "switch it off for the guarded model.",
         UserWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
 
 
-def _listed(names: tuple[str, ...] | list[str], sizes: Mapping[str, int]) -> str:
-    shown = ", ".join(f"{name} ({sizes[name]:,})" for name in names[:_NAMED_IN_WARNING])
-    rest = len(names) - _NAMED_IN_WARNING
+def _largest_first(names: Iterable[str], sizes: Mapping[str, int]) -> list[str]:
+    return sorted(names, key=lambda name: (-sizes[name], name))
+
+
+def _listed(names: Iterable[str], sizes: Mapping[str, int]) -> str:
+    ordered = _largest_first(names, sizes)
+    shown = ", ".join(f"{name} ({sizes[name]:,})" for name in ordered[:_NAMED_IN_WARNING])
+    rest = len(ordered) - _NAMED_IN_WARNING
     return shown + (f" and {rest} more" if rest > 0 else "")
-
-
-# What a model offers to the sketch: its trainable parameters, and the modules that use them.
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The trainable parameters of a model, as found.
-
-    Attributes:
-        trainable: ids of the parameters that require grad, to notice when that changes.
-        shapes: their names -> shapes, in the order of `named_parameters`; a tied weight occurs once.
-        uses: the covered modules that hold them.
-        unknown: names that no covered module holds.
-        head: the module that makes the logits, trainable or not, where its closed form may stand in for it.
-    """
-
-    trainable: frozenset[int]
-    shapes: dict[str, tuple[int, ...]]
-    uses: tuple[Use, ...]
-    unknown: frozenset[str]
-    head: Use | None = None
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Scalars of each trainable parameter."""
-        return {name: math.prod(shape) for name, shape in self.shapes.items()}
-
-    def coverage(self, missed: set[str]) -> Coverage:
-        """The share that is sketched, when a pass has shown that `missed` is not."""
-        return measure_coverage(self.sizes, self.unknown | missed)
-
-
-def make_plan(model: nn.Module) -> Plan:
-    """Look through `model`.
-
-    Raises:
-        GuardError: no parameter requires grad.
-    """
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise GuardError(
-            "Expected a model with trainable parameters; found none that requires grad. Pass the model that is "
-            "trained, before anything freezes it (for LoRA: the PEFT model, with its adapter active)."
-        )
-    # Under ZeRO-3 a weight is empty outside a forward, and `ds_shape` is its shape.
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}
-    uses = tuple(find_uses(model, trainable))
-    held = {name for use in uses for name in (use.weight, use.bias)}
-    return Plan(frozenset(trainable), shapes, uses, frozenset(shapes.keys() - held), _head(model, uses))
-
-
-def _head(model: nn.Module, uses: tuple[Use, ...]) -> Use | None:
-    if (module := head_of(model)) is None:
-        return None
-    return next((use for use in uses if use.module is module), Use(module, "linear", None, None))
-
-
-def trainable_ids(model: nn.Module) -> frozenset[int]:
-    """Ids of the parameters that require grad."""
-    return frozenset(id(p) for p in model.parameters() if p.requires_grad)

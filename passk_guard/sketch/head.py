@@ -1,4 +1,4 @@
-"""The head of a language model in closed form, some tokens at a time: no [tokens, vocabulary] tensor is kept."""
+"""The head of a language model in closed form, some tokens at a time, without a [tokens, vocabulary] tensor."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from passk_guard.sketch.accumulator import Accumulator, Span
 from passk_guard.sketch.layers import Use, kind_of
 from passk_guard.utils.patching import MethodPatch
 
-_CHUNK_SCALARS = {"cpu": 1 << 22}  # logits formed at a time on the CPU: what the allocator hands out again and again
+_CHUNK_SCALARS = {"cpu": 1 << 22}  # logits formed at a time on the CPU: memory that the allocator reuses
 _CHUNK_ELSEWHERE = 1 << 26  # enough tokens to keep a GPU busy; 256 MiB in fp32
-_FEWEST_TOKENS = 256  # in a chunk, however large the vocabulary: with fewer, reading the weight takes the time
+_FEWEST_TOKENS = 256  # in a chunk, for any vocabulary: with fewer, reading the weight takes most of the time
 
 
 def head_of(model: nn.Module) -> nn.Linear | None:
-    """The linear layer that makes the logits, if `model` names one and it computes nothing else.
+    """The linear layer that makes the logits, if `model` names one.
 
-    None where the layer is wrapped (an adapter on it) or where something else replaced its forward
-    (offloading): such heads are sketched like every other layer.
+    None where the layer is wrapped (by an adapter) or its forward is replaced (by offloading). Such a head is sketched
+    like every other layer.
     """
     for module in model.modules():
         if callable(named := getattr(module, "get_output_embeddings", None)):
@@ -33,29 +33,25 @@ def head_of(model: nn.Module) -> nn.Linear | None:
 
 
 class ClosedHead:
-    """Stands in for the forward of the head in one pass, and does there all that the head ever has to do.
+    """Replaces the forward of the head in one pass, and computes everything that depends on the head.
 
     With g_t = (onehot(y_t) - softmax(z_t / temperature)) / temperature the gradient of log pi(y_t | .) with respect
     to the logits z_t, it computes per chunk of completion tokens the log-probabilities, the gradient g_t W of the
-    layer's input, and the sketch of the weight gradient sum_t g_t h_t^T, and then drops the chunk. The model gets
-    zeros in place of logits, [B, T, V] in shape and one number in memory; the backward from them hands over the
-    gradients that were found. Prompt and padding tokens have g_t = 0, and are left out altogether.
+    layer's input, and the sketch of the weight gradient sum_t g_t h_t^T, and then drops the chunk. The model gets a
+    stand-in for the logits: zeros of shape [B, T, V] that take one number in memory. The backward from it returns the
+    computed gradients. Prompt and padding tokens have g_t = 0 and are left out.
 
-    The weight is read inside the module's own call only, where sharded engines have gathered it.
+    The weight is read only while the module is called, when sharded engines have gathered it.
 
     Attributes:
         log_probs: [B] log pi(y | x) in nats, fp32 (float64 for a float64 model).
     """
 
     def __init__(
-        self,
-        use: Use,
-        accumulator: Accumulator,
-        input_ids: Tensor,
-        completion: Tensor,
-        temperature: float,
+        self, use: Use, accumulator: Accumulator, input_ids: Tensor, completion: Tensor, temperature: float
     ) -> None:
-        self.use, self.accumulator, self.temperature = use, accumulator, temperature
+        assert isinstance(use.module, nn.Linear)
+        self.use, self.accumulator, self.temperature, self._module = use, accumulator, temperature, use.module
         self.shape = tuple(input_ids.shape)
         self._sample, position = completion[:, 1:].nonzero(as_tuple=True)
         self._token = self._sample * self.shape[1] + position
@@ -74,7 +70,7 @@ class ClosedHead:
         return self._stand_in != 0
 
     def made(self, logits: Tensor) -> bool:
-        """Whether `logits` is what the head returned, untouched: no scaling, no cap, no second head."""
+        """Whether `logits` is the output of the head, unchanged: no scaling, no cap, no second head."""
         return self._calls == 1 and self.handed_out and logits.data_ptr() == self._stand_in
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -89,11 +85,6 @@ class ClosedHead:
         logits: Tensor = _StandIn.apply(hidden, gradient, self._token, self.log_probs, self._module.out_features)
         self._stand_in = logits.data_ptr()
         return logits
-
-    @property
-    def _module(self) -> nn.Linear:
-        assert isinstance(self.use.module, nn.Linear)
-        return self.use.module
 
     def _closed_form(self, hidden: Tensor) -> Tensor:
         """The gradients [N, d] of the rows of `hidden` [N, d], one per completion token."""
@@ -116,7 +107,7 @@ class ClosedHead:
         if self.temperature != 1:
             logits = logits.div_(self.temperature)
         targets, p = self._targets[part, None], logits.softmax(-1)
-        # The largest probability is at least 1/V, so that its logarithm always gives the normaliser.
+        # The largest probability is at least 1/V, so that its logarithm is finite.
         normaliser = logits.amax(-1) - p.amax(-1).log()
         self.log_probs.index_add_(0, self._sample[part], logits.gather(1, targets).squeeze(1) - normaliser)
         return p.scatter_add_(1, targets, p.new_full((1, 1), -1.0).expand(len(targets), 1))
@@ -139,14 +130,14 @@ class ClosedHead:
 
 
 def _spans(accumulator: Accumulator, completion: Tensor) -> list[Span]:
-    """Where the completion tokens of each group lie among those of the batch."""
+    """The completion tokens of each group among those of the batch."""
     ends = [0, *completion[:, 1:].sum(1).cumsum(0).tolist()]
     groups = accumulator.layout.groups
     return [(group, ends[start], ends[end]) for group, (_, start, end) in enumerate(groups) if ends[end] > ends[start]]
 
 
 class _StandIn(torch.autograd.Function):
-    """Zeros in the shape of logits; whatever gradient comes back, what it passes on was found before."""
+    """Zeros in the shape of logits. The backward ignores its argument and returns the gradient computed before."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, gradient: Tensor, token: Tensor, like: Tensor, vocabulary: int) -> Tensor:

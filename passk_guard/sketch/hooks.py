@@ -14,7 +14,7 @@ from passk_guard.sketch.layers import CONTRIBUTIONS, Use, by_sample, scales_norm
 
 
 class _Keep(torch.autograd.Function):
-    """Hands tensors to autograd for safekeeping.
+    """Saves tensors for the backward with autograd.
 
     Non-reentrant checkpointing then drops and recomputes them like any other activation, and autograd
     notices when one of them is overwritten in place before the backward.
@@ -36,12 +36,12 @@ def _keep(*kept: Tensor) -> Any:
 
 
 class Tap:
-    """The hooks of one pass, and what they saw.
+    """The hooks of one pass, and their observations.
 
     Attributes:
-        checked: norms whose formula has held once, shared by all passes: looking makes a GPU wait.
+        checked: norms whose formula has held once, shared by all passes, since a check makes a GPU wait.
         seen: positions in `uses` of the modules whose output gradient arrived.
-        missed: names of parameters whose module was not called on the batch in a form that is understood.
+        missed: names of parameters whose module was called on something that is not the batch.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Tap:
         return silent | self.missed
 
     def on_forward(self, index: int, x: Tensor, output: Tensor) -> None:
-        """Keep the factor that comes from the input, and wait for the gradient of the output."""
+        """Keep the factor that comes from the input until the gradient of the output arrives."""
         use = self.uses[index]
         if use.kind == "rms_norm" and use.module not in self.checked:
             if not scales_normalised_input(use.module, x, output):
@@ -69,7 +69,7 @@ class Tap:
         rows = x[..., None] if use.kind == "embedding" else x
         factor = by_sample(rows.expand(*output.shape[:-1], -1), self.batch, self.width)
         if factor is None:
-            # Not an error yet: without a gradient (DoRA's norms) there is nothing to miss.
+            # Nothing is missed unless a gradient arrives (for DoRA's norms none does).
             output.register_hook(lambda grad: self.missed.update(_names(use)))
             return
         node = _keep(*contribution.keep(factor))
@@ -77,7 +77,7 @@ class Tap:
         def on_gradient(grad: Tensor) -> None:
             with _plain_arithmetic(grad):
                 delta = by_sample(grad, self.batch, self.width)
-                assert delta is not None  # the output had a form that is understood
+                assert delta is not None  # it has the shape of the output
                 contribution.add(delta, node.saved_tensors)
             self.seen.add(index)
 
@@ -86,7 +86,7 @@ class Tap:
 
 @contextmanager
 def _plain_arithmetic(like: Tensor) -> Iterator[None]:
-    """Neither recorded by autograd nor lowered in precision by an autocast that surrounds the model."""
+    """Switch off autograd, and an autocast around the model."""
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         yield
 

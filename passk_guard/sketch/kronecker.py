@@ -12,11 +12,11 @@ from passk_guard.sketch.accumulator import Accumulator, Span
 from passk_guard.sketch.projections import (
     FoldedSide,
     PairHash,
-    draw_pair_hash,
-    draw_side,
     generator_for,
     random_buckets,
     random_signs,
+    sample_pair_hash,
+    sample_side,
 )
 
 _VOCABULARY_RATIO = 6  # rows per column: more than any MLP in use has, less than embeddings and heads have
@@ -26,9 +26,9 @@ _VOCABULARY_ROOM = 32  # times as many rows as a balanced split has; folded into
 def split_dim(rows: int, cols: int, dim: int) -> tuple[int, int]:
     """(a, b): the sizes onto which the two sides of a [rows, cols] weight are projected; a b = dim, or more.
 
-    A side that fits costs no error, so a thin matrix (a LoRA factor) leaves the rest to its long side. An
-    embedding or a head gets more room than `dim`, to be hashed into it: the gradients of different samples
-    resemble each other there, and with a b = dim that one weight sets the error of the whole sketch.
+    A side that fits adds no error, so that the long side of a thin matrix (a LoRA factor) gets the rest. For an
+    embedding or a head a b > dim, and the result is hashed into `dim`: the gradients of different samples are similar
+    there, and with a b = dim that one weight would dominate the error of the whole sketch.
     """
     balanced = max(d for d in range(1, math.isqrt(dim) + 1) if dim % d == 0)
     thin = min(rows, cols)
@@ -48,8 +48,8 @@ def is_vocabulary(rows: int, cols: int) -> bool:
 class KroneckerAccumulator(Accumulator):
     """Adds sum_t (P_l^T left_t)(P_r^T right_t)^T of every parameter to one row of `dim` numbers per group.
 
-    P_l [rows, a] and P_r [cols, b] are independent and zero-mean, E[P P^T] = 1, with a pair of its own for each
-    parameter, and ab = dim; for a vocabulary ab > dim, and the product is CountSketched. So
+    P_l [rows, a] and P_r [cols, b] are independent and zero-mean with E[P P^T] = 1, a separate pair for each
+    parameter, and ab = dim. For a vocabulary ab > dim, and the product is CountSketched. So
     E<sketch(G), sketch(G')> = <G, G'>, and products across parameters vanish in expectation. 1-D parameters are
     CountSketched into the same row.
     """
@@ -58,9 +58,10 @@ class KroneckerAccumulator(Accumulator):
         return self._side(name, side, x)(x)
 
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
-        a, b, dim = left.shape[-1], right.shape[-1], self.rows.shape[1]
-        if a * b <= dim and (first := _first_of_even(self.layout.groups)) is not None:
-            blocks, many = self.rows.view(-1, a, b), len(self.rows)  # as many tokens in each: one call for all
+        a, b, groups = left.shape[-1], right.shape[-1], self.layout.groups
+        if a * b <= self.rows.shape[1] and len({end - start for _, start, end in groups}) == 1:
+            # Adjacent groups of one size need one call for all.
+            first, blocks, many = groups[0][1], self.rows.view(-1, a, b), len(self.rows)
             even_left, even_right = (x[first:].reshape(many, -1, x.shape[-1]).to(blocks.dtype) for x in (left, right))
             blocks.baddbmm_(even_left.transpose(1, 2), even_right)
             return
@@ -78,20 +79,20 @@ class KroneckerAccumulator(Accumulator):
                 row.scatter_add_(0, places, (wide_left.t() @ wide_right).mul_(signs).flatten())
 
     def _folded(self, name: str, width: int, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the projected gradient [a, b] of a vocabulary goes: places [a b] in a row, and signs [a, b]."""
+        """Places [a b] in a row for the projected gradient [a, b] of a vocabulary, and signs [a, b]."""
 
-        def draw() -> tuple[Tensor, Tensor]:
+        def sample() -> tuple[Tensor, Tensor]:
             pair, every = self._pair_hash(name, width, right), torch.arange(width, device=right.device)
             return pair.places(every).flatten(), pair.signs(every)
 
-        return self.draws.keep((name, "folded", right.device), draw)
+        return self.projections.keep((name, "folded", right.device), sample)
 
     def add_rows(self, name: str, indices: Tensor, right: Tensor) -> None:
         side = self._side(name, "left", right)
         if side.width * right.shape[-1] <= self.rows.shape[1]:
             self.add_matrix(name, side.rows(indices), right)
             return
-        # Each token fills one row of [a, b] only: straight to its place, without the product.
+        # Each token fills one row of [a, b] only, and is added to its place without the product.
         pair = self._pair_hash(name, side.width, right)
         columns = side.column(indices)
         for row, (_, start, end) in enumerate(self.layout.groups):
@@ -103,32 +104,27 @@ class KroneckerAccumulator(Accumulator):
     def add_vector(self, name: str, values: Tensor) -> None:
         if not self.layout.groups:
             return
-        key = (name, "vector", values.device)
-        buckets, signs = self.draws.keep(key, lambda: self._draw_hash(name, values))
+        buckets, signs = self._vector_hash(name, values)
         summed = torch.stack([values[start:end].sum(0, dtype=self.rows.dtype) for _, start, end in self.layout.groups])
         self.rows.index_add_(1, buckets, summed * signs)
 
     def _side(self, name: str, side: str, like: Tensor) -> FoldedSide:
-        return self.draws.keep((name, side, like.dtype, like.device), lambda: self._draw_side(name, side, like))
+        def sample() -> FoldedSide:
+            which, sizes, seed = ("left", "right").index(side), self.shapes[name], self.projections.seed
+            widths = split_dim(sizes[0], sizes[1], self.rows.shape[1])
+            return sample_side(sizes[which], widths[which], generator_for(seed, name, side), like)
 
-    def _draw_side(self, name: str, side: str, like: Tensor) -> FoldedSide:
-        which = ("left", "right").index(side)
-        rows, cols = sizes = self.shapes[name]
-        widths = split_dim(rows, cols, self.rows.shape[1])
-        return draw_side(sizes[which], widths[which], generator_for(self.draws.seed, name, side), like)
+        return self.projections.keep((name, side, like.dtype, like.device), sample)
 
     def _pair_hash(self, name: str, width: int, right: Tensor) -> PairHash:
-        shape, dim, seed = (width, right.shape[-1]), self.rows.shape[1], self.draws.seed
+        shape, dim, seed = (width, right.shape[-1]), self.rows.shape[1], self.projections.seed
         key = (name, "fold", right.device)
-        return self.draws.keep(key, lambda: draw_pair_hash(shape, dim, seed, f"{name}/fold", self.rows))
+        return self.projections.keep(key, lambda: sample_pair_hash(shape, dim, seed, f"{name}/fold", self.rows))
 
-    def _draw_hash(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        generator = generator_for(self.draws.seed, name, "vector")
-        buckets = random_buckets(like.shape[-1], self.rows.shape[1], generator)
-        return buckets.to(like.device), random_signs((like.shape[-1],), generator).to(like.device)
+    def _vector_hash(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        def sample() -> tuple[Tensor, Tensor]:
+            generator = generator_for(self.projections.seed, name, "vector")
+            buckets = random_buckets(like.shape[-1], self.rows.shape[1], generator)
+            return buckets.to(like.device), random_signs((like.shape[-1],), generator).to(like.device)
 
-
-def _first_of_even(groups: Sequence[tuple[int, int, int]]) -> int | None:
-    """The first sample of the first group, where all groups, which lie next to each other, have equally many."""
-    sizes = {end - start for _, start, end in groups}
-    return groups[0][1] if len(sizes) == 1 else None
+        return self.projections.keep((name, "vector", like.device), sample)

@@ -1,4 +1,7 @@
-"""Recognise the modules whose weight gradient can be written down from input and output gradient."""
+"""The kinds of modules that are sketched: how each is recognised, and the gradients of its parameters.
+
+The gradients follow from the input of the module, or a projection of it, and the gradient of its output.
+"""
 
 from __future__ import annotations
 
@@ -12,50 +15,7 @@ from torch import Tensor, nn
 
 from passk_guard.sketch.accumulator import Accumulator
 
-# Normalised inputs of LayerNorm and RMSNorm, from which the gradients of their weights follow.
-
-
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
-
-
-def is_rms_norm(module: nn.Module) -> bool:
-    """True for nn.RMSNorm and for classes named *RMSNorm that hold one 1-D weight.
-
-    The name is a guess only: `scales_normalised_input` checks the formula on each pass.
-    """
-    own = dict(module.named_parameters())
-    return "RMSNorm" in type(module).__name__ and list(own) == ["weight"] and own["weight"].dim() == 1
-
-
-def normalised_input(module: nn.Module, x: Tensor) -> Tensor:
-    """x_hat, of which the module returns x_hat * weight (+ bias), in at least fp32; same shape as x [..., d]."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    if isinstance(module, nn.LayerNorm):
-        return nn.functional.layer_norm(wide, wide.shape[-1:], eps=module.eps)
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _epsilon(module, x.dtype))
-
-
-def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
-    for name in _EPS_NAMES:
-        if isinstance(value := getattr(module, name, None), float):
-            return value
-    return torch.finfo(dtype).eps  # the meaning of eps=None in nn.RMSNorm
-
-
-def scales_normalised_input(module: nn.Module, x: Tensor, output: Tensor) -> bool:
-    """Whether the output is x_hat * weight, or x_hat * (1 + weight) as in Gemma, at one token of the batch.
-
-    Gated and offset variants fail here, and are then reported as not covered rather than sketched wrongly.
-    """
-    if module.get_parameter("weight").numel() != x.shape[-1]:
-        return True  # sharded away again (ZeRO-3) by the time a hook runs: the name has to do
-    token = (0,) * (x.dim() - 1)
-    x_hat, found = normalised_input(module, x[token]), output[token]
-    weight = module.get_parameter("weight").to(x_hat.dtype)
-    found = found.to(x_hat.dtype)
-    atol = 4 * torch.finfo(output.dtype).eps * float(found.abs().max() + 1)
-    return any(torch.allclose(x_hat * scale, found, rtol=0.02, atol=atol) for scale in (weight, 1 + weight))
-
 
 Kind = Literal["linear", "conv1d", "embedding", "layer_norm", "rms_norm"]
 
@@ -64,7 +24,7 @@ Kind = Literal["linear", "conv1d", "embedding", "layer_norm", "rms_norm"]
 class Use:
     """One covered module, with the names under which its trainable parameters are sketched.
 
-    A tied weight has one name and several uses: that is what makes its contributions add as vectors.
+    A tied weight has one name and several uses, so that its contributions add as vectors.
     """
 
     module: nn.Module
@@ -74,9 +34,9 @@ class Use:
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """The rule that gives the module's parameter gradients, or None where no rule is known.
+    """The kind of the module, or None where the gradients of its parameters are not known.
 
-    A subclass that overrides `forward` computes something else, so it is not taken for its parent.
+    A subclass that overrides `forward` computes something else, so it is not of its parent's kind.
     """
     forward = type(module).forward
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
@@ -87,7 +47,16 @@ def kind_of(module: nn.Module) -> Kind | None:
         return "embedding"
     if isinstance(module, nn.LayerNorm) and forward is nn.LayerNorm.forward:
         return "layer_norm" if len(module.normalized_shape) == 1 else None
-    return "rms_norm" if is_rms_norm(module) else None
+    return "rms_norm" if _is_rms_norm(module) else None
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """True for nn.RMSNorm and for classes named *RMSNorm that hold one 1-D weight.
+
+    The name is a guess only: `scales_normalised_input` checks the formula on each pass.
+    """
+    own = dict(module.named_parameters())
+    return "RMSNorm" in type(module).__name__ and list(own) == ["weight"] and own["weight"].dim() == 1
 
 
 def _is_plain_embedding(module: nn.Embedding) -> bool:
@@ -115,9 +84,6 @@ def find_uses(model: nn.Module, trainable: dict[int, str]) -> list[Use]:
     return uses
 
 
-# From what a module kept of its input and the gradient of its output: the gradients of its parameters.
-
-
 def by_sample(x: Tensor, batch: int, width: int) -> Tensor | None:
     """x [B, ..., d] or flattened [B T, d] as [B, tokens, d]; None where samples cannot be told apart."""
     if batch == 1 or (x.dim() > 1 and x.shape[0] == batch):
@@ -136,11 +102,11 @@ class Contribution(ABC):
 
     @abstractmethod
     def keep(self, u: Tensor) -> tuple[Tensor, ...]:
-        """What of the input the rule needs in the backward."""
+        """The tensors of the input that the backward needs."""
 
     @abstractmethod
     def add(self, delta: Tensor, kept: Sequence[Tensor]) -> None:
-        """Add this module's share, given what `keep` returned."""
+        """Add the gradients of this module's parameters, given what `keep` returned."""
 
     def add_bias(self, delta: Tensor) -> None:
         """d bias = sum_t delta_t."""
@@ -151,25 +117,22 @@ class Contribution(ABC):
 class LinearContribution(Contribution):
     """dW = sum_t delta_t u_t^T in the weight's layout [out, in]."""
 
+    input_side, output_side = "right", "left"
+
     def keep(self, u: Tensor) -> tuple[Tensor, ...]:
-        return () if self.use.weight is None else (self.accumulator.project(self.use.weight, "right", u),)
+        return () if self.use.weight is None else (self.accumulator.project(self.use.weight, self.input_side, u),)
 
     def add(self, delta: Tensor, kept: Sequence[Tensor]) -> None:
         if (name := self.use.weight) is not None:
-            self.accumulator.add_matrix(name, self.accumulator.project(name, "left", delta), kept[0])
+            projected = self.accumulator.project(name, self.output_side, delta)
+            self.accumulator.add_matrix(name, **{self.input_side: kept[0], self.output_side: projected})
         self.add_bias(delta)
 
 
-class Conv1DContribution(Contribution):
+class Conv1DContribution(LinearContribution):
     """dW = sum_t u_t delta_t^T in the weight's layout [in, out]."""
 
-    def keep(self, u: Tensor) -> tuple[Tensor, ...]:
-        return () if self.use.weight is None else (self.accumulator.project(self.use.weight, "left", u),)
-
-    def add(self, delta: Tensor, kept: Sequence[Tensor]) -> None:
-        if (name := self.use.weight) is not None:
-            self.accumulator.add_matrix(name, kept[0], self.accumulator.project(name, "right", delta))
-        self.add_bias(delta)
+    input_side, output_side = "left", "right"
 
 
 class EmbeddingContribution(Contribution):
@@ -184,7 +147,7 @@ class EmbeddingContribution(Contribution):
         if (scale := getattr(module, "embed_scale", None)) is not None:
             delta = delta * scale
         if (padding := getattr(module, "padding_idx", None)) is not None:
-            delta = delta.masked_fill((ids == padding)[..., None], 0)  # as in autograd: this row never learns
+            delta = delta.masked_fill((ids == padding)[..., None], 0)  # as in autograd: this row has no gradient
         name = self.use.weight
         self.accumulator.add_rows(name, ids, self.accumulator.project(name, "right", delta))
 
@@ -200,6 +163,36 @@ class NormContribution(Contribution):
             x_hat = normalised_input(self.use.module, kept[0])
             self.accumulator.add_vector(name, torch.einsum("btd,btd->bd", delta.to(x_hat.dtype), x_hat))
         self.add_bias(delta)
+
+
+def normalised_input(module: nn.Module, x: Tensor) -> Tensor:
+    """x_hat, of which the module returns x_hat * weight (+ bias), in at least fp32; same shape as x [..., d]."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    if isinstance(module, nn.LayerNorm):
+        return nn.functional.layer_norm(wide, wide.shape[-1:], eps=module.eps)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _epsilon(module, x.dtype))
+
+
+def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
+    for name in _EPS_NAMES:
+        if isinstance(value := getattr(module, name, None), float):
+            return value
+    return torch.finfo(dtype).eps  # the meaning of eps=None in nn.RMSNorm
+
+
+def scales_normalised_input(module: nn.Module, x: Tensor, output: Tensor) -> bool:
+    """Whether the output is x_hat * weight, or x_hat * (1 + weight) as in Gemma, at one token of the batch.
+
+    Gated and offset variants fail here, and are reported as not covered instead of sketched wrongly.
+    """
+    if module.get_parameter("weight").numel() != x.shape[-1]:
+        return True  # ZeRO-3 has released the weight when a hook runs, so that only the name is known
+    token = (0,) * (x.dim() - 1)
+    x_hat, found = normalised_input(module, x[token]), output[token]
+    weight = module.get_parameter("weight").to(x_hat.dtype)
+    found = found.to(x_hat.dtype)
+    atol = 4 * torch.finfo(output.dtype).eps * float(found.abs().max() + 1)
+    return any(torch.allclose(x_hat * scale, found, rtol=0.02, atol=atol) for scale in (weight, 1 + weight))
 
 
 CONTRIBUTIONS: dict[Kind, type[Contribution]] = {

@@ -1,15 +1,19 @@
-"""Random projections of one side of a weight gradient, x [..., n] -> [..., width], with E[P P^T] = 1."""
+"""Random projections: a folded projection of one side of a weight gradient, and a hash of both sides.
+
+They depend on a seed and the name of a parameter only, and are the same on every rank and device.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# Random signs and hashes drawn from a seed and a parameter's name: the same on every rank and device.
+_LARGEST_MATRIX = 1 << 23  # entries of P that may be written out: 16 MiB in bf16
 
 
 def generator_for(seed: int, name: str, part: str) -> torch.Generator:
@@ -20,25 +24,22 @@ def generator_for(seed: int, name: str, part: str) -> torch.Generator:
 
 def random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Independent signs -1 or +1 of the given shape, int8, on the CPU."""
-    count = 1
-    for size in shape:
-        count *= size
-    # One 64-bit draw gives eight bytes, and the low bit of each is one sign: eight times fewer draws.
+    count = math.prod(shape)
+    # A random 64-bit word gives eight bytes, and the low bit of each is one sign.
     words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(generator=generator)
     return words.view(torch.int8)[:count].bitwise_and_(1).mul_(2).sub_(1).view(shape)
 
 
 def random_buckets(size: int, dim: int, generator: torch.Generator) -> Tensor:
-    """Independent uniform draws from 0..dim-1, [size] int64, on the CPU."""
+    """Independent uniform numbers from 0..dim-1, [size] int64, on the CPU."""
     return torch.randint(dim, (size,), generator=generator)
-
-
-# CountSketch of a matrix whose two sides are hashed separately: nothing of the matrix's size is stored.
 
 
 @dataclass(frozen=True)
 class PairHash:
-    """Entry (r, c) goes to bucket (h(r) + g(c)) mod dim with sign s(r) z(c) (Pham and Pagh, KDD 2013, degree 2).
+    """CountSketch of a matrix whose two sides are hashed separately, so that nothing of the matrix's size is stored.
+
+    Entry (r, c) goes to bucket (h(r) + g(c)) mod dim with sign s(r) z(c) (Pham and Pagh, KDD 2013, degree 2).
 
     Attributes:
         dim: number of buckets.
@@ -61,32 +62,29 @@ class PairHash:
         return self.row_signs[rows][:, None] * self.col_signs
 
 
-def draw_pair_hash(shape: tuple[int, int], dim: int, seed: int, name: str, like: Tensor) -> PairHash:
-    """Draw on the CPU, and put the result where `like` is; the signs in its dtype."""
-    drawn = []
+def sample_pair_hash(shape: tuple[int, int], dim: int, seed: int, name: str, like: Tensor) -> PairHash:
+    """Sample on the CPU, and put the result on the device of `like`, the signs in its dtype."""
+    sides = []
     for part, size in zip(("rows", "cols"), shape, strict=True):
         generator = generator_for(seed, name, part)
         buckets = random_buckets(size, dim, generator)
-        drawn += [buckets.to(like.device), random_signs((size,), generator).to(like)]
-    return PairHash(dim, *drawn)
-
-
-_LARGEST_MATRIX = 1 << 23  # entries of P that may be written out: 16 MiB in bf16
+        sides += [buckets.to(like.device), random_signs((size,), generator).to(like)]
+    return PairHash(dim, *sides)
 
 
 @dataclass(frozen=True)
 class FoldedSide:
-    """One signed entry per row of P: x is laid in rows of `width`, signed at random, and the rows are added.
+    """P [n, width] with one signed entry per row: x is cut into rows of `width`, signed at random and added up.
 
-    Coordinate i goes to column (i + shift) mod width, with a sign of its own. The signs alone make E[P P^T] = 1, and
-    coordinates collide about n / width to a column as in a random hash, so that the variance is that of dense signs
-    wherever large coordinates do not lie a multiple of `width` apart. With n <= width nothing collides, and P is
-    an isometry. The cost is that of reading x once: a CPU's matrix product takes ten times as long.
+    Coordinate i goes to column (i + shift) mod width with an independent sign, so that E[P P^T] = 1. About n / width
+    coordinates share a column, as in a random hash. The variance is that of dense signs unless large coordinates are a
+    multiple of `width` apart. With n <= width there are no collisions, and P is an isometry. The cost is that of
+    reading x once, a tenth of a matrix product on a CPU.
 
     Attributes:
         signs: [n] of -1 and 1.
         width: number of columns.
-        shift: in 0..width-1; a coordinate that is large in every layer then falls into another column in each.
+        shift: in 0..width-1, so that a coordinate that is large in every layer is in another column in each.
     """
 
     signs: Tensor
@@ -99,7 +97,7 @@ class FoldedSide:
         if (x.is_cuda or low) and len(self.signs) * self.width <= _LARGEST_MATRIX:
             return x @ self._matrix
         flat = x.reshape(-1, x.shape[-1])
-        fills = flat.shape[1] >= self.width  # the first round then reaches every column, which need not be zero before
+        fills = flat.shape[1] >= self.width  # the first round then writes every column
         make = torch.empty if fills else torch.zeros
         out = make(len(flat), self.width, dtype=torch.float32 if low else x.dtype, device=x.device)
         start, column = 0, self.shift
@@ -116,7 +114,7 @@ class FoldedSide:
         return out.to(x.dtype).view(*x.shape[:-1], self.width)
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Rows of P, [..., width]: what one-hot vectors project onto."""
+        """Rows of P, [..., width]: the projections of one-hot vectors."""
         empty = self.signs.new_zeros(*indices.shape, self.width)
         return empty.scatter_(-1, self.column(indices)[..., None], self.signs[indices][..., None])
 
@@ -126,11 +124,11 @@ class FoldedSide:
 
     @cached_property
     def _matrix(self) -> Tensor:
-        """P itself, [n, width]: where a matrix product costs no more than reading x."""
+        """P [n, width], used where a matrix product costs no more than reading x."""
         return self.rows(torch.arange(len(self.signs), device=self.signs.device))
 
 
-def draw_side(size: int, width: int, generator: torch.Generator, like: Tensor) -> FoldedSide:
-    """Draw P [size, width] on the CPU and put it where `like` is, in its dtype."""
+def sample_side(size: int, width: int, generator: torch.Generator, like: Tensor) -> FoldedSide:
+    """Sample P [size, width] on the CPU and put it on the device of `like`, in its dtype."""
     shift = int(torch.randint(width, (1,), generator=generator))
     return FoldedSide(random_signs((size,), generator).to(like), width, shift)

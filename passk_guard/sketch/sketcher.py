@@ -7,11 +7,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from passk_guard.sketch.accumulator import Accumulator, Draws, Layout, lay_out
-from passk_guard.sketch.backward import Batch, score_pass
+from passk_guard.sketch.accumulator import Accumulator, Layout, Projections, lay_out
+from passk_guard.sketch.backward import score_pass
+from passk_guard.sketch.batches import TokenBatch
 from passk_guard.sketch.checks import check_batch, check_dim, check_log_probs, check_prompts
 from passk_guard.sketch.countsketch import CountSketchAccumulator, IdentityAccumulator
-from passk_guard.sketch.coverage import Coverage, Plan, make_plan, trainable_ids, warn_if_low, warn_missed
+from passk_guard.sketch.coverage import Coverage, find_sketched_parameters, warn_if_low, warn_missed
 from passk_guard.sketch.kronecker import KroneckerAccumulator
 from passk_guard.utils.errors import FailedRefresh, GuardError
 
@@ -33,13 +34,13 @@ class ScoreSketcher:
     "countsketch" and some fraction of it for "kronecker", which is faster.
 
     Methods:
-        kronecker: sum_t (P_o^T delta_t)(P_i^T u_t)^T per layer, an independent pair (P_o, P_i) each, all
-            layers in one accumulator; layout and idea after TRAK (arXiv 2303.14186) and LoGra (arXiv 2405.13954).
+        kronecker: sum_t (P_o^T delta_t)(P_i^T u_t)^T per layer, with an independent pair (P_o, P_i) for each, all
+            layers in one accumulator; after TRAK (arXiv 2303.14186) and LoGra (arXiv 2405.13954).
         countsketch: each layer's gradient is formed per slot, and hashed (Charikar et al., 2002).
-        identity: the flattened gradients in the order of `named_parameters`; for tests and tiny models.
+        identity: the flattened gradients in the order of `named_parameters`, for tests and tiny models.
 
     The model is left exactly as found: requires_grad, `.grad`, train/eval flags, random state, hooks. Gradient
-    checkpointing stays active where the model trains with it; dropout is off.
+    checkpointing stays active where the model trains with it. Dropout is off.
 
     Attributes:
         method: as passed.
@@ -55,12 +56,12 @@ class ScoreSketcher:
         if method != "identity":
             check_dim(dim, method)
         self.model, self.method = model, method
-        self._plan, self._closed = _take_stock(model)
+        self._find_parameters()
         self._asked_dim = dim
         self._missed: set[str] = set()
         self._checked_norms: set[nn.Module] = set()
         self.reseed(seed)
-        warn_if_low(self.coverage, self._plan.sizes)
+        warn_if_low(self.coverage, self._parameters.sizes)
 
     @property
     def dim(self) -> int:
@@ -70,15 +71,15 @@ class ScoreSketcher:
     @property
     def coverage(self) -> Coverage:
         """Share of the trainable parameters that the sketch sees, as far as the passes so far have shown."""
-        return self._plan.coverage(self._missed)
+        return self._parameters.coverage(self._missed)
 
     def reseed(self, seed: int) -> None:
-        """Draw fresh projections; averaging over refreshes then averages the sketch error out as well.
+        """Sample new projections. An average over refreshes then averages the sketch error as well.
 
-        Sketches of different seeds have nothing in common: never take inner products across a reseed.
+        Sketches of different seeds cannot be compared: never take inner products across a reseed.
         """
         self.seed = seed
-        self._draws = Draws(seed)
+        self._projections = Projections(seed)
 
     def sketch(
         self,
@@ -99,11 +100,11 @@ class ScoreSketcher:
             input_ids: [B, T] int64, prompt directly followed by completion, padded on the right.
             attention_mask: [B, T], 1 on tokens, 0 on padding.
             completion_mask: [B, T], 1 on completion tokens.
-            slots: [B] int64 in -1..num_slots-1; -1: the sample takes part in the forward and counts nowhere.
+            slots: [B] int64 in -1..num_slots-1; -1: the sample takes part in the forward only.
             num_slots: rows of the result.
             temperature: of the sampling.
-            log_probs: [B] floating point or None; log pi(y_i | x_i) at `temperature` is written into it, in the order
-                of the samples, for ignored samples too. It costs nothing: the pass computes them anyway.
+            log_probs: [B] floating point or None. log pi(y_i | x_i) at `temperature` is written into it in the order
+                of the samples, ignored ones included. The pass computes them in any case.
 
         Returns:
             [num_slots, dim] fp32 (float64 for a float64 model), on the device of `input_ids`.
@@ -115,33 +116,28 @@ class ScoreSketcher:
         """
         check_batch(input_ids, attention_mask, completion_mask, slots, num_slots, temperature)
         check_log_probs(log_probs, len(slots))
-        if self._plan.trainable != trainable_ids(self.model):
-            self._plan, self._closed = _take_stock(self.model)
-            self._draws = Draws(self.seed)
+        if self._parameters.trainable != {id(p) for p in self.model.parameters() if p.requires_grad}:
+            self._find_parameters()
+            self._projections = Projections(self.seed)
         device = input_ids.device
         order = slots.argsort(stable=True)  # makes the samples of a slot neighbours
         layout = lay_out(slots[order].to(device))
         order = order.to(device)
-        batch = Batch(
-            input_ids[order],
-            attention_mask.to(device)[order],
-            completion_mask.to(device).bool()[order],
-            temperature,
-        )
-        scored = None
-        if self._closed:
-            scored = score_pass(self.model, self._plan, self._accumulator(layout), self._checked_norms, batch, True)
-            self._closed = scored is not None
-        if scored is None:
-            scored = score_pass(self.model, self._plan, self._accumulator(layout), self._checked_norms, batch, False)
-        assert scored is not None  # only the closed form can turn out not to apply
-        sketch = scored.accumulator.rows.new_zeros(num_slots, self.dim)
-        scored.accumulator.fold_into(sketch)
-        found = scored.log_probs[order.argsort()]
-        _check_finite(sketch, found)
+        completion = completion_mask.to(device).bool()[order]
+        batch = TokenBatch(input_ids[order], attention_mask.to(device)[order], completion, layout.slots)
+        found = self._pass(layout, batch, num_slots, temperature)
+        if found is None:  # the closed form does not apply to this model
+            self._closed = False
+            found = self._pass(layout, batch, num_slots, temperature)
+        assert found is not None
+        sketch, log_p, unseen = found
+        log_p = log_p[order.argsort()]
+        _check_finite(sketch, log_p)
         if log_probs is not None:
-            log_probs.copy_(found)
-        self._note(scored.unseen)
+            log_probs.copy_(log_p)
+        if unseen and not self._missed:
+            warn_missed(unseen, self._parameters.sizes)
+        self._missed |= unseen
         return sketch
 
     def prompt_scores(
@@ -176,22 +172,25 @@ class ScoreSketcher:
         rows = self.sketch(input_ids, attention_mask, completion_mask, slots, 2 * num_prompts, temperature)
         return rows[:num_prompts], rows[num_prompts:]
 
-    def _accumulator(self, layout: Layout) -> Accumulator:
+    def _find_parameters(self) -> None:
+        self._parameters = find_sketched_parameters(self.model)
+        self._closed = self._parameters.head is not None  # until a pass shows that the closed form does not apply
+
+    def _pass(
+        self, layout: Layout, batch: TokenBatch, num_slots: int, temperature: float
+    ) -> tuple[Tensor, Tensor, set[str]] | None:
+        """Sketch [num_slots, dim], log-probabilities, names of unseen parameters; None as for `score_pass`."""
         double = any(p.dtype == torch.float64 for p in self.model.parameters())
         dtype = torch.float64 if double else torch.float32
         rows = torch.zeros(len(layout.groups), self.dim, dtype=dtype, device=layout.slots.device)
-        return _ACCUMULATORS[self.method](rows, layout, self._plan.shapes, self._draws)
-
-    def _note(self, missed: set[str]) -> None:
-        if missed and not self._missed:
-            warn_missed(missed, self._plan.sizes)
-        self._missed |= missed
-
-
-def _take_stock(model: nn.Module) -> tuple[Plan, bool]:
-    """The plan of a model, and whether the closed form of its head is worth a try."""
-    plan = make_plan(model)
-    return plan, plan.head is not None
+        into = _ACCUMULATORS[self.method](rows, layout, self._parameters.shapes, self._projections)
+        model, norms = self.model, self._checked_norms
+        scored = score_pass(model, self._parameters, into, norms, batch, temperature, self._closed)
+        if scored is None:
+            return None
+        sketch = rows.new_zeros(num_slots, self.dim)
+        into.fold_into(sketch)
+        return sketch, *scored
 
 
 def _check_finite(sketch: Tensor, log_probs: Tensor) -> None:

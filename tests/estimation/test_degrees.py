@@ -26,7 +26,7 @@ def at(cosine):
 
 
 def by_loops(probe, moments, cosine):
-    """2 V^2 over the variance of V as the sum of what each prompt brings, with the kernel of the contrast itself."""
+    """2 V^2 over the variance of V, a sum over prompts, with the kernel of the contrast."""
     m = probe.num_samples.numel()
     one, many = (coefficients(probe, torch.tensor([k]))[0] for k in (1, 8))
     norms = [float(x) for x in moments.value[0, 1:]]
@@ -55,7 +55,7 @@ def by_loops(probe, moments, cosine):
 
 
 @pytest.mark.parametrize("cosine", [0.0, -0.3, 0.7])
-def test_degrees_are_what_the_prompts_bring_to_the_variance(cosine):
+def test_degrees_are_those_of_the_formula_in_loops(cosine):
     found = []
     for seed in range(3):
         probe = probe_of(m=24, seed=seed)
@@ -76,7 +76,7 @@ def test_without_a_degenerate_part_they_are_those_of_the_kurtosis():
     assert torch.equal(moments.degrees, moments.degrees_at(value.new_zeros(2)))
 
 
-def test_degrees_know_no_units_and_no_norm_that_is_not_positive():
+def test_degrees_do_not_depend_on_units_or_on_a_norm_that_is_not_positive():
     probe = probe_of()
     moments = refresh_moments(probe, ROWS)
     for scale in (1e-40, 1e40):
@@ -89,7 +89,7 @@ def test_degrees_know_no_units_and_no_norm_that_is_not_positive():
     assert float(silent.degrees[0]) == 15
 
 
-def test_a_prompt_met_twice_brings_its_shares_together():
+def test_the_shares_of_a_prompt_met_twice_are_added():
     probes = [probe_of(m=6, seed=seed) for seed in (0, 1)]
     named = [
         ProbeGram(p.gram, p.num_samples, p.num_correct, list(names))

@@ -15,7 +15,7 @@ def pair_means(x, y):
     return float(total / (m * (m - 1))), float((m - 1) / m * (without - without.mean()).square().sum()), kernel
 
 
-def test_the_jackknife_overshoots_and_this_says_by_how_much():
+def test_the_overshoot_is_the_excess_of_the_jackknife():
     generator = torch.Generator().manual_seed(0)
     for mean in (0.0, 0.3):  # all of the variance degenerate, and a part of it
         values, jackknives, overshoots = [], [], []

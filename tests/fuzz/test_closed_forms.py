@@ -1,4 +1,4 @@
-"""Closed forms at extreme n and k against exact rational arithmetic, and whatever else is passed as a count."""
+"""Closed forms at extreme n and k against exact rational arithmetic, and odd arguments."""
 
 import math
 from fractions import Fraction
@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 from passk_guard import (
     FailedRefresh,
     GuardError,
-    max_at_k,
     named_weighting,
     pass_at_k,
     passk_advantages,
     passk_weight,
-    pkpo_transform,
 )
 from passk_guard.passk.closed_forms import sample_coefficients, unbiased_passk_weight
-from tests.fuzz.strategies import JSON_VALUE, NUMBER, ODD_TEXT, SCALAR
+from tests.fuzz.strategies import NUMBER, ODD_TEXT, SCALAR
 
 TOLERANCE = 1e-9
 
@@ -82,28 +80,8 @@ def test_many_at_once_are_each_alone(rows):
     assert together.tolist() == pytest.approx([float(pass_at_k(*row[0])) for row in rows], rel=1e-12)
 
 
-@given(st.one_of(st.integers(1, 200), st.sampled_from([20_000])), st.data())
-def test_pkpo_on_zeros_and_ones_is_passk(n, data):
-    k = data.draw(st.integers(1, n))
-    c = data.draw(st.integers(0, n))
-    rewards = torch.tensor([1.0] * c + [0.0] * (n - c))[torch.randperm(n, generator=torch.Generator().manual_seed(n))]
-    assert float(max_at_k(rewards, k)) == pytest.approx(float(pass_at_k(n, c, k)), rel=1e-8, abs=1e-12)
-    advantages = passk_advantages(rewards.double()[None], k)[0]
-    transformed = pkpo_transform(rewards, k) * n
-    right, wrong = rewards == 1, rewards == 0
-    for values in (advantages, transformed):
-        for group in (right, wrong):
-            if group.any():
-                assert float(values[group].std(correction=0)) <= 1e-6 * max(1.0, float(values.abs().max()))
-
-
-def as_tensor(values):
-    return torch.tensor([float(v) if abs(v) < 1e300 or v != v else 7.0 for v in values])
-
-
-COUNT = st.one_of(
-    NUMBER, SCALAR, ODD_TEXT, JSON_VALUE, st.integers(-3, 12), st.lists(NUMBER, max_size=3).map(as_tensor)
-)
+SMALL = st.one_of(st.integers(-3, 12), st.sampled_from([0.5, 8.0, math.nan, math.inf, -math.inf]))
+COUNT = st.one_of(SMALL, ODD_TEXT, st.none(), st.booleans(), st.lists(SMALL, max_size=3).map(torch.tensor))
 
 
 def whole(value):
@@ -115,21 +93,17 @@ def whole(value):
 @given(COUNT, COUNT, COUNT)
 @example(3.7, 1, 1)
 @example(8, 2, 1.5)
-@example(math.nan, 0, 1)
-@example(2**63, 1, 1)
 @example(torch.ones(2, dtype=torch.complex64), 1, 1)
 @example(torch.ones(2), torch.ones(3), 1)
 def test_any_count(n, c, k):
-    for function in (pass_at_k, unbiased_passk_weight, sample_coefficients):
-        try:
-            found = function(n, c, k)
-        except GuardError:
-            continue
-        assert whole(n)
-        assert whole(c)
-        assert whole(k)
-        for values in found if isinstance(found, tuple) else (found,):
-            assert bool(torch.isfinite(values).all())
+    try:
+        found = pass_at_k(n, c, k)
+    except GuardError:
+        return
+    assert whole(n)
+    assert whole(c)
+    assert whole(k)
+    assert bool(((found >= 0) & (found <= 1)).all())
 
 
 @given(st.one_of(st.floats(), NUMBER), st.one_of(st.floats(), NUMBER))
@@ -168,25 +142,6 @@ def test_any_batch(rows, k, floor, cap):
 def test_what_is_no_batch(correct):
     with pytest.raises(GuardError, match="correct"):
         passk_advantages(correct, 1)
-
-
-@given(
-    st.lists(st.one_of(NUMBER.filter(lambda v: abs(v) < 1e300 or v != v)), max_size=5),
-    st.one_of(st.integers(-1, 6), NUMBER),
-)
-@example([1.0, 2.0, 3.0], 2.5)
-@example([1.0, math.nan], 1)
-@example([1.0, math.inf], 1)
-@example([1.7e308, -1.7e308], 2)
-def test_any_rewards(rewards, k):
-    values = torch.tensor([float(v) for v in rewards], dtype=torch.float64)
-    try:
-        found = float(max_at_k(values, k))
-        transformed = [pkpo_transform(values, k, baseline=b) for b in ("none", "leave_one_out_minus_one")]
-    except GuardError:
-        return
-    assert min(rewards) - abs(min(rewards)) * 1e-9 <= found <= max(rewards) + abs(max(rewards)) * 1e-9
-    assert all(bool(t.isfinite().all()) for t in transformed)
 
 
 SPEC = st.one_of(

@@ -215,7 +215,7 @@ def test_large_groups_keep_their_digits():
         assert math.isclose(float(positive) * n, math.sqrt(miss / (1 - miss)), rel_tol=1e-9)
 
 
-def test_a_weighting_of_your_own():
+def test_a_custom_weighting():
     """Reward +1 and -1 without a baseline: S+ and S- still vanish where there is nothing to sum."""
     signs = Weighting("signs", lambda p: 2 * torch.ones_like(p), lambda n, c: (n / n + 0 * c, -n / n + 0 * c), 1)
     positive, negative = signs.coefficients(torch.tensor([0, 4, 4, 4]), torch.tensor([0, 0, 1, 4]))

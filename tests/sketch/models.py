@@ -58,7 +58,7 @@ class FusedHeadLM(PlainLM):
 
 
 class NamedHeadLM(PlainLM):
-    """The same, and says which layer makes the logits; `finish` is what it does with them afterwards."""
+    """The same with a named head. `finish` is applied to the logits."""
 
     def __init__(self, finish: Callable[[Tensor], Tensor] = lambda logits: logits) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class RestlessLM(PlainLM):
 
 
 class DroppingLayer(GradientCheckpointingLayer):
-    """Hugging Face's checkpointing layer with a dropout of its own, under a name that says nothing."""
+    """Hugging Face's checkpointing layer with a separate dropout under an unusual name."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""The methods by themselves, on the factors of one weight gradient of each shape that they treat differently."""
+"""The sketching methods on the factors of one weight gradient, for each shape that they treat differently."""
 
 import pytest
 import torch
 
-from passk_guard.sketch.accumulator import Draws, lay_out
+from passk_guard.sketch.accumulator import Projections, lay_out
 from passk_guard.sketch.countsketch import CountSketchAccumulator, IdentityAccumulator
 from passk_guard.sketch.kronecker import KroneckerAccumulator
 
@@ -15,7 +15,7 @@ DIM = 64
 def empty(method, shape, seed=0, name="w", layout=LAYOUT):
     width = shape[0] * shape[1] if method is IdentityAccumulator else DIM
     rows = torch.zeros(len(layout.groups), width, dtype=torch.float64)
-    return method(rows, layout, {name: shape}, Draws(seed))
+    return method(rows, layout, {name: shape}, Projections(seed))
 
 
 def folded(accumulator):
@@ -47,7 +47,7 @@ def test_identity_forms_the_gradient_of_each_slot(shape):
 @pytest.mark.parametrize("method", [IdentityAccumulator, KroneckerAccumulator, CountSketchAccumulator])
 @pytest.mark.parametrize("shape", [SQUARE, VOCABULARY, LORA_DOWN, LORA_UP])
 def test_a_lookup_is_a_product_with_one_hot_vectors(shape, method):
-    """What lets an embedding and a head share one weight."""
+    """So that an embedding and a head can share one weight."""
     ids = torch.randint(shape[0], (4, 5), generator=torch.Generator().manual_seed(1))
     right = factors(shape)[1]
     accumulator = empty(method, shape)

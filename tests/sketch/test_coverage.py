@@ -1,4 +1,4 @@
-"""What is left out is said: at construction, and after a pass that shows more."""
+"""Parameters that are not sketched are reported, at construction and after a pass that misses more."""
 
 import warnings
 

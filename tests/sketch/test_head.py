@@ -1,4 +1,4 @@
-"""The closed form of the head against the plain pass and against autograd; where it does not apply, it steps aside."""
+"""The closed form of the head against the plain pass and against autograd, and models to which it does not apply."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_a_model_that_goes_on_with_its_logits_is_sketched_plainly(finish):
 def test_a_model_that_writes_into_its_logits_is_sketched_plainly():
     torch.manual_seed(0)
     model, batch = NamedHeadLM(lambda logits: logits.mul_(0.5)).double(), ragged_batch(vocab=VOCAB)
-    with pytest.warns(UserWarning, match=r"embed\.weight"):  # what the plain pass has to say about it
+    with pytest.warns(UserWarning, match=r"embed\.weight"):  # of the plain pass
         found = sketched(model, batch, applies=False)
     with pytest.warns(UserWarning, match=r"embed\.weight"):
         assert torch.equal(found, sketched(model, batch, closed=False))

@@ -1,4 +1,4 @@
-"""The log-probabilities that a pass computes anyway, for whoever weighs the samples."""
+"""The log-probabilities that a pass writes into `log_probs`."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def one_by_one(model, batch, temperature):
 
 
 @pytest.mark.parametrize("method", ["kronecker", "countsketch", "identity"])
-def test_they_come_in_the_order_of_the_samples_and_for_ignored_ones_too(method):
+def test_they_are_in_the_order_of_the_samples_ignored_ones_included(method):
     model, batch = tiny_model("qwen2"), ragged_batch(slots=[2, 0, -1, 2, 0, 3])
     found = torch.full((6,), float("nan"))
     ScoreSketcher(model, dim=64, method=method).sketch(**batch, num_slots=4, temperature=0.7, log_probs=found)

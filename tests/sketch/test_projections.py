@@ -5,7 +5,7 @@ import torch
 
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.sketch.kronecker import is_vocabulary, split_dim
-from passk_guard.sketch.projections import draw_side, generator_for, random_signs
+from passk_guard.sketch.projections import generator_for, random_signs, sample_side
 from tests.helpers.tiny import tiny_model
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
 
@@ -126,7 +126,7 @@ def test_a_side_that_fits_keeps_all_its_room():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_side_is_linear_and_its_rows_are_its_action_on_unit_vectors(size, width, dtype):
     for seed in range(4):  # the shift differs
-        side = draw_side(size, width, torch.Generator().manual_seed(seed), torch.ones(1, dtype=dtype))
+        side = sample_side(size, width, torch.Generator().manual_seed(seed), torch.ones(1, dtype=dtype))
         eye = torch.eye(size, dtype=dtype)
         assert torch.equal(side(eye), side.rows(torch.arange(size)))
         assert side(eye).abs().sum(1).unique().tolist() == [1]
@@ -142,7 +142,7 @@ def test_a_side_is_linear_and_its_rows_are_its_action_on_unit_vectors(size, widt
 
 def test_a_large_side_in_bf16_is_added_up_in_fp32(monkeypatch):
     """Hundreds of terms to a column: adding them up in bf16 would lose most of them."""
-    side = draw_side(4096, 4, torch.Generator().manual_seed(0), torch.ones(1, dtype=torch.bfloat16))
+    side = sample_side(4096, 4, torch.Generator().manual_seed(0), torch.ones(1, dtype=torch.bfloat16))
     x = side.signs * torch.ones(2, 4096, dtype=torch.bfloat16)
     for largest in (1 << 23, 0):  # as a product with the matrix, and folded
         monkeypatch.setattr("passk_guard.sketch.projections._LARGEST_MATRIX", largest)
@@ -150,7 +150,7 @@ def test_a_large_side_in_bf16_is_added_up_in_fp32(monkeypatch):
 
 
 def test_both_ways_to_apply_a_side_are_the_same_projection(monkeypatch):
-    side = draw_side(300, 16, torch.Generator().manual_seed(0), torch.ones(1, dtype=torch.bfloat16))
+    side = sample_side(300, 16, torch.Generator().manual_seed(0), torch.ones(1, dtype=torch.bfloat16))
     x = torch.randint(-3, 4, (5, 300)).bfloat16()  # sums of small integers are exact
     product = side(x)
     monkeypatch.setattr("passk_guard.sketch.projections._LARGEST_MATRIX", 0)
@@ -159,7 +159,7 @@ def test_both_ways_to_apply_a_side_are_the_same_projection(monkeypatch):
 
 def test_shifts_differ_between_parameters():
     """Or a coordinate that is large in every layer would meet itself in one column of the sketch."""
-    shifts = {draw_side(64, 16, generator_for(0, f"layer{i}", "left"), torch.ones(1)).shift for i in range(40)}
+    shifts = {sample_side(64, 16, generator_for(0, f"layer{i}", "left"), torch.ones(1)).shift for i in range(40)}
     assert len(shifts) > 8
 
 

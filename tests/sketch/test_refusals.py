@@ -1,4 +1,4 @@
-"""Misuse is refused with what was found and what to pass instead; a failed refresh names the samples."""
+"""Misuse is refused with what was found and what to pass instead. A failed refresh names the samples."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_slots_out_of_range_are_refused(sketcher):
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_temperature_that_is_none_is_refused(sketcher, temperature):
+def test_an_invalid_temperature_is_refused(sketcher, temperature):
     refused(sketcher, "temperature", temperature=temperature)
 
 
@@ -90,7 +90,7 @@ def test_prompts_and_verdicts_out_of_range_are_refused(sketcher):
 
 
 @pytest.mark.parametrize("place", [torch.empty(5), torch.empty(6, 1), torch.empty(6, dtype=torch.int64)])
-def test_a_place_for_log_probs_that_does_not_fit_is_refused(sketcher, place):
+def test_log_probs_of_another_shape_or_dtype_are_refused(sketcher, place):
     refused(sketcher, "`log_probs`", log_probs=place)
 
 
@@ -110,7 +110,7 @@ def test_a_model_that_detaches_is_refused():
 
 
 @pytest.mark.parametrize("method", ["kronecker", "countsketch"])
-def test_a_sample_that_is_not_finite_voids_the_refresh_and_is_named(method):
+def test_a_sample_that_is_not_finite_fails_the_refresh_and_is_named(method):
     torch.manual_seed(0)
     model, batch = PlainLM(), ragged_batch(vocab=VOCAB - 1, slots=[5, 4, 3, 2, 1, 0])
     with torch.no_grad():
