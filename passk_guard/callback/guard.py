@@ -259,7 +259,7 @@ class PassKGuardCallback(TrainerCallback):
 
     @property
     def _rule(self) -> DecisionRule:
-        over_the_run = self.config.alert_rule == "whole_run"
+        over_the_run = self.config.advanced.alert_rule == "whole_run"
         allowed = 1 - self.config.confidence if over_the_run else None
         return DecisionRule(self.config.patience, self.config.cooldown, allowed)
 

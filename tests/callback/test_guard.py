@@ -260,7 +260,7 @@ def test_partly_missing_verdicts_lower_n(tmp_path):
 
 @pytest.mark.parametrize(("rule", "stopped_at"), [("each_look", 2), ("whole_run", 1)])
 def test_resuming_gives_the_verdicts_of_the_uninterrupted_run(tmp_path, rule, stopped_at):
-    config = {"pool_refreshes": 2, "patience": 3, "alert_rule": rule}
+    config = {"pool_refreshes": 2, "patience": 3, "advanced": {"alert_rule": rule}}
     whole, _ = conflicted(tmp_path / "whole", **config)
     whole.train()
     saving = {"max_steps": stopped_at, "save_strategy": "steps", "save_steps": stopped_at}
