@@ -72,7 +72,7 @@ class Advanced:
         return json.loads(text) if isinstance(text, str) else given
 
 
-_RENAMED = {field.name: f"advanced.{field.name}" for field in dataclasses.fields(Advanced)}  # type: ignore[arg-type]
+_RENAMED = {field.name: f"advanced.{field.name}" for field in dataclasses.fields(Advanced)}
 _RENAMED |= {"void_alert": "failed_refresh_alert"}
 
 
@@ -277,12 +277,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 def config_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of `GuardConfig`, with the help of each setting as its description."""
     schema = TypeAdapter(GuardConfig).json_schema()
-    for kind, properties in (
-        (GuardConfig, schema["properties"]),
-        (Advanced, schema["$defs"]["Advanced"]["properties"]),
-    ):
-        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-            properties[field.name]["description"] = field.metadata["help"]
+    for kind, part in ((GuardConfig, schema), (Advanced, schema["$defs"]["Advanced"])):
+        for field in dataclasses.fields(kind):
+            part["properties"][field.name]["description"] = field.metadata["help"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
