@@ -26,7 +26,7 @@ from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
 from passk_guard.planning import outlook, refresh_noise
 from passk_guard.probe.held_out import HeldOut
-from passk_guard.probe.progress import sampling_bar, wants_bar
+from passk_guard.probe.progress import sampling_bar, wanted
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.refresh import Refresh, Refresher
 from passk_guard.probe.reuse import RolloutKeeper
@@ -188,7 +188,8 @@ class PassKGuardCallback(TrainerCallback):
 
     def _sample(self, source: HeldOut, number: int) -> tuple[Rollouts, Outcomes]:
         """This rank's completions of refresh `number`, checked and scored."""
-        with sampling_bar(source.sampler, wants_bar(self.config.progress_bar, self._trainer)):
+        shown = wanted(self.config.progress_bar, self._ranks, quiet=self._trainer.args.disable_tqdm)
+        with sampling_bar(source.sampler, shown):
             rollouts = source.rollouts(number, self._ranks.index, self._ranks.count)
         check_rollouts(rollouts, **limits_of(self._trainer.accelerator.unwrap_model(self._trainer.model)))
         return rollouts, self._verifier.score(rollouts, trainer_state=self._trainer.state)

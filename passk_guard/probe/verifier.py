@@ -23,11 +23,11 @@ from passk_guard.utils.text import brief, describe_error, one_line
 RewardFunction = Callable[..., Any]
 _STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _NOT_COLUMNS = ("prompt", "completion", "completion_ids")
-_NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set)  # none of them has a reward a completion, in their order
+_NO_LIST = (str, bytes, Mapping, Set)  # none of them holds one reward a completion, in order
 
 
 class Verifier:
-    """Says of each sample whether it is correct: reward >= threshold is 1, less is 0, None and NaN are no verdict.
+    """Decide for each sample whether it is correct: reward >= threshold is 1, less is 0, None and NaN are no verdict.
 
     Args:
         function: a reward function with TRL's signature, f(prompts, completions, completion_ids, **columns) ->
@@ -43,7 +43,7 @@ class Verifier:
         if isinstance(function, nn.Module):
             raise GuardError(
                 f"Expected a function that checks an answer; found the reward model {type(function).__name__}, "
-                "whose score is no verdict. Wrap it: a function that returns 1.0 where the score passes your "
+                "whose score is no verdict. Wrap it in a function that returns 1.0 where the score passes your "
                 "threshold, else 0.0."
             )
         if not callable(function):
@@ -51,11 +51,10 @@ class Verifier:
                 f"Expected a reward function f(prompts, completions, completion_ids, **columns); found "
                 f"{type(function).__name__}. Pass a function, or the name of one of the trainer's."
             )
-        level = _number(threshold)
-        if level is None or not math.isfinite(level):
-            raise GuardError(f"Expected a finite `threshold`; found {brief(threshold)}.")
+        if not math.isfinite(threshold):
+            raise GuardError(f"Expected a finite `threshold`; found {threshold}.")
         self.function = function
-        self.threshold = level
+        self.threshold = float(threshold)
         self.name = one_line(_name(function))
         self._limit = TimeLimit(timeout)
         self._accepted, self.required_columns = _read_signature(function)
@@ -104,7 +103,7 @@ class Verifier:
             _heed_signals(error)
         else:
             return self._numbers(result, len(scored)), 0, None
-        # One bad completion must not void the others: find out which.
+        # One bad completion must not fail the others: find out which.
         single = [self._attempt(rollouts, i, trainer_state) for i in scored]
         return self._merge(_settle_all(single))
 
@@ -113,7 +112,7 @@ class Verifier:
             return self.function(**self._arguments(rollouts, [picked], trainer_state))
         except (Exception, SystemExit) as error:
             _heed_signals(error)
-            return error.with_traceback(None)  # whose frames would keep this refresh until the collector comes
+            return error.with_traceback(None)  # whose frames would keep this refresh alive until garbage collection
 
     def _merge(self, results: list[Any]) -> tuple[list[float], int, str | None]:
         errors = [describe_error(r) for r in results if isinstance(r, BaseException)]
@@ -129,19 +128,21 @@ class Verifier:
             wanted = f"expected a list of {expected}, one float, bool or None a completion"
             return FailedRefresh(f"`{self.name}` returned {found}; {wanted}")
 
-        if isinstance(result, _NO_LIST) or not hasattr(result, "__iter__"):
-            raise refused(f"{type(result).__name__} {brief(result)}")
         try:
-            rewards = list(islice(result, expected + 1))
-        except (Exception, SystemExit) as error:
-            _heed_signals(error)
-            raise refused(f"{type(result).__name__}, which raised {describe_error(error)}") from None
+            rewards = None if isinstance(result, _NO_LIST) else list(islice(result, expected + 1))  # it may have no end
+        except TypeError:  # no iterable
+            rewards = None
+        if rewards is None:
+            raise refused(f"{type(result).__name__} {brief(result)}")
         if len(rewards) != expected:
-            raise refused(f"{len(rewards) if len(rewards) < expected else _length(result)} rewards")
-        numbers = [_number(reward) for reward in rewards]
-        if odd := [reward for reward, number in zip(rewards, numbers, strict=True) if number is None]:
-            raise refused(f"a reward {brief(odd[0])} of type {type(odd[0]).__name__}")
-        return [number for number in numbers if number is not None]
+            raise refused(f"{len(result) if hasattr(result, '__len__') else len(rewards)} rewards")
+        numbers = []
+        for reward in rewards:
+            try:
+                numbers.append(math.nan if reward is None else _number(reward))
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                raise refused(f"a reward {brief(reward)} of type {type(reward).__name__}") from None
+        return numbers
 
     def _arguments(self, rollouts: Rollouts, picked: list[int], trainer_state: Any) -> dict[str, Any]:
         rows = [copy.deepcopy(dict(rollouts.rows[i])) for i in picked]
@@ -168,7 +169,7 @@ def resolve_verifier(
     threshold: float = 1.0,
     timeout: float | None = None,
 ) -> Verifier:
-    """The verifier that the user means.
+    """Find the verifier that the user means.
 
     Args:
         correct: a reward function, a Verifier (returned as it is), or the name of a reward function of the trainer.
@@ -193,7 +194,7 @@ def resolve_verifier(
 
 
 def _read_signature(function: RewardFunction) -> tuple[frozenset[str] | None, tuple[str, ...]]:
-    """Names the function accepts (None: all, it has **kwargs), and the dataset columns it cannot do without."""
+    """Names the function accepts (None: all, it has **kwargs), and the dataset columns it needs."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -232,12 +233,12 @@ def _settle_all(results: list[Any]) -> list[Any]:
 async def _wait(awaitable: Any) -> Any:
     try:
         return await awaitable
-    except (asyncio.CancelledError, SystemExit) as error:  # no Exceptions: they would end training
+    except (asyncio.CancelledError, SystemExit) as error:  # not subclasses of Exception: they would end training
         raise RuntimeError(f"the reward call ended with {type(error).__name__}") from error
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run to the end in a loop and a thread of its own: a notebook already runs a loop in this one."""
+    """Run to the end in a separate loop and thread: a notebook already runs a loop in this one."""
     task: list[tuple[asyncio.AbstractEventLoop, Any]] = []
 
     async def main() -> Any:
@@ -248,9 +249,9 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     try:
         return aside.result()
     finally:
-        if aside.running:  # nobody waits any more: its time is up, or the user has stopped the run
+        if aside.running:  # its time is up, or the user has stopped the run
             for loop, running in task:
-                with suppress(RuntimeError):  # it has ended by now
+                with suppress(RuntimeError):  # the loop has ended by now
                     loop.call_soon_threadsafe(running.cancel)
 
 
@@ -260,24 +261,10 @@ def _heed_signals(error: BaseException) -> None:
         raise error
 
 
-def _number(reward: Any) -> float | None:
-    """NaN for None; None for what is no number."""
-    if reward is None:
-        return math.nan
-    if isinstance(reward, (str, bytes, bytearray)):  # float("1.0") would pass
-        return None
-    try:
-        return float(reward)
-    except (Exception, SystemExit) as error:
-        _heed_signals(error)
-        return None
-
-
-def _length(result: Any) -> Any:
-    try:
-        return len(result)
-    except Exception:
-        return "more"
+def _number(reward: Any) -> float:
+    if isinstance(reward, (str, bytes)):  # float("1.0") would pass
+        raise TypeError
+    return float(reward)
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

@@ -18,7 +18,7 @@ from passk_guard.mitigation.protected_direction import pass1_loss
 from passk_guard.passk.closed_forms import passk_weight
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.refresh import Refresher
-from passk_guard.probe.reuse import RolloutKeeper, _in_halves, look_again
+from passk_guard.probe.reuse import RolloutKeeper, _in_halves, reweigh
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.utils.ranks import Ranks
 from tests.callback.test_guard import guard_of, run
@@ -74,7 +74,7 @@ def test_each_score_is_that_of_autograd_at_the_moved_model_times_its_ratio():
     moved(now, 0.03)
     sample, seen = drawn_from(then, torch.Generator().manual_seed(0)), []
     fresh = refresher(then).run(lambda: sample, (), 0)
-    look, _ = look_again(fresh, replace_gram(refresher(now), seen), 0, 0.01)
+    look, _ = reweigh(fresh, replace_gram(refresher(now), seen), 0, 0.01)
     ratios = torch.zeros(4, N, dtype=torch.float64)
     expected, parameters = torch.zeros_like(seen[0]), list(now.parameters())
     mixed = (look.probe.num_correct > 0) & (look.probe.num_correct < N)
@@ -108,7 +108,7 @@ def test_averaged_over_draws_it_is_the_exact_gradient_of_the_moved_model(monkeyp
     axis = torch.randn(3, gradients(now, 1).shape[1], dtype=torch.float64, generator=generator)
     sample = drawn_from(then, generator, draws)
     fresh = refresher(then, max_tokens=1000).run(lambda: sample, (), 0)
-    look, share = look_again(fresh, refresher(now, max_tokens=1000), 0, 0.01)
+    look, share = reweigh(fresh, refresher(now, max_tokens=1000), 0, 0.01)
     assert 0.3 < share < 1
     exact = torch.stack([gradients(now, int(k)) @ axis.T for k in ks])
     off = {}
@@ -124,7 +124,7 @@ def test_an_unmoved_model_is_seen_as_by_fresh_samples_and_the_protected_directio
     model = tiny_model().double().eval()
     sample = drawn_from(model, torch.Generator().manual_seed(1))
     fresh = refresher(model).run(lambda: sample, ["a", "b", "c", "d"], 3)
-    look, share = look_again(fresh, refresher(model), 3, 0.9)
+    look, share = reweigh(fresh, refresher(model), 3, 0.9)
     assert share == 1.0
     torch.testing.assert_close(look.probe.gram, fresh.probe.gram, rtol=1e-9, atol=1e-12)
     assert look.probe.prompt_keys == ["a", "b", "c", "d"]
@@ -137,10 +137,10 @@ def test_the_ratios_of_an_unmoved_model_are_exactly_one_in_bf16_too():
     model = tiny_model().eval()
     sample, narrow = drawn_from(model, torch.Generator().manual_seed(1)), partial(torch.autocast, "cpu", torch.bfloat16)
     fresh = replace(refresher(model, "kronecker"), autocast=narrow).run(lambda: sample, (), 3)
-    look, share = look_again(fresh, replace(refresher(model, "kronecker"), autocast=narrow), 4, 0.9)
+    look, share = reweigh(fresh, replace(refresher(model, "kronecker"), autocast=narrow), 4, 0.9)
     assert share == 1.0
     assert all(torch.equal(batch.factors, torch.ones_like(batch.factors)) for batch in look.batches)
-    _, share = look_again(fresh, refresher(model, "kronecker"), 4, 0.01)
+    _, share = reweigh(fresh, refresher(model, "kronecker"), 4, 0.01)
     assert share < 1.0, "the precision must not change between a draw and its looks"
 
 
@@ -156,7 +156,7 @@ def test_the_protected_direction_weighs_each_sample_by_its_ratio():
     sample = drawn_from(then, torch.Generator().manual_seed(2))
     fresh = refresher(then).run(lambda: sample, (), 3)
     seen = []
-    look, _ = look_again(fresh, replace_gram(refresher(now), seen), 3, 0.01)
+    look, _ = reweigh(fresh, replace_gram(refresher(now), seen), 3, 0.01)
     one = coefficients(look.probe, torch.tensor([1]))[0]
     expected = -(one[:, None] * seen[-1]).sum(0) / 4
     found = [g for g in direction(now, look) if g is not None]
@@ -177,10 +177,10 @@ def test_halved_batches_give_the_same_look():
     moved(now, 0.05)
     sample = drawn_from(then, torch.Generator().manual_seed(3))
     fresh = refresher(then).run(lambda: sample, (), 3)
-    whole, share = look_again(fresh, refresher(now), 3, 0.01)
+    whole, share = reweigh(fresh, refresher(now), 3, 0.01)
     small = _in_halves(_in_halves(_in_halves(fresh)))
     assert max(len(batch.slots) for batch in small.batches) < max(len(batch.slots) for batch in fresh.batches)
-    pieces, same = look_again(small, refresher(now), 3, 0.01)
+    pieces, same = reweigh(small, refresher(now), 3, 0.01)
     assert same == pytest.approx(share)
     torch.testing.assert_close(pieces.probe.gram, whole.probe.gram)
     torch.testing.assert_close(pieces.probe.misses, whole.probe.misses)
