@@ -148,11 +148,6 @@ def test_a_run_killed_at_once_and_resumed_from_an_earlier_checkpoint(tmp_path):
     assert told(tmp_path) == ([("refresh", 0, 0), ("steps", 3, 2)], [4, 2])
 
 
-def test_a_run_begun_anew_leaves_nothing_of_the_one_before(tmp_path):
-    written(tmp_path, ("start", 0, 0), ("refresh", 0, 0), ("refresh", 2, 0), ("start", 0, 1), ("refresh", 6, 1))
-    assert told(tmp_path) == ([("refresh", 6, 1)], [0])
-
-
 @pytest.mark.parametrize("torn", ['{"event": "refresh", "st', '{"event": "refresh", "step": 2, "n": 0', '"', "\x00"])
 def test_a_torn_line_is_taken_away_before_the_next_is_written(torn, tmp_path):
     written(tmp_path, ("start", 0, 0), ("refresh", 0, 0), torn=torn)
