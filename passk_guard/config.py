@@ -86,15 +86,11 @@ class GuardConfig:
     """
 
     k: Annotated[Whole, Field(ge=2)] = _setting(8, "The k of pass@k whose gradient is watched.")
-    probe_prompts: Annotated[Whole, Field(ge=3)] = _setting(
-        64, "Probe prompts of each refresh, over all ranks together."
-    )
+    probe_prompts: Annotated[Whole, Field(ge=3)] = _setting(64, "Probe prompts of each refresh, over all ranks.")
     num_samples: Annotated[Whole, Field(ge=2)] = _setting(16, "Completions sampled for each probe prompt, at least k.")
     refresh_steps: AtLeast1 = _setting(5, "Optimizer steps between two refreshes of the estimate.")
     pool_refreshes: AtLeast1 = _setting(
-        3,
-        "Number of newest refreshes whose statistics are averaged for the estimate. Of completions that served several "
-        "of them the newest refresh counts.",
+        3, "Newest refreshes whose statistics are averaged. Completions that served several of them count once."
     )
     resample_refreshes: AtLeast1 = _setting(
         1,
@@ -124,9 +120,7 @@ class GuardConfig:
         "solve for a floor under the prompt weights of the PassKObjective, and change no gradient. both: do both. "
         "auto: reweight if a PassKObjective is installed, else project.",
     )
-    gamma: Share = _setting(
-        0.2, "Cosine that project restores. 0 only removes the conflict and does not protect pass@1."
-    )
+    gamma: Share = _setting(0.2, "Cosine that project restores. 0 removes the conflict without protecting pass@1.")
     gate: Literal["always", "conflict"] = _setting(
         "always",
         "When project enforces the constraint. always: at every step. conflict: only while the newest estimate is in "
@@ -162,15 +156,11 @@ class GuardConfig:
         "memory of a refresh grows with it. A longer completion gets a separate pass, which the log reports. "
         "Generation is bounded by probe_batch_size instead, or by the training batch of a TRL trainer.",
     )
-    probe_batch_size: AtLeast1 = _setting(
-        64, "Completions that model.generate generates at once. TRL trainers use their own number."
-    )
+    probe_batch_size: AtLeast1 = _setting(64, "Completions per call of model.generate. TRL trainers use their own.")
     probe_temperature: Annotated[Real, Field(gt=0)] = _setting(
         1.0, "Sampling temperature of model.generate. TRL trainers use their own."
     )
-    probe_max_new_tokens: AtLeast1 = _setting(
-        256, "Longest completion of model.generate, in tokens. TRL trainers use their own."
-    )
+    probe_max_new_tokens: AtLeast1 = _setting(256, "Most tokens per completion. TRL trainers use their own number.")
     failed_refresh_alert: AtLeast1 = _setting(
         3, "Consecutive failed refreshes after which an alert reports that there is no valid refresh."
     )
@@ -235,20 +225,17 @@ class GuardConfig:
 
     @classmethod
     def from_journal(cls, settings: Mapping[str, Any]) -> GuardConfig:
-        """Read the settings that a run has written into its journal, also one of an earlier or a later version.
-
-        Settings that this version does not know are left out.
+        """Read the settings in a run's journal, of any version; those that this version does not know are left out.
 
         Raises:
             pydantic.ValidationError: a value outside its bounds.
         """
-        advanced = settings.get("advanced")
-        known: dict[str, Any] = {"advanced": dict(advanced) if isinstance(advanced, Mapping) else {}}
-        for name, value in settings.items():
-            group, _, new = _RENAMED.get(name, name).rpartition(".")
-            (known["advanced"] if group else known).setdefault(new, value)
-        known["advanced"] = {name: value for name, value in known["advanced"].items() if name in _names(Advanced)}
-        return cls(**{name: value for name, value in known.items() if name in _names(cls)})
+        nested = settings.get("advanced")
+        values = {**settings, **(nested if isinstance(nested, Mapping) else {})}
+        values = {_RENAMED.get(name, name).removeprefix("advanced."): value for name, value in values.items()}
+        advanced = {name: values[name] for name in _names(Advanced) if name in values}
+        known = {name: values[name] for name in _names(cls) if name in values}
+        return cls(**known | {"advanced": Advanced(**advanced)})
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -302,13 +289,9 @@ def config_problems(path: str | Path) -> list[str]:
 
 def _renamed(names: Iterable[str]) -> list[str]:
     """One message for each name of an earlier version."""
-    return [f"{name}: this setting is now `{_RENAMED[name]}`{_how(name)}" for name in names if name in _RENAMED]
-
-
-def _how(name: str) -> str:
-    if not _RENAMED[name].startswith("advanced."):
-        return ""
-    return f", in Python GuardConfig(advanced=Advanced({name}=...)), in YAML `advanced: {{{name}: ...}}`"
+    messages = {name: f"{name}: this setting is now `{_RENAMED[name]}`" for name in names if name in _RENAMED}
+    how = ", in Python GuardConfig(advanced=Advanced({0}=...)), in YAML `advanced: {{{0}: ...}}`"
+    return [text + (how.format(name) if "advanced." in text else "") for name, text in messages.items()]
 
 
 def _line(problem: Any) -> str:

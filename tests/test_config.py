@@ -101,7 +101,7 @@ def test_a_misspelt_advanced_setting_is_named_with_its_place(tmp_path):
     assert sorted(config_problems(path)) == [
         "advanced.alert-rule: unknown setting; did you mean advanced.alert_rule?",
         "advanced.floor_average: Input should be less than 1; found 2",
-        "gate_confidance: unknown setting; did you mean advanced.gate_confidence?",
+        "gate_confidance: unknown setting; did you mean advanced.gate_confidence or confidence?",
     ]
 
 

@@ -163,7 +163,7 @@ class PassKGuardCallback(TrainerCallback):
     # One refresh
 
     def _refresh(self, step: int, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable]) -> None:
-        """Measure, mitigate, decide and report; whatever fails, training goes on as it was."""
+        """Measure, mitigate, decide and report; training is unchanged by any failure."""
         began = time.perf_counter()
         trainer, config, seed = self._trainer, self.config, self.config.probe_seed * 1_000_003 + step
         try:

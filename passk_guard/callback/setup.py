@@ -42,15 +42,15 @@ class Attachment:
         Raises:
             GuardError: another guard is among the callbacks.
         """
-        callbacks = self._callbacks()
+        callbacks = self._trainer.callback_handler.callbacks
         if others := [c for c in callbacks if isinstance(c, type(self._guard)) and c is not self._guard]:
             raise GuardError(
                 f"Expected one {type(self._guard).__name__} on a trainer; found {len(others) + 1}. Take the others off "
                 "with trainer.remove_callback, or watch several k in separate runs."
             )
-        while len(places := self._places(callbacks)) > 1:
+        while len(places := self._places()) > 1:
             del callbacks[places[-1]]
-        self._listed = bool(self._places(callbacks))
+        self._listed = bool(places)
         before = vars(self._trainer).get(_KEY)
         if before is not None and before is not self._guard:
             before.detach()
@@ -64,37 +64,24 @@ class Attachment:
     @property
     def stands(self) -> bool:
         """False once the guard was removed; a guard that another callback calls was never listed."""
-        return not self._listed or bool(self._places(self._callbacks()))
+        return not self._listed or bool(self._places())
 
-    def _callbacks(self) -> list[Any]:
-        callbacks: list[Any] = self._trainer.callback_handler.callbacks
-        return callbacks
-
-    def _places(self, callbacks: list[Any]) -> list[int]:
-        return [i for i, c in enumerate(callbacks) if c is self._guard]
+    def _places(self) -> list[int]:
+        return [i for i, c in enumerate(self._trainer.callback_handler.callbacks) if c is self._guard]
 
 
 def choose_verifier(trainer: Any, correct: Any, config: GuardConfig) -> Verifier:
-    """The verifier that `correct` means. Raises GuardError for none, naming the trainer's reward functions."""
-    if correct is None:
-        names = getattr(trainer, "reward_func_names", [])
-        raise GuardError(
-            "Expected `correct`, the reward function that means a correct answer; found none. Pass the function"
-            + (f", or the name of one of the trainer's: {names}." if names else ".")
-        )
+    """The verifier that `correct` means; raises GuardError as `resolve_verifier`."""
+    limit = config.verifier_timeout
+    if getattr(trainer.args, "world_size", 1) > 1:  # the other ranks wait in a collective, which must outlast the limit
+        limit = min(limit, trainer.args.ddp_timeout / 2)
     return resolve_verifier(
         correct,
         getattr(trainer, "reward_funcs", ()),
         getattr(trainer, "reward_func_names", ()),
         threshold=config.correct_threshold,
-        timeout=_time_limit(trainer, config),
+        timeout=limit,
     )
-
-
-def _time_limit(trainer: Any, config: GuardConfig) -> float:
-    """With several ranks at most half of ddp_timeout: the others wait in a collective, which must outlast it."""
-    several = getattr(trainer.args, "world_size", 1) > 1
-    return min(config.verifier_timeout, trainer.args.ddp_timeout / 2) if several else config.verifier_timeout
 
 
 def held_out_source(

@@ -130,10 +130,12 @@ class ProbeSet:
         Returns:
             The indices in rising order, or None when it cannot be checked: a stream without a length, or no prompts.
         """
-        if not hasattr(training, "__len__") or "prompt" not in (getattr(training, "column_names", None) or ["prompt"]):
+        columns = getattr(training, "column_names", None)
+        if not hasattr(training, "__len__") or (columns is not None and "prompt" not in columns):
             return None
-        keys = {prompt_key(prompt) for prompt in _prompts(training) if _is_prompt(prompt)}
-        return [i for i, key in enumerate(self._keys) if key in keys]
+        index = {key: i for i, key in enumerate(self._keys)}
+        keys = (prompt_key(prompt) for prompt in _prompts(training) if _is_prompt(prompt))
+        return sorted({index[key] for key in keys if key in index})
 
     def draw(self, refresh: int, size: int, seed: int) -> list[int]:
         """Choose the prompts of one refresh, as a pure function of the arguments: resuming needs no state.
@@ -158,8 +160,8 @@ class ProbeSet:
         epoch, position = divmod(refresh, -(-len(self) // size))
         generator = random.Random(f"{seed}/{epoch}")  # a text is hashed with SHA-512: the same on every machine
         order = generator.sample(range(len(self)), len(self))
-        before, drawn = order[: position * size], order[position * size : (position + 1) * size]
-        return drawn + generator.sample(before, size - len(drawn))
+        before, chosen = order[: position * size], order[position * size : (position + 1) * size]
+        return chosen + generator.sample(before, size - len(chosen))
 
 
 def prompt_key(prompt: Any) -> str:

@@ -15,7 +15,7 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
     """Refuse what a sampler should not return; on a GPU an id outside of the vocabulary would end the process.
 
     Args:
-        rollouts: B samples, from whatever sampler.
+        rollouts: B samples, from any sampler.
         vocabulary: token ids of the model are below it; None for unknown.
         context: tokens the model has positions for; None for unknown.
 
@@ -48,7 +48,7 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
 
 
 def limits_of(model: Any) -> dict[str, int | None]:
-    """What the model can read: token ids below `vocabulary`, `context` tokens at once; None where it does not say."""
+    """What the model can read: token ids below `vocabulary`, `context` tokens at once; None where it is unknown."""
     try:
         vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
     except (AttributeError, NotImplementedError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import ctypes
-import functools
 import signal
 import threading
 import time
@@ -117,22 +116,14 @@ class Aside(Generic[T]):
 
 def raised_by_a_signal(error: BaseException) -> bool:
     """Whether a signal handler raised it, to end the process, and not the function that was running."""
-    codes = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(getattr(handler, "__func__", handler), "__code__", None) for handler in handlers} - {None}
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code in codes:
             return True
         trace = trace.tb_next
     return False
-
-
-def _code(handler: Any) -> Any:
-    """The code that a signal handler runs: of a function, a method, a partial or a callable object."""
-    while isinstance(handler, functools.partial):
-        handler = handler.func
-    called: Any = type(handler).__call__ if callable(handler) else None
-    candidates: tuple[Any, ...] = (handler, getattr(handler, "__func__", None), called)
-    return next((f.__code__ for f in candidates if hasattr(f, "__code__")), None)
 
 
 def _interruptible() -> bool:

@@ -162,7 +162,7 @@ class Verifier:
 
 
 def resolve_verifier(
-    correct: RewardFunction | Verifier | str,
+    correct: RewardFunction | Verifier | str | None,
     reward_funcs: Sequence[Any] = (),
     reward_func_names: Sequence[str] = (),
     *,
@@ -177,8 +177,13 @@ def resolve_verifier(
         threshold, timeout: for a new Verifier.
 
     Raises:
-        GuardError: no reward function, or more than one, has that name; or what it names is not a function.
+        GuardError: none; no reward function, or more than one, has that name; or what it names is not a function.
     """
+    if correct is None:
+        raise GuardError(
+            "Expected `correct`, the reward function that means a correct answer; found none. Pass the function"
+            + (f", or the name of one of the trainer's: {list(reward_func_names)}." if reward_func_names else ".")
+        )
     if isinstance(correct, Verifier):
         return correct
     if not isinstance(correct, str):

@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 class GenerateSampler:
-    """Sample from softmax(logits / temperature) with `model.generate`, whatever the model's own defaults say.
+    """Sample from softmax(logits / temperature) with `model.generate`, independent of the model's own defaults.
 
     Args:
         model: a causal LM, or a wrapper that holds one as `.module`.
@@ -182,7 +182,7 @@ class FiniteLogits(LogitsProcessor):
     """Replace logits that are NaN or +inf by 0 and remember that there was one; finite ones stay as they are.
 
     Sampling a token from NaN raises on a CPU and ends the process on a GPU. A rank that stops within a generation
-    leaves the others waiting wherever weights are sharded. So the generation goes on, and `check` raises at its end.
+    leaves the others waiting wherever weights are sharded. So the generation continues, and `check` raises at its end.
     """
 
     def __init__(self) -> None:

@@ -55,7 +55,7 @@ class Sampler(Protocol):
 
 
 def context_length(model: Any) -> int | None:
-    """Positions the model can attend to (config.max_position_embeddings), None when its config does not say."""
+    """Positions the model can attend to (config.max_position_embeddings), None when its config does not give it."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
