@@ -26,7 +26,7 @@ REFUSED = {
     "patience": [0],
     "cooldown": [0],
     "resample_refreshes": [0],
-    "min_effective_samples": [1.1],
+    "min_effective_samples": [0, 1.1],
     "source": ["elsewhere"],
     "sketch_method": ["identity"],
     "sketch_dim": [8],
@@ -43,6 +43,19 @@ def test_out_of_bounds(name, value):
     with pytest.raises((ValueError, TypeError)) as error:
         GuardConfig(**{name: value})
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"source": "training_batch", "resample_refreshes": 2}, "resample_refreshes=1"),
+        ({"source": "training_batch", "mitigation": "project"}, "source='held_out'"),
+        ({"floor_max": 9.0}, "`floor_max` <= k"),
+    ],
+)
+def test_settings_that_do_not_fit_together(settings, words):
+    with pytest.raises(ValueError, match=words):
+        GuardConfig(**settings)
 
 
 def test_frozen():

@@ -97,29 +97,25 @@ class Verifier:
 
     def _call(self, rollouts: Rollouts, scored: list[int], trainer_state: Any) -> tuple[list[float], int, str | None]:
         """Rewards of the samples in `scored`, how many of them raised, and the first reason."""
-        try:
-            result = _settle(self.function(**self._arguments(rollouts, scored, trainer_state)))
-        except (Exception, SystemExit) as error:
-            _heed_signals(error)
-        else:
+        [result] = _settle([self._attempt(rollouts, scored, trainer_state)])
+        if not isinstance(result, BaseException):
             return self._numbers(result, len(scored)), 0, None
         # One bad completion must not fail the others: find out which.
-        single = [self._attempt(rollouts, i, trainer_state) for i in scored]
-        return self._merge(_settle_all(single))
-
-    def _attempt(self, rollouts: Rollouts, picked: int, trainer_state: Any) -> Any:
-        try:
-            return self.function(**self._arguments(rollouts, [picked], trainer_state))
-        except (Exception, SystemExit) as error:
-            _heed_signals(error)
-            return error.with_traceback(None)  # whose frames would keep this refresh alive until garbage collection
-
-    def _merge(self, results: list[Any]) -> tuple[list[float], int, str | None]:
+        results = _settle([self._attempt(rollouts, [i], trainer_state) for i in scored])
         errors = [describe_error(r) for r in results if isinstance(r, BaseException)]
         if len(errors) == len(results):
             raise FailedRefresh(f"`{self.name}` raised on each of {len(results)} samples, first {errors[0]}")
         rewards = [math.nan if isinstance(r, BaseException) else self._numbers(r, 1)[0] for r in results]
         return rewards, len(errors), errors[0] if errors else None
+
+    def _attempt(self, rollouts: Rollouts, picked: list[int], trainer_state: Any) -> Any:
+        """What the function returns, or the exception it raises."""
+        try:
+            return self.function(**self._arguments(rollouts, picked, trainer_state))
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and raised_by_a_signal(error):
+                raise  # the user's SIGTERM handler may end the run in this way
+            return error.with_traceback(None)  # whose frames would keep this refresh alive until garbage collection
 
     def _numbers(self, result: Any, expected: int) -> list[float]:
         """`expected` rewards as floats, None as NaN."""
@@ -217,13 +213,8 @@ def _name(function: Any) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-def _settle(result: Any) -> Any:
-    """The value of `result`, awaited if it is a coroutine."""
-    return _run(_wait(result)) if inspect.isawaitable(result) else result
-
-
-def _settle_all(results: list[Any]) -> list[Any]:
-    """The same for many, awaited together; exceptions are returned in their places."""
+def _settle(results: list[Any]) -> list[Any]:
+    """Await the coroutines among the results together; exceptions are returned in their places."""
     pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if not pending:
         return results
@@ -258,12 +249,6 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
             for loop, running in task:
                 with suppress(RuntimeError):  # the loop has ended by now
                     loop.call_soon_threadsafe(running.cancel)
-
-
-def _heed_signals(error: BaseException) -> None:
-    """Pass on a SystemExit that was not the function's: one may be how the user's SIGTERM handler ends the run."""
-    if isinstance(error, SystemExit) and raised_by_a_signal(error):
-        raise error
 
 
 def _number(reward: Any) -> float:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from passk_guard import GuardConfig
 from passk_guard.callback.state import Memory, load_memory, save_memory
 from passk_guard.estimation.evidence import RunEvidence
 from passk_guard.estimation.records import ConflictEstimate
@@ -280,10 +279,3 @@ def test_a_resumed_run_is_the_uninterrupted_one(mitigation, tmp_path):
     assert resumed.memory.decision == whole.memory.decision
     assert resumed.memory.evidence == whole.memory.evidence
     assert len(whole.memory.evidence.scores) <= 3, "one score a draw at most"
-
-
-def test_reuse_of_a_training_batch_is_refused():
-    with pytest.raises(ValueError, match="resample_refreshes"):
-        GuardConfig(source="training_batch", resample_refreshes=2)
-    with pytest.raises(ValueError, match="min_effective_samples"):
-        GuardConfig(min_effective_samples=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -68,9 +67,7 @@ class BatchTap:
     def __enter__(self) -> BatchTap:
         return self.install()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _around_rewards(self, calculate: Method) -> Method:
