@@ -19,7 +19,7 @@ from passk_guard.utils.errors import FailedRefresh, GuardError
 if TYPE_CHECKING:
     from passk_guard.analysis import Analysis, analyze
     from passk_guard.callback.guard import PassKGuardCallback
-    from passk_guard.config import GuardConfig
+    from passk_guard.config import Advanced, GuardConfig
     from passk_guard.mitigation.objective import PassKObjective
     from passk_guard.probe.prompts import ProbeSet
     from passk_guard.probe.samplers import GenerateSampler, Sampler, TRLSampler
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "Analysis": "passk_guard.analysis",
     "GenerateSampler": "passk_guard.probe.samplers",
+    "Advanced": "passk_guard.config",
     "GuardConfig": "passk_guard.config",
     "PassKGuardCallback": "passk_guard.callback.guard",
     "PassKObjective": "passk_guard.mitigation.objective",
@@ -44,6 +45,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Advanced",
     "Analysis",
     "ConflictEstimate",
     "FailedRefresh",

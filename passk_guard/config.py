@@ -1,16 +1,17 @@
-"""Every setting of the guard, with its bounds and its help; from Python, YAML or a command line (TrlParser)."""
+"""Every setting of the guard, with its bounds and its help, from Python, YAML, JSON or a command line (TrlParser)."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
-from datetime import date
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import brief, describe_error, one_line
@@ -26,6 +27,53 @@ Whole = Annotated[int, Field(le=_LARGEST)]
 AtLeast1 = Annotated[Whole, Field(ge=1)]
 Natural = Annotated[Whole, Field(ge=0)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[Real, Field(ge=0, lt=1)]
+
+
+def _no_switch_for_a_number(cls: Any, value: Any, info: ValidationInfo) -> Any:
+    """YAML 1.1 reads a bare `yes` as True, which would pass for 1."""
+    if isinstance(value, bool) and type(getattr(cls, str(info.field_name))) in (int, float):
+        raise ValueError("expected a number, and not true or false")
+    return value
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Advanced:
+    """Settings that only a developer of the guard would turn: `GuardConfig(advanced=Advanced(...))`.
+
+    Raises:
+        pydantic.ValidationError (a ValueError): a value outside its bounds, or an unknown name.
+    """
+
+    alert_rule: Literal["whole_run", "each_look"] = _setting(
+        "whole_run",
+        "When the verdict becomes CONFLICT. whole_run: when the evidence of all refreshes establishes a conflict, with "
+        "a chance of at most 1 - confidence of any false alert in the run. each_look: when `patience` consecutive "
+        "refreshes establish one, each by itself.",
+    )
+    gate_confidence: Annotated[Real, Field(gt=0.5, lt=1)] = _setting(
+        0.8413,
+        "One-sided confidence in a conflict that opens the gate of gate=conflict. The default is one standard error.",
+    )
+    protected_average: Share = _setting(
+        0.0, "Weight of the past in the exponential average of the protected gradient over refreshes."
+    )
+    floor_average: Share = _setting(
+        0.8, "Weight of the past in the average of the floor over refreshes. Without one the floor falls too early."
+    )
+
+    _numbers = field_validator("*", mode="before")(classmethod(_no_switch_for_a_number))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_command_line(cls, given: Any) -> Any:
+        """`--advanced '{"gate_confidence": 0.9}'` arrives as one text."""
+        text = given.args[0] if isinstance(given, ArgsKwargs) and given.args else given
+        return json.loads(text) if isinstance(text, str) else given
+
+
+_RENAMED = {field.name: f"advanced.{field.name}" for field in dataclasses.fields(Advanced)}
+_RENAMED |= {"void_alert": "failed_refresh_alert"}
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -33,78 +81,64 @@ class GuardConfig:
     """Settings of `PassKGuardCallback`.
 
     Raises:
-        pydantic.ValidationError (a ValueError): a value outside its bounds, k above num_samples, or an unknown name.
+        pydantic.ValidationError (a ValueError): a value outside its bounds, k above num_samples, an unknown name, or
+            a name of an earlier version, with the new one.
     """
 
     k: Annotated[Whole, Field(ge=2)] = _setting(8, "The k of pass@k whose gradient is watched.")
-    probe_prompts: Annotated[Whole, Field(ge=3)] = _setting(
-        64, "Prompts drawn from the probe set for each refresh, over all ranks."
-    )
-    num_samples: Annotated[Whole, Field(ge=2)] = _setting(16, "Completions sampled of each probe prompt; at least k.")
-    refresh_steps: AtLeast1 = _setting(5, "Optimizer steps between refreshes of the estimate.")
+    probe_prompts: Annotated[Whole, Field(ge=3)] = _setting(64, "Probe prompts of each refresh, over all ranks.")
+    num_samples: Annotated[Whole, Field(ge=2)] = _setting(16, "Completions sampled for each probe prompt, at least k.")
+    refresh_steps: AtLeast1 = _setting(5, "Optimizer steps between two refreshes of the estimate.")
     pool_refreshes: AtLeast1 = _setting(
-        3, "Newest refreshes whose statistics are averaged for the estimate, of each draw its newest."
+        3, "Newest refreshes whose statistics are averaged. Completions that served several of them count once."
     )
     resample_refreshes: AtLeast1 = _setting(
         1,
-        "Refreshes that one draw of completions serves: sampled and scored at the first, reweighted to the policy of "
-        "the moment at the others. 1 samples every time. Patience, cooldown and CONFLICT over the whole run count "
-        "draws, and a checkpoint ends one.",
+        "Refreshes for which one sample of completions is used. The first one samples and scores them. The others "
+        "reweight them to the current policy. 1 samples at every refresh. Patience, cooldown and the evidence of the "
+        "run count only refreshes that sample. Saving a checkpoint also ends a sample.",
     )
     min_effective_samples: Annotated[Real, Field(gt=0, le=1)] = _setting(
         0.8,
-        "Share of its completions that a draw must still be worth to be used again; below it the same refresh samples "
-        "afresh. Less is as unbiased and finds fewer conflicts.",
+        "Effective sample size, as a share of the completions, below which a refresh samples new ones. A smaller share "
+        "is as unbiased and finds fewer conflicts.",
     )
     threshold: Annotated[Real, Field(gt=-1, lt=1)] = _setting(0.0, "Cosine below which the two gradients conflict.")
     confidence: Annotated[Real, Field(gt=0.5, lt=1)] = _setting(0.95, "Confidence of the interval and of the verdict.")
-    alert_rule: Literal["whole_run", "each_look"] = _setting(
-        "whole_run",
-        "When CONFLICT is said: whole_run, once the evidence of all refreshes establishes it with a chance of at most "
-        "1 - confidence of any false alert in the run; each_look, when `patience` refreshes in a row do, each alone.",
-    )
     patience: AtLeast1 = _setting(
-        2, "Refreshes in a row that must agree before the verdict changes; CONFLICT by whole_run needs none."
+        2,
+        "Consecutive refreshes that must agree before the verdict changes. CONFLICT needs none under "
+        "advanced.alert_rule=whole_run.",
     )
-    cooldown: AtLeast1 = _setting(3, "Refreshes in a row without an established conflict that end a CONFLICT.")
+    cooldown: AtLeast1 = _setting(
+        3, "Consecutive refreshes without an established conflict after which CONFLICT is cleared."
+    )
     mitigation: Literal["off", "project", "reweight", "both", "auto"] = _setting(
         "off",
-        "off observes; project turns the training gradient, before clipping and the optimizer and as little as "
-        "possible, towards the probe's pass@1 gradient until their cosine is gamma; reweight solves for a floor under "
-        "the prompt weights of the PassKObjective and touches no gradient; both does both; auto reweights where a "
-        "PassKObjective is installed and projects elsewhere.",
+        "What is done about a conflict. off: nothing. project: before clipping and the optimizer, change the training "
+        "gradient as little as possible so that its cosine to the probe's pass@1 gradient is at least gamma. reweight: "
+        "solve for a floor under the prompt weights of the PassKObjective, and change no gradient. both: do both. "
+        "auto: reweight if a PassKObjective is installed, else project.",
     )
-    gamma: Annotated[Real, Field(ge=0, lt=1)] = _setting(
-        0.2, "Cosine that project restores; 0 only removes the conflict and does not protect pass@1."
-    )
+    gamma: Share = _setting(0.2, "Cosine that project restores. 0 removes the conflict without protecting pass@1.")
     gate: Literal["always", "conflict"] = _setting(
         "always",
-        "When project keeps the margin: always, or only while the newest estimate is in conflict at gate_confidence. "
-        "The cosine turns acute after the damage is done, and a gate that closes then leaves the run as damaged.",
-    )
-    gate_confidence: Annotated[Real, Field(gt=0.5, lt=1)] = _setting(
-        0.8413, "One-sided confidence from which a conflict opens the gate; the default is one standard error."
-    )
-    protected_average: Annotated[Real, Field(ge=0, lt=1)] = _setting(
-        0.0, "Weight of the past in the exponential average of the protected gradient over refreshes."
+        "When project enforces the constraint. always: at every step. conflict: only while the newest estimate is in "
+        "conflict at advanced.gate_confidence. The cosine becomes positive again only after pass@1 has been damaged, "
+        "so conflict protects less.",
     )
     protected_dtype: Literal["float32", "bfloat16"] = _setting(
-        "float32", "Dtype the protected gradient is kept in; bfloat16 halves its memory."
+        "float32", "Dtype in which the protected gradient is kept. bfloat16 halves its memory."
     )
-    floor_gamma: Annotated[Real, Field(ge=0, lt=1)] = _setting(
-        0.2, "Cosine to the pass@1 gradient that the floor of reweight is solved for."
-    )
+    floor_gamma: Share = _setting(0.2, "Cosine to the pass@1 gradient for which reweight solves for the floor.")
     floor_max: Annotated[Real, Field(gt=0)] = _setting(
-        1.0, "Largest floor; 1 is the weight that pass@1 gives every prompt, k would make the run one on pass@1."
-    )
-    floor_average: Annotated[Real, Field(ge=0, lt=1)] = _setting(
-        0.8, "Weight of the past in the average of the floor over refreshes; without one it lets go too early."
+        1.0, "Largest floor. 1 is the weight that pass@1 gives every prompt. k would turn the run into one on pass@1."
     )
     correct_threshold: Real = _setting(1.0, "Rewards at or above it count as correct.")
     verifier_timeout: Annotated[Real, Field(ge=0)] = _setting(
         300.0,
-        "Seconds that scoring the completions of one refresh may take on a rank; a function that is not done by then "
-        "is stopped, and the refresh is void. At most half of ddp_timeout with several ranks. 0 sets no limit.",
+        "Seconds allowed for scoring the completions of one refresh on one rank. A reward function that takes longer "
+        "is stopped, and the refresh fails. With several ranks at most half of ddp_timeout applies. 0 sets no limit.",
     )
     instruments: Literal["both", "change", "angle"] = _setting(
         "both",
@@ -124,47 +158,36 @@ class GuardConfig:
     )
     source: Literal["held_out", "training_batch"] = _setting(
         "held_out",
-        "Where the probe's completions come from: held_out samples the probe set; training_batch reuses the batch a "
-        "GRPO/RLOO trainer has just generated, which costs no generation but is not held out.",
+        "Where the completions come from. held_out: sampled from the probe set. training_batch: the batch that a "
+        "GRPO or RLOO trainer has just generated, which costs no generation but is not held out.",
     )
     allow_overlap: bool = _setting(False, "Accept probe prompts that are also in the training set.")
     sketch_method: Literal["kronecker", "countsketch"] = _setting(
-        "kronecker", "Projection of the gradients; countsketch keeps inner products better and is slower."
+        "kronecker", "Projection of the gradients. countsketch preserves inner products better and is slower."
     )
     sketch_dim: Annotated[Whole, Field(ge=256)] = _setting(16384, "Dimension of the sketched gradients.")
     max_probe_tokens: AtLeast1 = _setting(
         16384,
-        "Tokens, padding included, in one forward and backward pass of the sketch and of the protected direction: the "
-        "memory of a refresh grows with it. A longer sample has a pass of its own, which the log names. Generation has "
-        "no backward and is bounded by probe_batch_size, or by the training batch of a TRL trainer.",
+        "Tokens, padding included, in one forward and backward pass of the sketch and of the protected direction. The "
+        "memory of a refresh grows with it. A longer completion gets a separate pass, which the log reports. "
+        "Generation is bounded by probe_batch_size instead, or by the training batch of a TRL trainer.",
     )
-    probe_batch_size: AtLeast1 = _setting(
-        64,
-        "Completions generated at once with model.generate, each of at most its prompt and probe_max_new_tokens; TRL "
-        "trainers use their own.",
-    )
+    probe_batch_size: AtLeast1 = _setting(64, "Completions per call of model.generate. TRL trainers use their own.")
     probe_temperature: Annotated[Real, Field(gt=0)] = _setting(
-        1.0, "Sampling temperature with model.generate; TRL trainers use their own."
+        1.0, "Sampling temperature of model.generate. TRL trainers use their own."
     )
-    probe_max_new_tokens: AtLeast1 = _setting(
-        256, "Longest completion with model.generate; TRL trainers use their own."
-    )
+    probe_max_new_tokens: AtLeast1 = _setting(256, "Most tokens per completion. TRL trainers use their own number.")
     failed_refresh_alert: AtLeast1 = _setting(
-        3, "Void refreshes in a row after which an alert says that the guard is blind."
+        3, "Consecutive failed refreshes after which an alert reports that there is no valid refresh."
     )
-    probe_seed: Natural = _setting(0, "Seed of the probe's own randomness; training's is never touched.")
+    probe_seed: Natural = _setting(0, "Seed of the probe. The random state of training is never changed.")
     image_refreshes: Natural = _setting(
-        5, "Refreshes between pictures of the kernel and the k curve in TensorBoard, wandb and trackio; 0 sends none."
+        5, "Refreshes between pictures of the kernel and the k curve in TensorBoard, wandb and trackio. 0 sends none."
     )
-    progress_bar: bool | None = _setting(None, "Progress bar while probing; None shows it in a terminal only.")
+    progress_bar: bool | None = _setting(None, "Show a progress bar while probing. None shows it in a terminal only.")
+    advanced: Advanced = _setting(Advanced(), "Settings for developers of the guard, as a mapping or as JSON.")
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML 1.1 reads a bare `yes` as True, which would pass for 1."""
-        if isinstance(value, bool) and type(getattr(cls, str(info.field_name))) in (int, float):
-            raise ValueError("expected a number, and not true or false")
-        return value
+    _numbers = field_validator("*", mode="before")(classmethod(_no_switch_for_a_number))
 
     @field_validator("mitigation", mode="before")
     @classmethod
@@ -172,8 +195,16 @@ class GuardConfig:
         """YAML 1.1 reads a bare `off` as False."""
         return "off" if value is False else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_earlier_names(cls, given: Any) -> Any:
+        names = given.kwargs if isinstance(given, ArgsKwargs) else given
+        if isinstance(names, Mapping) and (found := _renamed(names)):
+            raise ValueError("; ".join(found))
+        return given
+
     @model_validator(mode="after")
-    def _samples_reach_k(self) -> GuardConfig:
+    def _fit_together(self) -> GuardConfig:
         if self.num_samples < self.k:
             raise ValueError(
                 f"Expected `num_samples` >= k; found num_samples={self.num_samples}, k={self.k}. No unbiased estimate "
@@ -212,7 +243,7 @@ class GuardConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> GuardConfig:
-        """Read a YAML or JSON mapping of settings, either the whole file or what stands under `passk_guard:`.
+        """Read a YAML or JSON mapping of settings: the whole file, or its part under `passk_guard:`.
 
         Raises:
             GuardError: no such file, not a mapping, an unknown setting or a value outside its bounds.
@@ -222,21 +253,23 @@ class GuardConfig:
         except ValidationError as error:
             raise GuardError(f"Settings in {path}: {error}") from error
 
+    @classmethod
+    def from_journal(cls, settings: Mapping[str, Any]) -> GuardConfig:
+        """Read the settings in a run's journal, of any version; those that this version does not know are left out.
 
-class _NoSetting:
-    """In place of what no setting can be, such as a list: a file may nest without end, and a message with it."""
-
-    def __init__(self, value: Any) -> None:
-        self._kind = {list: "a list", dict: "a mapping", int: "a number beyond 64 bits"}.get(
-            type(value), "such a value"
-        )
-
-    def __repr__(self) -> str:
-        return self._kind
+        Raises:
+            pydantic.ValidationError: a value outside its bounds.
+        """
+        nested = settings.get("advanced")
+        values = {**settings, **(nested if isinstance(nested, Mapping) else {})}
+        values = {_RENAMED.get(name, name).removeprefix("advanced."): value for name, value in values.items()}
+        advanced = {name: values[name] for name in _names(Advanced) if name in values}
+        known = {name: values[name] for name in _names(cls) if name in values}
+        return cls(**known | {"advanced": Advanced(**advanced)})
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping of settings in a YAML or JSON file, not yet checked.
+    """Read the mapping of settings in a YAML or JSON file, not yet checked.
 
     Raises:
         GuardError: no such file, none that can be read, neither YAML nor JSON, or not a mapping.
@@ -255,44 +288,40 @@ def read_settings(path: Path) -> dict[str, Any]:
         content = content["passk_guard"]
     if not isinstance(content, dict):
         raise GuardError(f"Expected a mapping of settings in {path}; found {type(content).__name__}.")
-    return {_name(name): value if _is_single(value) else _NoSetting(value) for name, value in content.items()}
-
-
-def _name(name: Any) -> str:
-    return one_line(name) if isinstance(name, str) else brief(name)
-
-
-def _is_single(value: Any) -> bool:
-    if isinstance(value, int):
-        return abs(value) < 2**64  # Python refuses to write thousands of digits
-    return isinstance(value, (str, float, date, type(None)))
-
-
-# The guard's settings as a file: its JSON schema, and everything that is wrong with one.
+    return {one_line(str(name)): value for name, value in content.items()}
 
 
 def config_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of `GuardConfig`, with the help of each setting as its description."""
     schema = TypeAdapter(GuardConfig).json_schema()
-    for field in dataclasses.fields(GuardConfig):
-        schema["properties"][field.name]["description"] = field.metadata["help"]
+    for kind, part in ((GuardConfig, schema), (Advanced, schema["$defs"]["Advanced"])):
+        for field in dataclasses.fields(kind):
+            part["properties"][field.name]["description"] = field.metadata["help"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def config_problems(path: str | Path) -> list[str]:
-    """What keeps a YAML or JSON file from being settings, one line each; empty where nothing does.
+    """List what keeps a YAML or JSON file from being settings, one line each; empty where nothing does.
 
-    As in `GuardConfig.from_yaml`, the settings are the whole file or what stands under `passk_guard:`.
+    As in `GuardConfig.from_yaml`, the settings are the whole file or its part under `passk_guard:`.
 
     Raises:
         GuardError: no such file, none that can be read, neither YAML nor JSON, or not a mapping.
     """
     content = read_settings(Path(path))
+    problems = _renamed(content)
     try:
-        TypeAdapter(GuardConfig).validate_python(content)
+        TypeAdapter(GuardConfig).validate_python({k: v for k, v in content.items() if k not in _RENAMED})
     except ValidationError as error:
-        return [_line(problem) for problem in error.errors()]
-    return []
+        problems += [_line(problem) for problem in error.errors()]
+    return problems
+
+
+def _renamed(names: Iterable[str]) -> list[str]:
+    """One message for each name of an earlier version."""
+    messages = {name: f"{name}: this setting is now `{_RENAMED[name]}`" for name in names if name in _RENAMED}
+    how = ", in Python GuardConfig(advanced=Advanced({0}=...)), in YAML `advanced: {{{0}: ...}}`"
+    return [text + (how.format(name) if "advanced." in text else "") for name, text in messages.items()]
 
 
 def _line(problem: Any) -> str:
@@ -308,7 +337,12 @@ def _line(problem: Any) -> str:
 
 
 def _meant(name: str) -> str:
-    known = [field.name for field in dataclasses.fields(GuardConfig)]
-    plain = name.lower().replace("-", "_")
+    advanced = [f"advanced.{known}" for known in _names(Advanced)]
+    known = {full.rpartition(".")[2]: full for full in [*_names(GuardConfig), *advanced]}
+    plain = name.rpartition(".")[2].lower().replace("-", "_")
     close = [plain] if plain in known else difflib.get_close_matches(plain, known, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"; did you mean {' or '.join(known[one] for one in close)}?" if close else ""
+
+
+def _names(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]

@@ -28,7 +28,7 @@ from passk_guard.mitigation.engines import untraced
 from passk_guard.planning import outlook, refresh_noise
 from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.out_of_memory import until_it_fits
-from passk_guard.probe.progress import sampling_bar, wants_bar
+from passk_guard.probe.progress import sampling_bar, wanted
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.refresh import Refresh, Refresher
 from passk_guard.probe.rescoring import Rescorer
@@ -186,7 +186,7 @@ class PassKGuardCallback(TrainerCallback):
         keys: Sequence[Hashable],
         control: Any = None,
     ) -> None:
-        """Measure, mitigate, decide and report; whatever fails, training goes on as it was."""
+        """Measure, mitigate, decide and report; training is unchanged by any failure."""
         began = time.perf_counter()
         trainer, seed = self._trainer, self.config.probe_seed * 1_000_003 + step
         try:
@@ -240,7 +240,8 @@ class PassKGuardCallback(TrainerCallback):
 
     def _sample(self, source: HeldOut, number: int) -> tuple[Rollouts, Outcomes]:
         """This rank's completions of refresh `number`, checked and scored."""
-        with sampling_bar(source.sampler, wants_bar(self.config.progress_bar, self._trainer)):
+        shown = wanted(self.config.progress_bar, self._ranks, quiet=self._trainer.args.disable_tqdm)
+        with sampling_bar(source.sampler, shown):
             rollouts = source.rollouts(number, self._ranks.index, self._ranks.count)
         check_rollouts(rollouts, **limits_of(self._trainer.accelerator.unwrap_model(self._trainer.model)))
         return rollouts, self._verifier.score(rollouts, trainer_state=self._trainer.state)
@@ -350,7 +351,7 @@ class PassKGuardCallback(TrainerCallback):
 
     @property
     def _rule(self) -> DecisionRule:
-        over_the_run = self.config.alert_rule == "whole_run"
+        over_the_run = self.config.advanced.alert_rule == "whole_run"
         allowed = 1 - self.config.confidence if over_the_run else None
         return DecisionRule(self.config.patience, self.config.cooldown, allowed)
 

@@ -72,7 +72,7 @@ class Mitigator:
             FailedRefresh: the direction could not be taken; the same on every rank.
         """
         if self.steps is not None:
-            wanted = self._config.gate == "always" or in_conflict(estimate, self._config.gate_confidence)
+            wanted = self._config.gate == "always" or in_conflict(estimate, self._config.advanced.gate_confidence)
             # Without a prompt that is solved sometimes there is no direction to protect; equally so on every rank.
             self.steps.open = wanted and bool(refresh.batches)
             if self.steps.open:
@@ -131,7 +131,7 @@ class Mitigator:
             choose_engine(self._trainer),
             self._ranks,
             gamma=self._config.gamma,
-            average=self._config.protected_average,
+            average=self._config.advanced.protected_average,
             dtype=getattr(torch, self._config.protected_dtype),
             on_failure=self._warn,
             wanted=self._wanted,

@@ -1,4 +1,4 @@
-"""Whether the installed libraries still have what this run will touch, asked once, at train begin."""
+"""From what the user passed to the parts of a guard; the one guard of a trainer; private names of the libraries."""
 
 from __future__ import annotations
 
@@ -12,26 +12,24 @@ from passk_guard.config import GuardConfig
 from passk_guard.mitigation.objective import PassKObjective
 from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.prompts import ProbeSet
-from passk_guard.probe.samplers import GenerateSampler, Sampler, TRLSampler
+from passk_guard.probe.samplers import Sampler, TRLSampler, choose_sampler
 from passk_guard.probe.verifier import Verifier, resolve_verifier
 from passk_guard.utils.errors import GuardError
-from passk_guard.utils.private_api import check, is_trl, seams
+from passk_guard.utils.private_api import check, seams
 
-# Which guard acts on a trainer: one, once, and for as long as it is among the trainer's callbacks.
-
-
+logger = logging.getLogger(__name__)
 _KEY = "_passk_guard_attached"
 
 
 class Attachment:
-    """The claim of one guard on one trainer.
+    """The claim of one guard on one trainer: one guard, once, for as long as it is among the trainer's callbacks.
 
-    A train() that was stopped by an exception leaves the guard's methods on the trainer until the next one begins.
-    Whoever takes the guard off in between must not find it at work.
+    A train() that was stopped by an exception leaves the guard's patches on the trainer until the next one begins.
+    A guard that the user removed in between must do nothing then.
 
     Args:
         trainer: a transformers Trainer.
-        guard: a callback.
+        guard: a callback with `detach()`.
     """
 
     def __init__(self, trainer: Any, guard: Any) -> None:
@@ -39,20 +37,20 @@ class Attachment:
         self._listed = False
 
     def claim(self) -> None:
-        """Become the trainer's guard, after undoing one that was taken off; a guard added twice stays once.
+        """Become the trainer's guard, after detaching one that was removed; a guard added twice stays once.
 
         Raises:
             GuardError: another guard is among the callbacks.
         """
-        callbacks = self._callbacks()
+        callbacks = self._trainer.callback_handler.callbacks
         if others := [c for c in callbacks if isinstance(c, type(self._guard)) and c is not self._guard]:
             raise GuardError(
                 f"Expected one {type(self._guard).__name__} on a trainer; found {len(others) + 1}. Take the others off "
-                "with trainer.remove_callback, or watch several k in runs of their own."
+                "with trainer.remove_callback, or watch several k in separate runs."
             )
-        while len(places := self._places(callbacks)) > 1:
+        while len(places := self._places()) > 1:
             del callbacks[places[-1]]
-        self._listed = bool(self._places(callbacks))
+        self._listed = bool(places)
         before = vars(self._trainer).get(_KEY)
         if before is not None and before is not self._guard:
             before.detach()
@@ -65,48 +63,31 @@ class Attachment:
 
     @property
     def stands(self) -> bool:
-        """False once the guard was taken off; one that another callback calls was never on."""
-        return not self._listed or bool(self._places(self._callbacks()))
+        """False once the guard was removed; a guard that another callback calls was never listed."""
+        return not self._listed or bool(self._places())
 
-    def _callbacks(self) -> list[Any]:
-        callbacks: list[Any] = self._trainer.callback_handler.callbacks
-        return callbacks
-
-    def _places(self, callbacks: list[Any]) -> list[int]:
-        return [i for i, c in enumerate(callbacks) if c is self._guard]
-
-
-# From what the user passed to the parts of a guard, or an error that says what to pass instead.
-
-
-logger = logging.getLogger(__name__)
+    def _places(self) -> list[int]:
+        return [i for i, c in enumerate(self._trainer.callback_handler.callbacks) if c is self._guard]
 
 
 def choose_verifier(trainer: Any, correct: Any, config: GuardConfig) -> Verifier:
-    if correct is None:
-        names = getattr(trainer, "reward_func_names", [])
-        raise GuardError(
-            "Expected `correct`, the reward function that means a correct answer; found none. Pass the function"
-            + (f", or the name of one of the trainer's: {names}." if names else ".")
-        )
+    """The verifier that `correct` means; raises GuardError as `resolve_verifier`."""
+    limit = config.verifier_timeout
+    if getattr(trainer.args, "world_size", 1) > 1:  # the other ranks wait in a collective, which must outlast the limit
+        limit = min(limit, trainer.args.ddp_timeout / 2)
     return resolve_verifier(
         correct,
         getattr(trainer, "reward_funcs", ()),
         getattr(trainer, "reward_func_names", ()),
         threshold=config.correct_threshold,
-        timeout=_time_limit(trainer, config),
+        timeout=limit,
     )
-
-
-def _time_limit(trainer: Any, config: GuardConfig) -> float:
-    """The other ranks wait in a collective, which must outlast the limit."""
-    several = getattr(trainer.args, "world_size", 1) > 1
-    return min(config.verifier_timeout, trainer.args.ddp_timeout / 2) if several else config.verifier_timeout
 
 
 def held_out_source(
     trainer: Any, probe: Any, verifier: Verifier, sampler: Sampler | None, config: GuardConfig
 ) -> HeldOut:
+    """The probe prompts with a sampler for them. Raises GuardError for prompts that cannot serve, as the guard."""
     if probe is None:
         raise GuardError(
             "Expected `probe`, prompts held out from training; found none. Pass a list of rows, a JSONL path or a "
@@ -115,23 +96,16 @@ def held_out_source(
     prompts = ProbeSet.of(probe)
     prompts.require_columns(verifier.required_columns)
     _refuse_overlap(prompts, trainer.train_dataset, config.allow_overlap)
-    sampler = sampler or choose_sampler(trainer, config)
-    sampler.check_lengths(prompts.rows)
-    return HeldOut(prompts, sampler, config.probe_prompts, config.num_samples, config.probe_seed)
-
-
-def choose_sampler(trainer: Any, config: GuardConfig) -> Sampler:
-    if is_trl(trainer) or hasattr(trainer, "_generate_single_turn"):
-        return TRLSampler(trainer)
-    if trainer.processing_class is None:
-        raise GuardError("Expected a trainer with a tokenizer to sample with; pass `processing_class` to the trainer.")
-    return GenerateSampler(
+    sampler = sampler or choose_sampler(
         trainer.model,
         trainer.processing_class,
         temperature=config.probe_temperature,
         max_new_tokens=config.probe_max_new_tokens,
         batch_size=config.probe_batch_size,
+        trainer=trainer,
     )
+    sampler.check_lengths(prompts.rows)
+    return HeldOut(prompts, sampler, config.probe_prompts, config.num_samples, config.probe_seed)
 
 
 def _refuse_overlap(prompts: ProbeSet, training: Any, allowed: bool) -> None:
@@ -147,6 +121,7 @@ def _refuse_overlap(prompts: ProbeSet, training: Any, allowed: bool) -> None:
 
 
 def check_groups(trainer: Any, config: GuardConfig) -> None:
+    """Raise GuardError unless a training batch has k completions of each prompt."""
     found = getattr(trainer, "num_generations", None)
     if found is not None and found < config.k:
         raise GuardError(
@@ -185,13 +160,13 @@ def check_compatibility(trainer: Any, sampler: Sampler | None, *, taps_batch: bo
 
 
 def _sharded_parameter(model: nn.Module) -> nn.Parameter | None:
-    """One that ZeRO-3 has emptied; it marks its parameters with several names of this kind."""
+    """A parameter that ZeRO-3 has emptied; ZeRO-3 marks its parameters with several names of this kind."""
     emptied = (p for p in model.parameters() if p.requires_grad and not p.numel())
     return next((p for p in emptied if any(name.startswith("ds_") for name in vars(p))), None)
 
 
 def _checkpointing_layer(model: nn.Module) -> nn.Module | None:
-    """A layer of transformers' that checkpoints its activations; it could not do so without the function."""
+    """A layer of transformers that checkpoints its activations, for which it needs the function."""
     return next(
         (
             module

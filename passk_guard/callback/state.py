@@ -90,28 +90,7 @@ def save_memory(memory: Memory, folder: Path) -> None:
     Raises:
         OSError, RuntimeError: the folder cannot be written to.
     """
-    content = {
-        "format": _FORMAT,
-        "decision": asdict(memory.decision),
-        "failures": memory.failures,
-        "step": memory.step,
-        "floor": asdict(memory.floor),
-        "evidence": asdict(memory.evidence),
-        "history": [
-            {
-                "gram": probe.gram,
-                "num_samples": probe.num_samples,
-                "num_correct": probe.num_correct,
-                "prompt_keys": [str(key) for key in probe.prompt_keys],
-            }
-            | ({"misses": probe.misses} if probe.reused else {})
-            for probe in memory.history
-        ],
-        "taken": list(memory.taken),
-        "floor_before": asdict(memory.floor_before),
-        "change": asdict(memory.change),
-    }
-    save_whole(content, folder / FILE_NAME)
+    save_whole({"format": _FORMAT} | asdict(memory), folder / FILE_NAME)
 
 
 def load_memory(folder: Path) -> Memory | None:
@@ -170,7 +149,7 @@ class _Probe(BaseModel):
     gram: Tensor
     num_samples: Tensor
     num_correct: Tensor
-    prompt_keys: list[StrictStr]
+    prompt_keys: tuple[StrictStr, ...]
     misses: Tensor | None = None
 
 

@@ -23,7 +23,7 @@ class FloorGuard:
 
     Args:
         objective: installed on the trainer; its own `floor` is the least that is ever used, its `cap` stays.
-        config: floor_gamma, floor_max, floor_average.
+        config: floor_gamma, floor_max, advanced.floor_average.
         ranks: the processes of the run.
     """
 
@@ -50,7 +50,7 @@ class FloorGuard:
         self.solution = self._ranks.together(
             lambda: solve_floor(probes, config.k, gamma=config.floor_gamma, largest=largest, cap=self.objective.cap)
         )
-        new = smooth_floor(state, self.solution, config.floor_average, largest=largest)
+        new = smooth_floor(state, self.solution, config.advanced.floor_average, largest=largest)
         agreed = self._ranks.from_first(torch.tensor([new.floor, new.precision], dtype=torch.float64))
         return FloorState(*agreed.tolist())
 

@@ -119,9 +119,8 @@ def _nothing(journal: RunJournal, events: Sequence[Event]) -> str:
 
 
 def _config(path: Path, settings: Mapping[str, Any]) -> GuardConfig:
-    """Those that this version knows."""
     try:
-        return GuardConfig(**{name: settings[name] for name in GuardConfig.__dataclass_fields__ if name in settings})
+        return GuardConfig.from_journal(settings)
     except ValidationError as error:
         raise GuardError(f"Settings in {path}: {error}") from error
 

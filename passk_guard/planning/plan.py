@@ -106,7 +106,7 @@ class Plan:
         return {
             "k": config.k,
             "num_samples": config.num_samples,
-            "alert_rule": config.alert_rule,
+            "alert_rule": config.advanced.alert_rule,
             "confidence": config.confidence,
             "threshold": config.threshold,
             "refresh_steps": config.refresh_steps,
@@ -196,5 +196,5 @@ def _draws_pooled(config: GuardConfig) -> int:
 
 
 def _rule(config: GuardConfig) -> DecisionRule:
-    over_the_run = config.alert_rule == "whole_run"
+    over_the_run = config.advanced.alert_rule == "whole_run"
     return DecisionRule(config.patience, config.cooldown, 1 - config.confidence if over_the_run else None)

@@ -67,7 +67,7 @@ def describe_plan(plan: Plan, where: str) -> Iterator[str]:
     yield prompts_with_a_gradient(plan)
     yield ""
     rule = f"at most {1 - config.confidence:.0%} false alerts in a run"
-    if config.alert_rule == "each_look":
+    if config.advanced.alert_rule == "each_look":
         rule = f"{config.patience} looks in a row, each at {config.confidence:.0%}"
     if plan.signal.size is None:
         yield f"No power can be stated: {no_signal(plan)}."

@@ -1,8 +1,8 @@
-"""Held-out prompts, shared out over the ranks and sampled: where the rollouts of a refresh come from."""
+"""Held-out prompts, divided among the ranks and sampled: the rollouts of a refresh."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ class HeldOut:
 
     Attributes:
         probe: the prompts.
-        sampler: draws the completions.
+        sampler: samples the completions.
         size: m, prompts of a refresh over all ranks.
         num_samples: n, completions of each.
-        seed: of the draw of prompts and of the sampling.
+        seed: of the choice of prompts and of the sampling.
     """
 
     probe: ProbeSet
@@ -40,27 +40,27 @@ class HeldOut:
         return [self.probe.key(i) for i in self.probe.draw(refresh, self.size, self.seed)]
 
     def rollouts(self, refresh: int, rank: int, num_ranks: int) -> Rollouts:
-        """This rank's share of a refresh: every `num_ranks`-th prompt, n completions each.
+        """Sample this rank's share of a refresh: every `num_ranks`-th prompt, n completions each.
 
-        Ranks sample equally many prompts, since parts of one model must run the same number of steps; where the
+        Ranks sample equally many prompts, since parts of one model must run the same number of steps. Where the
         prompts do not divide, some are sampled once more as fillers, which are counted nowhere.
         """
-        drawn = self.probe.draw(refresh, self.size, self.seed)
-        places = range(rank, rank + num_ranks * -(-len(drawn) // num_ranks), num_ranks)
-        rows = [self.probe[drawn[place % len(drawn)]] for place in places]
+        chosen = self.probe.draw(refresh, self.size, self.seed)
+        places = range(rank, rank + num_ranks * -(-len(chosen) // num_ranks), num_ranks)
+        rows = [self.probe[chosen[place % len(chosen)]] for place in places]
         samples = self.sampler.sample(rows, self.num_samples, _mix(self.seed, refresh, rank))
         return Rollouts(
             rows=_repeat(rows, self.num_samples),
-            prompt_index=_repeat([place if place < len(drawn) else -1 for place in places], self.num_samples),
+            prompt_index=_repeat([place if place < len(chosen) else -1 for place in places], self.num_samples),
             prompt_ids=samples.prompt_ids,
             completion_ids=samples.completion_ids,
             completions=samples.completions,
-            num_prompts=len(drawn),
+            num_prompts=len(chosen),
             temperature=self.sampler.temperature,
         )
 
 
-def _repeat(items: Sequence[Any] | Sequence[Mapping[str, Any]], times: int) -> list[Any]:
+def _repeat(items: Sequence[Any], times: int) -> list[Any]:
     return [item for item in items for _ in range(times)]
 
 

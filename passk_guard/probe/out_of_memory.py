@@ -1,4 +1,4 @@
-"""What to do when the probe runs out of memory: the same in smaller pieces, on all ranks, for as long as there are."""
+"""What the probe does when memory runs out: the same in smaller pieces, on all ranks, while there are any."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 
 T = TypeVar("T")
-# What PyTorch, cuBLAS and cuDNN say where they do not raise an OutOfMemoryError.
+# What the messages of PyTorch, cuBLAS and cuDNN contain where they raise no OutOfMemoryError.
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 def until_it_fits(ranks: Ranks, attempt: Callable[[], T], smaller: Callable[[], bool]) -> T:
-    """Make an attempt on all ranks; after one that ran out of memory on any of them, make it smaller and try again.
+    """Make an attempt on all ranks, and a smaller one after each that ran out of memory on any of them.
 
     Args:
         ranks: the processes of the run.
-        attempt: raises FailedRefresh on all ranks or on none, as `Ranks.together` sees to.
+        attempt: raises FailedRefresh on all ranks or on none, as `Ranks.together` does.
         smaller: makes the next attempt smaller; False where it cannot be. The same answer on every rank.
 
     Returns:
         What the attempt that fitted returned.
 
     Raises:
-        FailedRefresh: that of the attempt, when it failed for another reason or cannot be made smaller.
+        FailedRefresh: the attempt failed for another reason, or cannot be made smaller.
     """
     while True:
         try:
@@ -45,19 +45,19 @@ def until_it_fits(ranks: Ranks, attempt: Callable[[], T], smaller: Callable[[], 
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether the error, or one that it was raised from, says that memory ran out."""
+    """Whether the error, or one that it was raised from, reports that memory ran out."""
     while error is not None:
-        said = str(error).lower()
+        message = str(error).lower()
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
-        if isinstance(error, RuntimeError) and any(words in said for words in _WORDS):
+        if isinstance(error, RuntimeError) and any(words in message for words in _WORDS):
             return True
         error = error.__cause__
     return False
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, to the system and so to the other parts of this process."""
+    """Free unreferenced memory, on the device too, for the rest of this process."""
     gc.collect()
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
@@ -73,7 +73,7 @@ def largest(ranks: Ranks, batches: Sequence[TokenBatch]) -> tuple[int, int]:
 
 
 def halved(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
-    """Each batch as two, so that ranks which had equally many still have; the other half of one sample is a filler."""
+    """Split each batch into two, so that ranks keep equally many; the other half of a single sample is a filler."""
     pieces: list[TokenBatch] = []
     for batch in batches:
         middle = -(-batch.input_ids.shape[0] // 2)

@@ -1,4 +1,4 @@
-"""A progress bar over the completions of one refresh."""
+"""Progress bars over completions: of one refresh in training, and of the two stages of an analysis."""
 
 from __future__ import annotations
 
@@ -14,49 +14,18 @@ from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.sketch import Method, ScoreSketcher
 from passk_guard.utils.ranks import Ranks
 
-
-def wants_bar(setting: bool | None, trainer: Any) -> bool:
-    """Whether to show one: on the first rank, and without a setting only in a terminal and where tqdm is on."""
-    if not trainer.state.is_world_process_zero:
-        return False
-    return setting if setting is not None else sys.stderr.isatty() and not trainer.args.disable_tqdm
-
-
-@contextmanager
-def sampling_bar(sampler: Any, shown: bool) -> Iterator[None]:
-    """Follow the sampler's `on_progress`, where it has one; the bar is gone when the samples are there."""
-    if not shown or not hasattr(sampler, "on_progress"):
-        yield
-        return
-    before = sampler.on_progress
-    with tqdm(desc="passk_guard probe", unit="completion", leave=False) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        sampler.on_progress = advance
-        try:
-            yield
-        finally:
-            sampler.on_progress = before
-
-
-# Progress bars over the two slow stages.
-
-
 Advance = Callable[[int, int], None]
 
 
-def wanted(setting: bool | None, ranks: Ranks) -> bool:
-    """Whether to show bars: on the first rank, and without a setting in a terminal only."""
-    return ranks.index == 0 and (sys.stderr.isatty() if setting is None else setting)
+def wanted(setting: bool | None, ranks: Ranks, *, quiet: bool = False) -> bool:
+    """Whether to show bars: on the first rank, and without a setting in a terminal only and not where `quiet`."""
+    return ranks.index == 0 and (sys.stderr.isatty() and not quiet if setting is None else setting)
 
 
 @contextmanager
-def bar(stage: str, shown: bool) -> Iterator[Advance]:
-    """A bar over completions, followed by calling what this gives with (done, in all)."""
-    with tqdm(desc=f"passk_guard {stage}", unit="completion", disable=not shown) as line:
+def bar(stage: str, shown: bool, *, leave: bool = True) -> Iterator[Advance]:
+    """A bar over completions, which is moved by calling what this yields with (done, in all)."""
+    with tqdm(desc=f"passk_guard {stage}", unit="completion", disable=not shown, leave=leave) as line:
 
         def advance(done: int, total: int) -> None:
             line.total = total
@@ -65,8 +34,22 @@ def bar(stage: str, shown: bool) -> Iterator[Advance]:
         yield advance
 
 
+@contextmanager
+def sampling_bar(sampler: Any, shown: bool) -> Iterator[None]:
+    """A bar that follows the sampler's `on_progress`, where it has one, and is gone when the samples are there."""
+    if not shown or not hasattr(sampler, "on_progress"):
+        yield
+        return
+    before = sampler.on_progress
+    with bar("probe", shown, leave=False) as sampler.on_progress:
+        try:
+            yield
+        finally:
+            sampler.on_progress = before
+
+
 class SketchWithBar(ScoreSketcher):
-    """A `ScoreSketcher` that says how far it is.
+    """A `ScoreSketcher` that reports its progress.
 
     Args:
         model, dim, method, seed: as for `ScoreSketcher`.
@@ -78,12 +61,9 @@ class SketchWithBar(ScoreSketcher):
         self._advance, self._done, self._total = advance, 0, 0
 
     def expect(self, rollouts: Rollouts, outcomes: Outcomes) -> None:
-        """Count what there is to sketch: the completions of this rank's prompts that were solved sometimes."""
-        right: dict[int, set[int]] = {}
-        for prompt, verdict in zip(rollouts.prompt_index, outcomes.correct.tolist(), strict=True):
-            right.setdefault(prompt, set()).add(verdict)
-        solved_sometimes = {prompt for prompt, verdicts in right.items() if {0, 1} <= verdicts}
-        self._total = sum(prompt in solved_sometimes for prompt in rollouts.prompt_index)
+        """Count the completions to sketch: those of this rank's prompts that were solved sometimes."""
+        pairs = set(zip(rollouts.prompt_index, outcomes.correct.tolist(), strict=True))
+        self._total = sum((x, 0) in pairs and (x, 1) in pairs for x in rollouts.prompt_index)
         self._advance(0, self._total)
 
     def sketch(self, input_ids: Tensor, *rest: Any, **options: Any) -> Tensor:

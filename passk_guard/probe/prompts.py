@@ -1,4 +1,4 @@
-"""The held-out prompts: where they come from, which of them a refresh uses, and whether training saw them."""
+"""The held-out prompts: their source, which of them a refresh uses, and whether training saw them."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from passk_guard.utils.errors import GuardError
-from passk_guard.utils.text import brief, describe_error
+from passk_guard.utils.text import brief
 
 Row = Mapping[str, Any]
 _SHAPE = "a non-empty text or a list of chat messages with `role` and `content`"
 
 
 class ProbeSet:
-    """At least two different prompts held out from training, with the columns that the reward needs.
+    """At least three different prompts held out from training, with the columns that the reward needs.
 
     Attributes:
         rows: the rows kept, in the order given.
 
     Args:
         rows: mappings with `prompt` (a non-empty text, or a list of messages with `role` and `content`; the same
-            kind in all rows) and any other columns. A prompt met again, up to case and white space, is dropped
-            with a warning: the estimate pairs different prompts, and would pair it with itself.
+            kind in all rows) and any other columns. A prompt that occurs again, up to case and white space, is
+            dropped with a warning: the estimate pairs different prompts, and would pair it with itself.
 
     Raises:
-        GuardError: a row of another form, rows of both kinds, or fewer than two different prompts.
+        GuardError: a row of another form, rows of both kinds, or fewer than three different prompts.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
         kept: dict[str, Row] = {}
         found = 0
-        for found, row in enumerate(_readable(rows), start=1):
-            kept.setdefault(_checked_key(row, f"row {found - 1}"), dict(row))
+        for found, row in enumerate(rows, start=1):
+            _check_row(row, f"row {found - 1}")
+            kept.setdefault(prompt_key(row["prompt"]), dict(row))
         self.rows: tuple[Row, ...] = tuple(kept.values())
         self._keys = tuple(kept)
         if len(kept) < 3:
@@ -59,7 +60,7 @@ class ProbeSet:
 
     @classmethod
     def of(cls, source: Any) -> ProbeSet:
-        """A probe from any of: a ProbeSet (returned as it is), a list of rows, a JSONL path, a datasets.Dataset."""
+        """Make a probe of a ProbeSet (returned as it is), a list of rows, a JSONL path or a datasets.Dataset."""
         if isinstance(source, cls):
             return source
         if isinstance(source, (str, Path)):
@@ -70,12 +71,12 @@ class ProbeSet:
 
     @classmethod
     def from_list(cls, rows: Sequence[Row]) -> ProbeSet:
-        """A probe of these rows; see the class for their form and the errors."""
+        """Make a probe of these rows; see the class for their form and the errors."""
         return cls(rows)
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> ProbeSet:
-        """A probe of a file with one JSON object a line; empty lines are skipped.
+        """Make a probe of a file with one JSON object a line; empty lines are skipped.
 
         Raises:
             GuardError: no such file, or a line that is no JSON object with a prompt, naming file and line.
@@ -84,7 +85,7 @@ class ProbeSet:
 
     @classmethod
     def from_dataset(cls, dataset: Any) -> ProbeSet:
-        """A probe of all rows of a datasets.Dataset, or of anything that has a length and iterates over rows.
+        """Make a probe of all rows of a datasets.Dataset, or of anything that has a length and iterates over rows.
 
         Raises:
             GuardError: several splits in one, or a stream, which has no length.
@@ -115,13 +116,13 @@ class ProbeSet:
             if lacking:
                 raise GuardError(
                     f"Expected the column `{name}`, which the reward function needs, in every probe row; found it "
-                    f"missing in {lacking} of {len(self)} (first row: {_names(self.rows[0])}). Add it to the probe."
+                    f"missing in {lacking} of {len(self)} (first row: {list(self.rows[0])}). Add it to the probe."
                 )
 
     def overlap(self, training: Any) -> list[int] | None:
-        """Indices of the probe prompts that also occur among the training prompts, by `prompt_key`.
+        """Find the probe prompts that also occur among the training prompts, by `prompt_key`.
 
-        Reads the `prompt` column once, in batches, and no other column where the dataset allows it.
+        The `prompt` column is read once, in batches, and no other column where the dataset allows it.
 
         Args:
             training: rows, or a dataset with a `prompt` column.
@@ -129,15 +130,15 @@ class ProbeSet:
         Returns:
             The indices in rising order, or None when it cannot be checked: a stream without a length, or no prompts.
         """
-        if not hasattr(training, "__len__") or not _has_prompts(training):
+        columns = getattr(training, "column_names", None)
+        if not hasattr(training, "__len__") or (columns is not None and "prompt" not in columns):
             return None
         index = {key: i for i, key in enumerate(self._keys)}
-        keys = (_key_if_any(prompt) for prompt in _prompts(training) if _is_prompt(prompt))
-        found = {index[key] for key in keys if key is not None and key in index}
-        return sorted(found)
+        keys = (prompt_key(prompt) for prompt in _prompts(training) if _is_prompt(prompt))
+        return sorted({index[key] for key in keys if key in index})
 
     def draw(self, refresh: int, size: int, seed: int) -> list[int]:
-        """Indices of the prompts of one refresh, a pure function of the arguments: resuming needs no state.
+        """Choose the prompts of one refresh, as a pure function of the arguments: resuming needs no state.
 
         Refreshes walk through a random permutation, `size` prompts each, until all were used; the last refresh
         of the walk is filled up at random from the others, and the next one begins a new permutation.
@@ -159,27 +160,19 @@ class ProbeSet:
         epoch, position = divmod(refresh, -(-len(self) // size))
         generator = random.Random(f"{seed}/{epoch}")  # a text is hashed with SHA-512: the same on every machine
         order = generator.sample(range(len(self)), len(self))
-        before, drawn = order[: position * size], order[position * size : (position + 1) * size]
-        return drawn + generator.sample(before, size - len(drawn))
+        before, chosen = order[: position * size], order[position * size : (position + 1) * size]
+        return chosen + generator.sample(before, size - len(chosen))
 
 
 def prompt_key(prompt: Any) -> str:
-    """Hash of a prompt, the same for texts that differ in Unicode form (NFKC), white space or case.
+    """Hash a prompt to 32 hexadecimal digits, the same for texts that differ in Unicode form (NFKC), space or case.
 
-    Messages count by role and content. Returns 32 hexadecimal digits.
+    Messages count by role and content.
     """
     if not isinstance(prompt, str):
         prompt = [{"role": message["role"], "content": message["content"]} for message in prompt]
     canonical = json.dumps(_normalised(prompt), sort_keys=True, ensure_ascii=False, default=repr)
     return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _key_if_any(prompt: Any) -> str | None:
-    """None where there is none: content that JSON cannot hold, e.g. keys of several types, or nested without end."""
-    try:
-        return prompt_key(prompt)
-    except (TypeError, ValueError, RecursionError):
-        return None
 
 
 def _normalised(value: Any) -> Any:
@@ -193,33 +186,6 @@ def _normalised(value: Any) -> Any:
     return value
 
 
-def _readable(rows: Iterable[Row]) -> Iterator[Row]:
-    """The rows; a dataset that breaks while it is read is the user's to mend."""
-    try:
-        yield from rows
-    except GuardError:
-        raise
-    except Exception as error:
-        raise GuardError(
-            f"Expected rows that can be read as probe; reading them raised {describe_error(error)}"
-        ) from error
-
-
-def _checked_key(row: Any, where: str) -> str:
-    _check_row(row, where)
-    key = _key_if_any(row["prompt"])
-    if key is None:
-        raise GuardError(
-            f"Expected `prompt` to hold what JSON can: texts, numbers, lists, and mappings from text; found "
-            f"{brief(row['prompt'])} in {where}."
-        )
-    return key
-
-
-def _names(row: Row) -> list[str]:
-    return sorted(name if isinstance(name, str) else brief(name) for name in row)
-
-
 def _check_row(row: Any, where: str) -> None:
     if not isinstance(row, Mapping):
         raise GuardError(
@@ -227,7 +193,7 @@ def _check_row(row: Any, where: str) -> None:
             'Pass {"prompt": text, ...}.'
         )
     if "prompt" not in row:
-        raise GuardError(f"Expected a `prompt` in every probe row; found only {_names(row)} in {where}.")
+        raise GuardError(f"Expected a `prompt` in every probe row; found only {list(row)} in {where}.")
     if not _is_prompt(row["prompt"]):
         raise GuardError(f"Expected `prompt` to be {_SHAPE}; found {brief(row['prompt'])} in {where}.")
 
@@ -255,18 +221,12 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 row = json.loads(text)
             except UnicodeDecodeError as error:
                 raise GuardError(f"Expected a file in UTF-8; found other bytes in {where}: {error.reason}.") from None
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", None) or str(error)
+            except ValueError as error:
                 raise GuardError(
-                    f"Expected one JSON object a line; found malformed JSON in {where}: {reason}."
+                    f"Expected one JSON object a line; found malformed JSON in {where}: {error}."
                 ) from None
             _check_row(row, where)
             yield row
-
-
-def _has_prompts(training: Any) -> bool:
-    columns = getattr(training, "column_names", None)
-    return columns is None or "prompt" in columns
 
 
 def _prompts(training: Any) -> Iterator[Any]:

@@ -21,16 +21,16 @@ from passk_guard.utils.ranks import Ranks
 
 @dataclass(frozen=True)
 class Refresh:
-    """What one refresh found, and what it takes to go through its samples again.
+    """What one refresh found, and what another pass over its samples needs.
 
     Attributes:
         probe: the Gram matrix of the prompts with at least `fewest` verdicts, the same on every rank.
-        remark: what was left out and why, if anything was, and what did not keep to `max_tokens`.
+        remark: what was left out and why, and what exceeded `max_tokens`; None for nothing.
         batches: this rank's samples of prompts that have a gradient; slot x or m + x as in the Gram matrix of all
             m prompts. Every rank has equally many.
         log_probs: [B] float64 log pi(y_i | x_i) of the samples of each batch, where the refresher keeps them.
         num_samples, num_correct: [m] verdicts of all prompts, over all ranks.
-        fewest: prompts with fewer verdicts count nowhere.
+        fewest: prompts with fewer verdicts are left out.
         temperature: of the sampling.
     """
 
@@ -46,18 +46,18 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Refresher:
-    """Turns the rollouts of all ranks into one Gram matrix, the same on each.
+    """Turn the rollouts of all ranks into one Gram matrix, the same on each.
 
     Attributes:
         sketcher: projects score vectors.
         ranks: the processes of the run.
         k: prompts with fewer than k verdicts are left out.
-        max_tokens: of one forward and backward pass, padding included; a longer sample has one of its own.
+        max_tokens: of one forward and backward pass, padding included; a longer sample gets a separate one.
         pad_token_id: for the batches of the sketch.
         autocast: makes the context the forward passes run in, as training does.
-        sample_fewer: what to do when memory runs out in sampling, see `Sampler`.
-        on_less_memory: told the `max_tokens` of the next attempt when memory ran out in a pass.
-        keeps_log_probs: whether a refresh is to hold them, for a later one to reweight its samples.
+        sample_fewer: called when memory runs out in sampling, see `Sampler`.
+        on_less_memory: called with the `max_tokens` of the next attempt when memory ran out in a pass.
+        keeps_log_probs: whether a refresh holds them, for a later one to reweight its samples.
     """
 
     sketcher: ScoreSketcher
@@ -76,7 +76,7 @@ class Refresher:
         Where memory runs out on a rank, all ranks try again with half of it, as long as there is a smaller piece.
 
         Args:
-            sample: gives this rank's rollouts and their outcomes.
+            sample: returns this rank's rollouts and their outcomes.
             keys: identities of the prompts over all ranks, or none.
             seed: of the projections, new for each refresh so that pooling averages the sketch's error out.
 
@@ -108,7 +108,7 @@ class Refresher:
         )
 
     def gram(self, sums: Tensor, kept: Tensor) -> Tensor:
-        """Inner products of S+ and S- [2m, dim] of the prompts that are kept, the same on every rank."""
+        """Inner products of S+ and S- [2m, dim] of the prompts kept, the same on every rank."""
         rows = torch.cat([kept, kept + len(sums) // 2])
         return self.ranks.from_first(self.ranks.together(lambda: gram_matrix(sums, rows)))
 
@@ -165,11 +165,11 @@ class Refresher:
         return batches + [filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)] * missing
 
     def _too_long(self, batches: list[TokenBatch]) -> str | None:
-        """Names the longest sample of any rank that needed a pass above `max_tokens`, alone."""
+        """A remark on the longest sample of any rank that is above `max_tokens`, if there is one."""
         longest = self.ranks.max(max((batch.input_ids.numel() for batch in batches), default=0))
         if longest <= self.max_tokens:
             return None
-        return f"a sample of {longest} tokens, above max_probe_tokens={self.max_tokens}, had a pass of its own"
+        return f"a sample of {longest} tokens, above max_probe_tokens={self.max_tokens}, had a separate pass"
 
     def score_sums(self, passes: int, add: Callable[[Tensor, int], Tensor], num_slots: int, seed: int) -> Tensor:
         """[2m, dim] sketched sums S+ and S- over the samples of all ranks; `add(total, i)` adds those of pass i.
@@ -185,19 +185,19 @@ class Refresher:
                 with self.autocast():
                     return add(before, i)
             except Exception:
-                if self.ranks.count > 1:  # the others wait in this pass, where weights are sharded
+                if self.ranks.count > 1:  # where weights are sharded, the others wait in this pass
                     filler = filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)
                     with self.autocast():
                         add_scores_(before.new_zeros(1, before.shape[1]), self.sketcher, filler, temperature=1.0)
                 raise
 
-        for i in range(passes):  # agreed on after each: one that went on alone would wait for weights of the others
+        for i in range(passes):  # all ranks agree after each pass: one alone would wait for weights of the others
             total = self.ranks.together(partial(plus, total, i))
         return sum_over_ranks_(total, self.ranks)
 
 
 def _slots(rollouts: Rollouts, outcomes: Outcomes, mixed: Tensor) -> Tensor:
-    """[B] row of the score sums each sample belongs to: x or m + x; -1 for those that cannot matter.
+    """[B] row of the score sums of each sample: x if it is right, m + x if wrong; -1 if it is not needed.
 
     A prompt whose samples are all right or all wrong has zero gradient estimates, so its backward is skipped.
     """

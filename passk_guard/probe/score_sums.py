@@ -1,7 +1,7 @@
-"""The score sums of all prompts: grown batch by batch, added up over ranks, and multiplied, in pieces of bounded size.
+"""The score sums of all prompts: accumulated batch by batch, summed over ranks, and multiplied, in bounded pieces.
 
 The sums S+ and S- of m prompts are 2m x dim numbers, and their Gram matrix 2m x 2m. Nothing else here grows with m: a
-batch is sketched into rows of its own, and what has to be copied is copied a block at a time.
+batch is sketched into separate rows, and copies are made a block at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def add_scores_(
 ) -> Tensor:
     """total[s] += the sketched scores of the batch's samples with slot s, in place.
 
-    The sketch has as many rows as the batch has slots, few, where `total` has two for every prompt.
+    The sketch has one row for each slot in the batch, where `total` has two for every prompt.
 
     Args:
         total: [2m, dim].
@@ -52,16 +52,16 @@ def add_scores_(
 
 
 def add_reweighted_scores_(
-    total: Tensor, sketcher: ScoreSketcher, batch: TokenBatch, temperature: float, drawn: Tensor
+    total: Tensor, sketcher: ScoreSketcher, batch: TokenBatch, temperature: float, sampled: Tensor
 ) -> tuple[Tensor, Tensor]:
     r"""total[s] += the sketched scores of the batch's samples with slot s, each times $\rho_i = \pi(y_i)/\mu(y_i)$.
 
-    One pass: the log-probabilities that make the ratios are known when it is through, so that every sample has a row
-    of its own until then, where `add_scores_` needs one a slot.
+    The ratios are known only after the one pass, so each sample has a separate row until then, where `add_scores_`
+    needs one a slot.
 
     Args:
         total, sketcher, batch, temperature: as of `add_scores_`.
-        drawn: [B] float64 log mu(y_i | x_i), under the policy that the samples were drawn from.
+        sampled: [B] float64 log mu(y_i | x_i), under the policy that the samples are from.
 
     Returns:
         `total` as of `add_scores_`, and [B] float64 log ratios, 0 for slot -1.
@@ -70,7 +70,7 @@ def add_reweighted_scores_(
         GuardError, FailedRefresh: as `ScoreSketcher.sketch`.
     """
     counted = batch.slots >= 0
-    size, found = int(counted.sum()), torch.empty_like(drawn)
+    size, found = int(counted.sum()), torch.empty_like(sampled)
     scores = sketcher.sketch(
         batch.input_ids,
         batch.attention_mask,
@@ -80,15 +80,15 @@ def add_reweighted_scores_(
         temperature=temperature,
         log_probs=found,
     )
-    log_ratios = torch.where(counted.to(drawn.device), found - drawn, 0.0)
-    ratios = log_ratios.exp()[counted.to(drawn.device)]
+    log_ratios = torch.where(counted.to(sampled.device), found - sampled, 0.0)
+    ratios = log_ratios.exp()[counted.to(sampled.device)]
     total = total.to(torch.promote_types(total.dtype, scores.dtype))
     scores = scores[:size].mul_(ratios.to(scores)[:, None])
     return total.index_add_(0, batch.slots[counted].to(total.device), scores.to(total)), log_ratios
 
 
 def sum_over_ranks_(total: Tensor, ranks: Ranks) -> Tensor:
-    """The sum over ranks, in place, some rows at a time; every rank calls it with the same shape.
+    """Sum over ranks, in place, some rows at a time; every rank calls it with the same shape.
 
     Returns:
         `total` itself, with the same bits on every rank.
@@ -100,11 +100,11 @@ def sum_over_ranks_(total: Tensor, ranks: Ranks) -> Tensor:
 
 
 def gram_matrix(sums: Tensor, rows: Tensor) -> Tensor:
-    """Inner products of all pairs of the rows that count, block of columns by block of columns.
+    """Compute the inner products of all pairs of the given rows, one block of columns at a time.
 
     Args:
         sums: [2m, dim] floating, on any device.
-        rows: [N] int64, those that count, in the order they are to have.
+        rows: [N] int64, in the order of the result.
 
     Returns:
         [N, N] float64 on the CPU.

@@ -1,10 +1,9 @@
-"""One call of a function that may hang, with an end."""
+"""A time limit for calls of a function that may hang."""
 
 from __future__ import annotations
 
 import contextvars
 import ctypes
-import functools
 import signal
 import threading
 import time
@@ -18,23 +17,23 @@ _LONGEST = threading.TIMEOUT_MAX / 2
 
 
 class Overdue(Exception):
-    """The call did not come back in time, or the one before still has not."""
+    """The call did not return in time, or the previous call still has not."""
 
 
 class _Stop(BaseException):
-    """Ends a call from within; no Exception, since the function may catch those."""
+    """Ends a call from within; not an Exception, since the function may catch those."""
 
 
 class TimeLimit:
-    """Calls one function, each call with the same limit, and never twice at a time.
+    """Call one function, each time with the same limit, and never twice at a time.
 
-    From the main thread the function is called there: what works in training, such as an alarm of its own, works here.
-    When its time is up it is interrupted by an exception, raised where it stands by the handler of SIGVTALRM. That ends
-    what waits in Python (sockets, locks, subprocesses, sleep) and what computes in Python, in `re` or in long integers;
-    it does not end C code that neither returns nor looks for signals.
+    From the main thread the function is called there: what works in training, such as its own alarm, works here. When
+    its time is up, the handler of SIGVTALRM raises an exception in it. That ends what waits in Python (sockets, locks,
+    subprocesses, sleep) and what computes in Python, in `re` or in long integers. It does not end C code that neither
+    returns nor checks for signals.
 
     From another thread, where no signal arrives, the function gets a daemon thread, which is left behind when its
-    time is up. It ends at its next line of Python; until it has, no further call is made.
+    time is up. It ends at its next line of Python. No further call is made before that.
 
     Args:
         seconds: None or 0 for no limit: then a call is a call.
@@ -45,10 +44,10 @@ class TimeLimit:
         self._left: Aside[Any] | None = None
 
     def call(self, function: Callable[[], T]) -> T:
-        """The function's value.
+        """Return the function's value.
 
         Raises:
-            Overdue: after `seconds`, or at once while a call that was left behind goes on.
+            Overdue: after `seconds`, or at once while a call that was left behind is running.
             Whatever the function raises.
         """
         if self.seconds is None:
@@ -66,10 +65,7 @@ class TimeLimit:
 
 
 class Aside(Generic[T]):
-    """A call in a daemon thread, which nobody has to wait for, not even the interpreter's exit.
-
-    It runs with the context variables of the thread that makes it.
-    """
+    """A call in a daemon thread, for which not even the interpreter's exit waits, with the caller's context."""
 
     def __init__(self, function: Callable[[], T]) -> None:
         self._function = function
@@ -82,14 +78,14 @@ class Aside(Generic[T]):
 
     @property
     def running(self) -> bool:
-        """Whether the call goes on."""
+        """Whether the call has not ended."""
         return not self._done.is_set()
 
     def result(self, seconds: float | None = None) -> T:
-        """Its value, once it is there; to be asked for once.
+        """Wait for its value; to be called once.
 
         Raises:
-            Overdue: it is not there after `seconds`.
+            Overdue: the call has not ended after `seconds`.
             Whatever the function raised.
         """
         if not self._done.wait(seconds):
@@ -99,11 +95,11 @@ class Aside(Generic[T]):
             try:
                 raise error
             finally:
-                del error  # in a cycle with its traceback, what the call held would wait for the collector
+                del error  # a cycle with its traceback would keep what the call held until garbage collection
         return self._value  # type: ignore[return-value]
 
     def stop(self) -> None:
-        """Ask it to end; heeded as soon as it runs Python again."""
+        """Raise an exception in it, which takes effect when it next runs Python."""
         if self.running and self._thread.ident is not None:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread.ident), ctypes.py_object(_Stop))
 
@@ -111,7 +107,7 @@ class Aside(Generic[T]):
         try:
             self._value = self._function()
         except _Stop:
-            pass  # nobody waits any more
+            pass  # the caller has stopped waiting
         except BaseException as error:
             self._error = error
         finally:
@@ -119,23 +115,15 @@ class Aside(Generic[T]):
 
 
 def raised_by_a_signal(error: BaseException) -> bool:
-    """Whether a signal handler raised it: what asks the process to end, and not the function that was running."""
-    codes = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    """Whether a signal handler raised it, to end the process, and not the function that was running."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(getattr(handler, "__func__", handler), "__code__", None) for handler in handlers} - {None}
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code in codes:
             return True
         trace = trace.tb_next
     return False
-
-
-def _code(handler: Any) -> Any:
-    """The code that a signal handler runs: of a function, a method, a partial or an object that can be called."""
-    while isinstance(handler, functools.partial):
-        handler = handler.func
-    called: Any = type(handler).__call__ if callable(handler) else None
-    candidates: tuple[Any, ...] = (handler, getattr(handler, "__func__", None), called)
-    return next((f.__code__ for f in candidates if hasattr(f, "__code__")), None)
 
 
 def _interruptible() -> bool:
@@ -153,15 +141,15 @@ def _interrupted(function: Callable[[], T], seconds: float) -> T:
 
 
 def _inside(function: Callable[[], T]) -> T:
-    """The frame that the alarm looks for: above it the call may be interrupted, and nothing else ever is."""
+    """The frame that the alarm looks for: only what runs inside it is ever interrupted."""
     return function()
 
 
 class _Alarm:
-    """Raises _Stop in the main thread, in a call of `_inside`, when the time is up, and again until that is left.
+    """Raise _Stop in the main thread, in a call of `_inside`, when the time is up, and again until it returns.
 
-    A thread sends the signal, and so does a timer of the process's computing time: no thread runs while C code
-    computes without releasing the interpreter.
+    A thread sends the signal, and so does a timer of the process's CPU time: no thread runs while C code computes
+    without releasing the interpreter.
     """
 
     def __init__(self, seconds: float) -> None:

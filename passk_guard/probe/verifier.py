@@ -23,11 +23,11 @@ from passk_guard.utils.text import brief, describe_error, one_line
 RewardFunction = Callable[..., Any]
 _STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _NOT_COLUMNS = ("prompt", "completion", "completion_ids")
-_NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set)  # none of them has a reward a completion, in their order
+_NO_LIST = (str, bytes, Mapping, Set)  # none of them holds one reward a completion, in order
 
 
 class Verifier:
-    """Says of each sample whether it is correct: reward >= threshold is 1, less is 0, None and NaN are no verdict.
+    """Decide for each sample whether it is correct: reward >= threshold is 1, less is 0, None and NaN are no verdict.
 
     Args:
         function: a reward function with TRL's signature, f(prompts, completions, completion_ids, **columns) ->
@@ -43,7 +43,7 @@ class Verifier:
         if isinstance(function, nn.Module):
             raise GuardError(
                 f"Expected a function that checks an answer; found the reward model {type(function).__name__}, "
-                "whose score is no verdict. Wrap it: a function that returns 1.0 where the score passes your "
+                "whose score is no verdict. Wrap it in a function that returns 1.0 where the score passes your "
                 "threshold, else 0.0."
             )
         if not callable(function):
@@ -51,11 +51,10 @@ class Verifier:
                 f"Expected a reward function f(prompts, completions, completion_ids, **columns); found "
                 f"{type(function).__name__}. Pass a function, or the name of one of the trainer's."
             )
-        level = _number(threshold)
-        if level is None or not math.isfinite(level):
-            raise GuardError(f"Expected a finite `threshold`; found {brief(threshold)}.")
+        if not math.isfinite(threshold):
+            raise GuardError(f"Expected a finite `threshold`; found {threshold}.")
         self.function = function
-        self.threshold = level
+        self.threshold = float(threshold)
         self.name = one_line(_name(function))
         self._limit = TimeLimit(timeout)
         self._accepted, self.required_columns = _read_signature(function)
@@ -98,29 +97,25 @@ class Verifier:
 
     def _call(self, rollouts: Rollouts, scored: list[int], trainer_state: Any) -> tuple[list[float], int, str | None]:
         """Rewards of the samples in `scored`, how many of them raised, and the first reason."""
-        try:
-            result = _settle(self.function(**self._arguments(rollouts, scored, trainer_state)))
-        except (Exception, SystemExit) as error:
-            _heed_signals(error)
-        else:
+        [result] = _settle([self._attempt(rollouts, scored, trainer_state)])
+        if not isinstance(result, BaseException):
             return self._numbers(result, len(scored)), 0, None
-        # One bad completion must not void the others: find out which.
-        single = [self._attempt(rollouts, i, trainer_state) for i in scored]
-        return self._merge(_settle_all(single))
-
-    def _attempt(self, rollouts: Rollouts, picked: int, trainer_state: Any) -> Any:
-        try:
-            return self.function(**self._arguments(rollouts, [picked], trainer_state))
-        except (Exception, SystemExit) as error:
-            _heed_signals(error)
-            return error.with_traceback(None)  # whose frames would keep this refresh until the collector comes
-
-    def _merge(self, results: list[Any]) -> tuple[list[float], int, str | None]:
+        # One bad completion must not fail the others: find out which.
+        results = _settle([self._attempt(rollouts, [i], trainer_state) for i in scored])
         errors = [describe_error(r) for r in results if isinstance(r, BaseException)]
         if len(errors) == len(results):
             raise FailedRefresh(f"`{self.name}` raised on each of {len(results)} samples, first {errors[0]}")
         rewards = [math.nan if isinstance(r, BaseException) else self._numbers(r, 1)[0] for r in results]
         return rewards, len(errors), errors[0] if errors else None
+
+    def _attempt(self, rollouts: Rollouts, picked: list[int], trainer_state: Any) -> Any:
+        """What the function returns, or the exception it raises."""
+        try:
+            return self.function(**self._arguments(rollouts, picked, trainer_state))
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and raised_by_a_signal(error):
+                raise  # the user's SIGTERM handler may end the run in this way
+            return error.with_traceback(None)  # whose frames would keep this refresh alive until garbage collection
 
     def _numbers(self, result: Any, expected: int) -> list[float]:
         """`expected` rewards as floats, None as NaN."""
@@ -129,19 +124,21 @@ class Verifier:
             wanted = f"expected a list of {expected}, one float, bool or None a completion"
             return FailedRefresh(f"`{self.name}` returned {found}; {wanted}")
 
-        if isinstance(result, _NO_LIST) or not hasattr(result, "__iter__"):
-            raise refused(f"{type(result).__name__} {brief(result)}")
         try:
-            rewards = list(islice(result, expected + 1))
-        except (Exception, SystemExit) as error:
-            _heed_signals(error)
-            raise refused(f"{type(result).__name__}, which raised {describe_error(error)}") from None
+            rewards = None if isinstance(result, _NO_LIST) else list(islice(result, expected + 1))  # it may have no end
+        except TypeError:  # no iterable
+            rewards = None
+        if rewards is None:
+            raise refused(f"{type(result).__name__} {brief(result)}")
         if len(rewards) != expected:
-            raise refused(f"{len(rewards) if len(rewards) < expected else _length(result)} rewards")
-        numbers = [_number(reward) for reward in rewards]
-        if odd := [reward for reward, number in zip(rewards, numbers, strict=True) if number is None]:
-            raise refused(f"a reward {brief(odd[0])} of type {type(odd[0]).__name__}")
-        return [number for number in numbers if number is not None]
+            raise refused(f"{len(result) if hasattr(result, '__len__') else len(rewards)} rewards")
+        numbers = []
+        for reward in rewards:
+            try:
+                numbers.append(math.nan if reward is None else _number(reward))
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                raise refused(f"a reward {brief(reward)} of type {type(reward).__name__}") from None
+        return numbers
 
     def _arguments(self, rollouts: Rollouts, picked: list[int], trainer_state: Any) -> dict[str, Any]:
         rows = [copy.deepcopy(dict(rollouts.rows[i])) for i in picked]
@@ -161,14 +158,14 @@ class Verifier:
 
 
 def resolve_verifier(
-    correct: RewardFunction | Verifier | str,
+    correct: RewardFunction | Verifier | str | None,
     reward_funcs: Sequence[Any] = (),
     reward_func_names: Sequence[str] = (),
     *,
     threshold: float = 1.0,
     timeout: float | None = None,
 ) -> Verifier:
-    """The verifier that the user means.
+    """Find the verifier that the user means.
 
     Args:
         correct: a reward function, a Verifier (returned as it is), or the name of a reward function of the trainer.
@@ -176,8 +173,13 @@ def resolve_verifier(
         threshold, timeout: for a new Verifier.
 
     Raises:
-        GuardError: no reward function, or more than one, has that name; or what it names is not a function.
+        GuardError: none; no reward function, or more than one, has that name; or what it names is not a function.
     """
+    if correct is None:
+        raise GuardError(
+            "Expected `correct`, the reward function that means a correct answer; found none. Pass the function"
+            + (f", or the name of one of the trainer's: {list(reward_func_names)}." if reward_func_names else ".")
+        )
     if isinstance(correct, Verifier):
         return correct
     if not isinstance(correct, str):
@@ -193,7 +195,7 @@ def resolve_verifier(
 
 
 def _read_signature(function: RewardFunction) -> tuple[frozenset[str] | None, tuple[str, ...]]:
-    """Names the function accepts (None: all, it has **kwargs), and the dataset columns it cannot do without."""
+    """Names the function accepts (None: all, it has **kwargs), and the dataset columns it needs."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -211,13 +213,8 @@ def _name(function: Any) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-def _settle(result: Any) -> Any:
-    """The value of `result`, awaited if it is a coroutine."""
-    return _run(_wait(result)) if inspect.isawaitable(result) else result
-
-
-def _settle_all(results: list[Any]) -> list[Any]:
-    """The same for many, awaited together; exceptions are returned in their places."""
+def _settle(results: list[Any]) -> list[Any]:
+    """Await the coroutines among the results together; exceptions are returned in their places."""
     pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if not pending:
         return results
@@ -232,12 +229,12 @@ def _settle_all(results: list[Any]) -> list[Any]:
 async def _wait(awaitable: Any) -> Any:
     try:
         return await awaitable
-    except (asyncio.CancelledError, SystemExit) as error:  # no Exceptions: they would end training
+    except (asyncio.CancelledError, SystemExit) as error:  # not subclasses of Exception: they would end training
         raise RuntimeError(f"the reward call ended with {type(error).__name__}") from error
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run to the end in a loop and a thread of its own: a notebook already runs a loop in this one."""
+    """Run to the end in a separate loop and thread: a notebook already runs a loop in this one."""
     task: list[tuple[asyncio.AbstractEventLoop, Any]] = []
 
     async def main() -> Any:
@@ -248,36 +245,16 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     try:
         return aside.result()
     finally:
-        if aside.running:  # nobody waits any more: its time is up, or the user has stopped the run
+        if aside.running:  # its time is up, or the user has stopped the run
             for loop, running in task:
-                with suppress(RuntimeError):  # it has ended by now
+                with suppress(RuntimeError):  # the loop has ended by now
                     loop.call_soon_threadsafe(running.cancel)
 
 
-def _heed_signals(error: BaseException) -> None:
-    """Pass on a SystemExit that was not the function's: one may be how the user's SIGTERM handler ends the run."""
-    if isinstance(error, SystemExit) and raised_by_a_signal(error):
-        raise error
-
-
-def _number(reward: Any) -> float | None:
-    """NaN for None; None for what is no number."""
-    if reward is None:
-        return math.nan
-    if isinstance(reward, (str, bytes, bytearray)):  # float("1.0") would pass
-        return None
-    try:
-        return float(reward)
-    except (Exception, SystemExit) as error:
-        _heed_signals(error)
-        return None
-
-
-def _length(result: Any) -> Any:
-    try:
-        return len(result)
-    except Exception:
-        return "more"
+def _number(reward: Any) -> float:
+    if isinstance(reward, (str, bytes)):  # float("1.0") would pass
+        raise TypeError
+    return float(reward)
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
-from passk_guard import GuardConfig, GuardError, PassKGuardCallback, PassKObjective
+from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
 from passk_guard.callback.state import load_memory
 from tests.helpers.tiny import (
     digit_reward,
@@ -212,7 +213,7 @@ def test_a_conflict_is_one_warning_one_state_line_and_one_alert(tmp_path, caplog
     assert guard.estimate.status == "conflict"
 
 
-def test_void_refreshes_alert_once_and_recover(tmp_path, caplog):
+def test_failed_refreshes_alert_once_and_recover(tmp_path, caplog):
     calls = []
 
     def sometimes(completions, **_):
@@ -229,18 +230,6 @@ def test_void_refreshes_alert_once_and_recover(tmp_path, caplog):
     assert [e["event"] for e in journal(tmp_path)] == ["void"] * 3 + ["refresh"] * 3
     assert guard.memory.failures == 0
     assert "always solved" in guard.estimate.reason
-
-
-def test_nan_logits_void_the_refresh(tmp_path, caplog):
-    trainer = tiny_lm_trainer(tmp_path, max_steps=2, learning_rate=0.0)
-    sampler = FixedSampler(trainer.processing_class, lambda row: 0.5)
-    guard_of(trainer, sampler=sampler)
-    with torch.no_grad():
-        trainer.model.lm_head.weight[3] = float("nan")
-    with caplog.at_level(logging.WARNING, logger="passk_guard"):
-        trainer.train()
-    assert trainer.state.global_step == 2
-    assert "not finite" in journal(tmp_path)[0]["reason"]
 
 
 def test_partly_missing_verdicts_lower_n(tmp_path):
@@ -260,7 +249,7 @@ def test_partly_missing_verdicts_lower_n(tmp_path):
 
 @pytest.mark.parametrize(("rule", "stopped_at"), [("each_look", 2), ("whole_run", 1)])
 def test_resuming_gives_the_verdicts_of_the_uninterrupted_run(tmp_path, rule, stopped_at):
-    config = {"pool_refreshes": 2, "patience": 3, "alert_rule": rule}
+    config = {"pool_refreshes": 2, "patience": 3, "advanced": {"alert_rule": rule}}
     whole, _ = conflicted(tmp_path / "whole", **config)
     whole.train()
     saving = {"max_steps": stopped_at, "save_strategy": "steps", "save_steps": stopped_at}
@@ -292,42 +281,6 @@ def test_a_checkpoint_older_than_the_guard_resumes(tmp_path, caplog):
     assert "resumed without the guard's memory" in caplog.text
 
 
-def test_train_twice_and_again_after_a_crash(tmp_path):
-    trainer = tiny_grpo_trainer(tmp_path)
-    guard_of(trainer)
-    trainer.train()
-
-    class Crash(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            raise RuntimeError("power cut")
-
-    trainer.add_callback(Crash)
-    with pytest.raises(RuntimeError, match="power cut"):
-        trainer.train()
-    trainer.pop_callback(Crash)
-    trainer.train()
-    assert "log" not in vars(trainer)
-    assert len([e for e in journal(tmp_path) if e["event"] == "refresh"]) == 3
-
-
-def test_two_guards_on_one_trainer_are_refused(tmp_path):
-    trainer = tiny_grpo_trainer(tmp_path)
-    guard_of(trainer)
-    guard_of(trainer)
-    with pytest.raises(GuardError, match="found 2"):
-        trainer.train()
-
-
-def test_a_full_disk_does_not_stop_training(tmp_path, caplog):
-    trainer = tiny_lm_trainer(tmp_path, max_steps=3)
-    guard_of(trainer, refresh_steps=1)
-    (tmp_path / "passk_guard.jsonl").mkdir(parents=True)
-    with caplog.at_level(logging.WARNING, logger="passk_guard"):
-        trainer.train()
-    assert trainer.state.global_step == 3
-    assert caplog.text.count("takes no more events") == 1
-
-
 def test_the_guard_beside_the_pass_at_k_objective(tmp_path):
     trainer = tiny_grpo_trainer(tmp_path, scale_rewards="none", loss_type="dr_grpo")
     guard = guard_of(trainer, source="training_batch", num_samples=4, refresh_steps=1)
@@ -337,29 +290,22 @@ def test_the_guard_beside_the_pass_at_k_objective(tmp_path):
     assert not {"log", "_calculate_rewards", "_generate_and_score_completions"} & set(vars(trainer))
 
 
-def test_conversational_prompts(tmp_path):
-    from datasets import Dataset
-
+def test_conversational_prompts_in_bf16_that_may_overlap_with_training(tmp_path):
     train = Dataset.from_list(tiny_chat_rows(16))
-    trainer = tiny_grpo_trainer(tmp_path, train_dataset=train)
-    probe = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in probe_rows()]
-    guard = guard_of(trainer, probe=probe)
+    trainer = tiny_grpo_trainer(tmp_path, train_dataset=train, bf16=True)
+    guard = guard_of(trainer, probe=tiny_chat_rows(20), allow_overlap=True)
     trainer.train()
     assert guard.estimate is not None
-    assert journal(tmp_path)[0]["event"] == "refresh"
-
-
-def test_bf16_autocast(tmp_path):
-    trainer = tiny_lm_trainer(tmp_path, bf16=True, max_steps=1)
-    guard_of(trainer)
-    trainer.train()
     assert journal(tmp_path)[0]["event"] == "refresh", journal(tmp_path)[0]
 
 
-def frozen_model():
-    model = tiny_model()
-    model.requires_grad_(False)
-    return model
+def needs_answer(completions, answer):
+    return [1.0] * len(completions)
+
+
+def frozen(trainer):
+    trainer.model.requires_grad_(False)
+    return trainer
 
 
 @pytest.mark.parametrize(
@@ -375,33 +321,13 @@ def frozen_model():
         (lambda t: guard_of(t, source="training_batch", k=8), "num_generations=4, k=8"),
         (lambda t: guard_of(t, probe="nowhere.jsonl"), "nowhere.jsonl"),
         (lambda t: guard_of(t, k=16), "raise `num_samples` or lower `k`"),
+        (lambda t: guard_of(t, correct=needs_answer, probe=[{"prompt": p} for p in "abc"]), "`answer`"),
+        (lambda t: guard_of(frozen(t)), "trainable"),
     ],
 )
 def test_misuse_is_an_error_at_construction(call, words, tmp_path):
-    with pytest.raises(ValueError, match="(?i)" + words.replace("(", r"\(")) as error:
+    with pytest.raises(ValueError, match="(?i)" + words):
         call(tiny_grpo_trainer(tmp_path))
-    assert isinstance(error.value, (GuardError, ValueError))
-
-
-def test_a_model_with_nothing_to_train_is_refused(tmp_path):
-    trainer = tiny_lm_trainer(tmp_path, model=frozen_model())
-    with pytest.raises(GuardError, match="trainable"):
-        guard_of(trainer)
-
-
-def test_overlap_is_allowed_by_name(tmp_path):
-    trainer = tiny_grpo_trainer(tmp_path)
-    guard_of(trainer, probe=tiny_rows(20), allow_overlap=True)
-    trainer.train()
-    assert journal(tmp_path)[0]["event"] == "refresh"
-
-
-def test_a_column_the_verifier_needs(tmp_path):
-    def needs_answer(completions, answer):
-        return [1.0] * len(completions)
-
-    with pytest.raises(GuardError, match="`answer`"):
-        guard_of(tiny_grpo_trainer(tmp_path), correct=needs_answer, probe=[{"prompt": p} for p in "abc"])
 
 
 def test_the_newest_refreshes_are_pooled(tmp_path):

@@ -7,13 +7,12 @@ import pickle
 import zipfile
 
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from passk_guard.callback.state import FILE_NAME, Memory, load_memory, save_memory
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.evidence import Check, RunEvidence
-from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.verdict import DecisionRule, DecisionState, decide
 from passk_guard.mitigation import FloorState
 from tests.fuzz.strategies import JSON_VALUE, NUMBER, SCALAR, damaged, replaced, scratch
@@ -137,30 +136,12 @@ def test_values_inside_a_sound_file(data):
         saved(folder)
         for name in (FILE_NAME, RANK_FILE):
             content = torch.load(folder / name, weights_only=True)
-            changed = data.draw(replaced(content, LEAF))
-            if name == FILE_NAME and isinstance(changed, dict) and data.draw(st.booleans()):
-                changed["history"] = data.draw(st.one_of(replaced(content["history"], LEAF), LEAF))
+            changed = data.draw(st.one_of(replaced(content, LEAF), LEAF))
             try:
                 torch.save(changed, folder / name)
             except Exception:  # what cannot be saved cannot lie there
                 return
         resumed(folder)
-
-
-@given(LEAF)
-@example([])
-@example("text")
-@example({"format": 1})
-def test_any_object_in_place_of_the_content(content):
-    with scratch() as folder:
-        try:
-            for name in (FILE_NAME, RANK_FILE):
-                torch.save(content, folder / name)
-        except Exception:
-            return
-        found, reason = resumed(folder)
-        assert found is None
-        assert reason
 
 
 def test_a_pickle_that_runs_code_runs_none(tmp_path):
@@ -188,9 +169,3 @@ def test_a_direction_of_another_model(count, part):
         content |= {"protected": [part] * count, "on_cpu": [True] * count}
         torch.save(content, folder / RANK_FILE)
         resumed(folder)
-
-
-def test_probe_grams_of_a_wrong_kind_are_no_memory(tmp_path):
-    for wrong in (ProbeGram(torch.eye(4), torch.full((3,), 8), torch.ones(3)),):
-        save_memory(Memory(history=(wrong,), taken=(0,)), tmp_path)
-        assert load_memory(tmp_path) is None

@@ -14,63 +14,40 @@ MESSAGE = st.fixed_dictionaries(
     optional={"name": SCALAR},
 )
 PROMPT = st.one_of(ANY_TEXT, ODD_TEXT, st.lists(MESSAGE, max_size=3), JSON_VALUE)
-ROW = st.one_of(
-    st.fixed_dictionaries({"prompt": PROMPT}, optional={"answer": JSON_VALUE}),
-    st.dictionaries(st.one_of(ANY_TEXT, st.integers(), st.none()), JSON_VALUE, max_size=3),
-    JSON_VALUE,
-)
+GOOD_ROWS = st.lists(st.fixed_dictionaries({"prompt": PROMPT, "answer": SCALAR}), min_size=3, max_size=8)
+ROW = st.one_of(st.fixed_dictionaries({"prompt": PROMPT}, optional={"answer": JSON_VALUE}), JSON_VALUE)
 GOOD = b"".join(b'{"prompt": "What is %d + %d?", "answer": "%d"}\n' % (i, i, 2 * i) for i in range(6))
 
 
 def taken(source):
-    """The probe, checked, or None where it is refused."""
+    """Check the probe, if it is not refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             probe = ProbeSet.of(source)
         probe.require_columns(["answer"])
     except GuardError:
-        return None
+        return
     keys = [probe.key(i) for i in range(len(probe))]
     assert len(set(keys)) == len(probe) >= 3
     assert all(len(key) == 32 and int(key, 16) >= 0 for key in keys)
     assert sorted(probe.draw(0, len(probe), 7)) == list(range(len(probe)))
     assert probe.overlap(list(probe.rows)) == list(range(len(probe)))
-    return probe
 
 
-@given(st.lists(ROW, max_size=8))
+@given(st.one_of(GOOD_ROWS, st.lists(ROW, max_size=8)))
 @example([{"prompt": str(i), 1: "x", None: "y"} for i in range(3)])
 @example([{1: "x", None: "y"}])
-@example([{"prompt": [{"role": "user", "content": {1: "x", "1": "y", None: 2}}]}] * 3)
-@example([{"prompt": [{"role": "user", "content": {("a",): b"x"}}]}, {"prompt": "a"}, {"prompt": "b"}])
-def test_rows(rows):
+def test_rows_from_a_list_and_a_file(rows):
     taken(rows)
-    taken(tuple(rows))
-
-
-@given(st.lists(st.fixed_dictionaries({"prompt": PROMPT, "answer": SCALAR}), min_size=3, max_size=8))
-def test_rows_with_prompts(rows):
-    taken(rows)
-
-
-@given(st.lists(ROW, max_size=6))
-def test_a_file_of_rows(rows):
     with scratch() as folder:
         path = folder / "probe.jsonl"
-        try:
-            path.write_text("\n".join(map(as_json, rows)))
-        except TypeError:  # keys that JSON has not
-            return
+        path.write_text("\n".join(map(as_json, rows)))
         taken(path)
-        taken(str(path))
 
 
 @given(st.one_of(damaged(GOOD), st.binary(max_size=80)))
 @example(GOOD + b"\xff\xfe\n")
-@example(GOOD + b"[" * 100_000 + b"\n")
-@example(GOOD + b'{"prompt": ' + b"9" * 5000 + b"}\n")
-@example(GOOD + b'{"prompt": [{"role": "user", "content": ' + b"[" * 900 + b"]" * 900 + b"}]}\n")
 @example(GOOD.decode().encode("utf-16"))
 def test_a_file_of_anything(content):
     with scratch() as folder:
@@ -79,40 +56,13 @@ def test_a_file_of_anything(content):
         taken(path)
 
 
-@given(
-    st.one_of(JSON_VALUE, st.binary(), st.sets(st.integers()), st.just(object()), st.just(range(3)), st.just("\x00"))
-)
+@given(st.one_of(JSON_VALUE, st.binary(), st.sets(st.integers()), st.sampled_from([object(), range(3)])))
 def test_what_is_no_probe_at_all(source):
-    if not isinstance(source, ProbeSet):
-        taken(source)
-
-
-class Columns:
-    """A dataset whose rows cannot be read."""
-
-    def __init__(self, length, error):
-        self.length, self.error = length, error
-
-    def __len__(self):
-        return self.length
-
-    def __iter__(self):
-        yield {"prompt": "a", "answer": "b"}
-        raise self.error
-
-
-@given(st.sampled_from([KeyError("x"), OSError("gone"), ValueError("\ud800"), RuntimeError()]), st.integers(0, 3))
-def test_a_dataset_that_breaks_while_it_is_read(error, length):
-    assert taken(Columns(length, error)) is None
+    taken(source)
 
 
 @given(ANY_TEXT, ANY_TEXT)
 def test_equal_up_to_case_and_white_space_is_one_prompt(text, other):
     assert prompt_key(f" {text}\t{text.lower()} ") == prompt_key(f"{text} {text.lower()}")
-    if (
-        text.split() != other.split()
-        and text.isascii()
-        and other.isascii()
-        and text.lower().split() != other.lower().split()
-    ):
+    if text.isascii() and other.isascii() and text.lower().split() != other.lower().split():
         assert prompt_key(text) != prompt_key(other)

@@ -23,7 +23,7 @@ GUARD = {"k": 4, "num_samples": 8, "probe_prompts": 30, "refresh_steps": 3, "pat
 GUARD |= {"sketch_dim": 512, "probe_max_new_tokens": 4, "pool_refreshes": 3, "threshold": 0.0}
 PLANTED = {"num_samples": 16, "probe_prompts": 90}
 # A cosine that random models do not reach by themselves, so that steps are turned.
-PROJECT = {"mitigation": "project", "gamma": 0.9, "protected_average": 0.5}
+PROJECT = {"mitigation": "project", "gamma": 0.9, "advanced": {"protected_average": 0.5}}
 GATED = PROJECT | {"gate": "conflict", "pool_refreshes": 1} | PLANTED
 REWEIGHT = {"mitigation": "reweight", "floor_gamma": 0.99, "floor_max": 4.0}
 BATCH = {"source": "training_batch"}

@@ -64,7 +64,7 @@ def test_a_closed_gate_is_bit_for_bit_no_guard(tmp_path):
     plain = tiny_grpo_trainer(tmp_path / "without", model=tiny_model(attention_dropout=0.2), max_steps=4)
     plain.train()
     guarded = tiny_grpo_trainer(tmp_path / "with", model=tiny_model(attention_dropout=0.2), max_steps=4)
-    guard_of(guarded, mitigation="project", gate="conflict", refresh_steps=1, gate_confidence=0.999999)
+    guard_of(guarded, mitigation="project", gate="conflict", refresh_steps=1, advanced={"gate_confidence": 0.999999})
     guarded.train()
     assert same(parameters(plain), parameters(guarded))
     assert not any("passk_guard/train_cosine" in row for row in guarded.state.log_history)
@@ -147,7 +147,7 @@ def test_resuming_gives_the_parameters_of_the_uninterrupted_run(tmp_path):
     def make(folder, **args):
         settings = {"max_steps": 6, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3}
         trainer = tiny_lm_trainer(tmp_path / folder, **(settings | args))
-        guard = guard_of(trainer, **(PROJECT | {"gamma": 0.9, "protected_average": 0.5}))
+        guard = guard_of(trainer, **(PROJECT | {"gamma": 0.9, "advanced": {"protected_average": 0.5}}))
         return trainer, guard
 
     whole, _ = make("whole")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from passk_guard import GuardConfig, ProbeGram
+from passk_guard import Advanced, GuardConfig, ProbeGram
 from passk_guard.analysis import Analysis
 from passk_guard.analysis.store import JSON_NAME
 from passk_guard.callback.state import Memory
@@ -92,8 +92,12 @@ def test_a_smaller_conflict_or_more_power_takes_longer():
 
 def test_the_rule_of_the_run_decides():
     noise = average_noise([measure_noise(p, 8) for p in probes(6)])
-    each = make_plan(noise, GuardConfig(alert_rule="each_look"), cosine=-0.4, prompts=(64,)).options[0]
-    strict = make_plan(noise, GuardConfig(alert_rule="each_look", patience=6), cosine=-0.4, prompts=(64,)).options[0]
+    each = make_plan(noise, GuardConfig(advanced=Advanced(alert_rule="each_look")), cosine=-0.4, prompts=(64,)).options[
+        0
+    ]
+    strict = make_plan(
+        noise, GuardConfig(advanced=Advanced(alert_rule="each_look"), patience=6), cosine=-0.4, prompts=(64,)
+    ).options[0]
     whole = make_plan(noise, GuardConfig(), cosine=-0.4, prompts=(64,)).options[0]
     surer = make_plan(noise, GuardConfig(confidence=0.99), cosine=-0.4, prompts=(64,)).options[0]
     assert each.refreshes < strict.refreshes
@@ -197,8 +201,11 @@ def test_settings_that_no_run_has(run_dir, capsys):
     assert "Settings in" in err
 
 
-def test_settings_of_a_later_version_are_left_out(run_dir):
+def test_settings_of_another_version(run_dir):
     assert past_of(read_journal(run_dir(probes(3), {"novelty": 1}))).config == GuardConfig()
+    earlier = {"alert_rule": "each_look", "void_alert": 7}
+    config = past_of(read_journal(run_dir(probes(3), earlier))).config
+    assert config == GuardConfig(advanced=Advanced(alert_rule="each_look"), failed_refresh_alert=7)
 
 
 def test_from_an_analysis(tmp_path, capsys):

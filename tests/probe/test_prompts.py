@@ -164,13 +164,9 @@ def test_draw_differs_by_seed_and_walk_but_not_by_run():
     assert probe.draw(0, 4, 7) == [11, 1, 3, 5]
 
 
-@pytest.mark.parametrize(("refresh", "size"), [(-1, 4), (0, 0)])
-def test_draw_refuses_nonsense(refresh, size):
+def test_misuse_of_a_probe():
     with pytest.raises(GuardError, match="refresh >= 0 and size >= 1"):
-        ProbeSet.of(tiny_rows(4)).draw(refresh, size, 0)
-
-
-def test_required_columns():
+        ProbeSet.of(tiny_rows(4)).draw(-1, 4, 0)
     probe = ProbeSet.of([*tiny_rows(3), {"prompt": "no answer"}])
     probe.require_columns(["prompt"])
     with pytest.raises(GuardError, match=r"column `answer`.*missing in 1 of 4"):

@@ -83,18 +83,18 @@ def test_prompts_with_too_few_verdicts_are_left_out():
     assert "1 prompts had fewer than 2" in remark
 
 
-def test_fillers_count_nowhere():
+def test_fillers_are_not_counted():
     (probe, _), sketcher = refresh([0, 0, -1, -1], [1, 0, 1, 0])
     assert probe.num_samples.tolist() == [2]
     assert len(sketcher.sketched) == 2
 
 
-def test_a_threshold_that_nothing_reaches_is_said():
+def test_a_threshold_that_nothing_reaches_is_reported():
     (_, remark), _ = refresh([0, 0, 1, 1], [0, 0, 0, 0], best_reward=0.8)
     assert "largest reward seen is 0.8" in remark
 
 
-def test_stages_that_fail_are_void():
+def test_a_stage_that_fails_fails_the_refresh():
     refresher = Refresher(Recorder(), Ranks(torch.device("cpu")), 2, 4, 0)
 
     def fails():
@@ -106,7 +106,7 @@ def test_stages_that_fail_are_void():
         refresh([0, 1], [1, 0])
 
 
-def test_a_user_who_stops_the_run_is_heeded():
+def test_the_user_can_stop_the_run():
     refresher = Refresher(Recorder(), Ranks(torch.device("cpu")), 2, 4, 0)
 
     def stopped():

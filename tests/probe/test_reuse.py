@@ -1,4 +1,4 @@
-"""Rollouts kept over refreshes: the whole pipeline against exact gradients, and when they are thrown away."""
+"""Rollouts kept over refreshes: the whole pipeline against exact gradients, and when they are dropped."""
 
 import json
 from dataclasses import replace
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from passk_guard import GuardConfig
 from passk_guard.callback.state import Memory, load_memory, save_memory
 from passk_guard.estimation.evidence import Check, RunEvidence
 from passk_guard.estimation.records import ConflictEstimate
@@ -18,7 +17,7 @@ from passk_guard.mitigation.protected_direction import pass1_loss
 from passk_guard.passk.closed_forms import passk_weight
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.refresh import Refresher
-from passk_guard.probe.reuse import RolloutKeeper, _in_halves, look_again
+from passk_guard.probe.reuse import RolloutKeeper, _in_halves, reweigh
 from passk_guard.sketch import ScoreSketcher
 from passk_guard.utils.ranks import Ranks
 from tests.callback.test_guard import guard_of, run
@@ -74,10 +73,10 @@ def test_each_score_is_that_of_autograd_at_the_moved_model_times_its_ratio():
     moved(now, 0.03)
     sample, seen = drawn_from(then, torch.Generator().manual_seed(0)), []
     fresh = refresher(then).run(lambda: sample, (), 0)
-    look, _ = look_again(fresh, replace_gram(refresher(now), seen), 0, 0.01)
+    again, _ = reweigh(fresh, replace_gram(refresher(now), seen), 0, 0.01)
     ratios = torch.zeros(4, N, dtype=torch.float64)
     expected, parameters = torch.zeros_like(seen[0]), list(now.parameters())
-    mixed = (look.probe.num_correct > 0) & (look.probe.num_correct < N)
+    mixed = (again.probe.num_correct > 0) & (again.probe.num_correct < N)
     assert mixed.sum() > 1
     right = torch.tensor(
         [[token[0] % 2 == 0 for token in sample[0].completion_ids[x * N : (x + 1) * N]] for x in range(4)]
@@ -93,12 +92,12 @@ def test_each_score_is_that_of_autograd_at_the_moved_model_times_its_ratio():
     torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-6)  # the norms of the model are in float32
     wrong = torch.where(right, 0.0, ratios)
     pairs = (wrong.sum(1).square() - wrong.square().sum(1)) / 2
-    torch.testing.assert_close(look.probe.misses[mixed, 1], (wrong.sum(1) / (N - 1))[mixed])
-    torch.testing.assert_close(look.probe.misses[mixed, 2], (pairs / ((N - 1) * (N - 2) / 2))[mixed])
+    torch.testing.assert_close(again.probe.misses[mixed, 1], (wrong.sum(1) / (N - 1))[mixed])
+    torch.testing.assert_close(again.probe.misses[mixed, 2], (pairs / ((N - 1) * (N - 2) / 2))[mixed])
 
 
 @pytest.mark.slow
-def test_averaged_over_draws_it_is_the_exact_gradient_of_the_moved_model(monkeypatch):
+def test_averaged_over_samples_it_is_the_exact_gradient_of_the_moved_model(monkeypatch):
     then, now = tiny_model().double().eval(), tiny_model().double().eval()
     moved(now, 0.03)
     generator, seen, draws = torch.Generator().manual_seed(0), [], 200
@@ -108,11 +107,11 @@ def test_averaged_over_draws_it_is_the_exact_gradient_of_the_moved_model(monkeyp
     axis = torch.randn(3, gradients(now, 1).shape[1], dtype=torch.float64, generator=generator)
     sample = drawn_from(then, generator, draws)
     fresh = refresher(then, max_tokens=1000).run(lambda: sample, (), 0)
-    look, share = look_again(fresh, refresher(now, max_tokens=1000), 0, 0.01)
+    again, share = reweigh(fresh, refresher(now, max_tokens=1000), 0, 0.01)
     assert 0.3 < share < 1
     exact = torch.stack([gradients(now, int(k)) @ axis.T for k in ks])
     off = {}
-    for name, probe, sums in (("reused", look.probe, seen[1]), ("as if fresh", fresh.probe, seen[0])):
+    for name, probe, sums in (("reused", again.probe, seen[1]), ("as if fresh", fresh.probe, seen[0])):
         found = (coefficients(probe, ks)[:, :, None] * (sums @ axis.T)).view(3, 2, draws, 4, 3).sum(1)
         off[name] = ((found.mean(1) - exact) / (found.std(1) / draws**0.5)).abs()
     assert off["reused"].square().mean() < 1.6, off["reused"]
@@ -120,33 +119,33 @@ def test_averaged_over_draws_it_is_the_exact_gradient_of_the_moved_model(monkeyp
     assert off["as if fresh"].max() > 6, "what the ratios are for"
 
 
-def test_an_unmoved_model_is_seen_as_by_fresh_samples_and_the_protected_direction_too():
+def test_of_an_unmoved_model_the_refresh_is_that_of_fresh_samples():
     model = tiny_model().double().eval()
     sample = drawn_from(model, torch.Generator().manual_seed(1))
     fresh = refresher(model).run(lambda: sample, ["a", "b", "c", "d"], 3)
-    look, share = look_again(fresh, refresher(model), 3, 0.9)
+    again, share = reweigh(fresh, refresher(model), 3, 0.9)
     assert share == 1.0
-    torch.testing.assert_close(look.probe.gram, fresh.probe.gram, rtol=1e-9, atol=1e-12)
-    assert look.probe.prompt_keys == ["a", "b", "c", "d"]
-    assert look.probe.reused
+    torch.testing.assert_close(again.probe.gram, fresh.probe.gram, rtol=1e-9, atol=1e-12)
+    assert again.probe.prompt_keys == ["a", "b", "c", "d"]
+    assert again.probe.reused
     ks = torch.arange(1, 4)
-    torch.testing.assert_close(coefficients(look.probe, ks), coefficients(fresh.probe, ks))
+    torch.testing.assert_close(coefficients(again.probe, ks), coefficients(fresh.probe, ks))
 
 
 def test_the_ratios_of_an_unmoved_model_are_exactly_one_in_bf16_too():
     model = tiny_model().eval()
     sample, narrow = drawn_from(model, torch.Generator().manual_seed(1)), partial(torch.autocast, "cpu", torch.bfloat16)
     fresh = replace(refresher(model, "kronecker"), autocast=narrow).run(lambda: sample, (), 3)
-    look, share = look_again(fresh, replace(refresher(model, "kronecker"), autocast=narrow), 4, 0.9)
+    again, share = reweigh(fresh, replace(refresher(model, "kronecker"), autocast=narrow), 4, 0.9)
     assert share == 1.0
-    assert all(torch.equal(batch.factors, torch.ones_like(batch.factors)) for batch in look.batches)
-    _, share = look_again(fresh, refresher(model, "kronecker"), 4, 0.01)
-    assert share < 1.0, "the precision must not change between a draw and its looks"
+    assert all(torch.equal(batch.factors, torch.ones_like(batch.factors)) for batch in again.batches)
+    _, share = reweigh(fresh, refresher(model, "kronecker"), 4, 0.01)
+    assert share < 1.0, "the precision must not change between a sample and its reuse"
 
 
-def direction(model, look):
-    loss = pass1_loss(look, 1)
-    total = sum(loss(model, batch) for batch in look.batches)
+def direction(model, again):
+    loss = pass1_loss(again, 1)
+    total = sum(loss(model, batch) for batch in again.batches)
     return torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
 
 
@@ -156,10 +155,10 @@ def test_the_protected_direction_weighs_each_sample_by_its_ratio():
     sample = drawn_from(then, torch.Generator().manual_seed(2))
     fresh = refresher(then).run(lambda: sample, (), 3)
     seen = []
-    look, _ = look_again(fresh, replace_gram(refresher(now), seen), 3, 0.01)
-    one = coefficients(look.probe, torch.tensor([1]))[0]
+    again, _ = reweigh(fresh, replace_gram(refresher(now), seen), 3, 0.01)
+    one = coefficients(again.probe, torch.tensor([1]))[0]
     expected = -(one[:, None] * seen[-1]).sum(0) / 4
-    found = [g for g in direction(now, look) if g is not None]
+    found = [g for g in direction(now, again) if g is not None]
     assert torch.cat([g.flatten() for g in found]).norm() == pytest.approx(float(expected.norm()), rel=1e-5)
 
 
@@ -172,21 +171,21 @@ def replace_gram(made, seen):
     return Seeing(**vars(made))
 
 
-def test_halved_batches_give_the_same_look():
+def test_halved_batches_give_the_same_refresh():
     then, now = tiny_model().double().eval(), tiny_model().double().eval()
     moved(now, 0.05)
     sample = drawn_from(then, torch.Generator().manual_seed(3))
     fresh = refresher(then).run(lambda: sample, (), 3)
-    whole, share = look_again(fresh, refresher(now), 3, 0.01)
+    whole, share = reweigh(fresh, refresher(now), 3, 0.01)
     small = _in_halves(_in_halves(_in_halves(fresh)))
     assert max(len(batch.slots) for batch in small.batches) < max(len(batch.slots) for batch in fresh.batches)
-    pieces, same = look_again(small, refresher(now), 3, 0.01)
+    pieces, same = reweigh(small, refresher(now), 3, 0.01)
     assert same == pytest.approx(share)
     torch.testing.assert_close(pieces.probe.gram, whole.probe.gram)
     torch.testing.assert_close(pieces.probe.misses, whole.probe.misses)
 
 
-def test_a_draw_serves_its_refreshes_and_ends_early_where_it_is_worth_too_little():
+def test_a_sample_serves_its_refreshes_and_ends_early_below_the_effective_size():
     model = tiny_model().double().eval()
     generator, asked = torch.Generator().manual_seed(4), []
 
@@ -195,8 +194,8 @@ def test_a_draw_serves_its_refreshes_and_ends_early_where_it_is_worth_too_little
         return drawn_from(model, generator)
 
     keeper = RolloutKeeper(3, 0.5)
-    looks = [keeper.refresh(refresher(model), sample, (), i) for i in range(7)]
-    assert [look.probe.reused for look in looks] == [False, True, True, False, True, True, False]
+    all_refreshes = [keeper.refresh(refresher(model), sample, (), i) for i in range(7)]
+    assert [again.probe.reused for again in all_refreshes] == [False, True, True, False, True, True, False]
     assert len(asked) == 3
     assert keeper.metrics() == {"effective_samples": 1.0, "resampled_at": None}
     moved(model, 0.5)
@@ -209,13 +208,13 @@ def test_a_draw_serves_its_refreshes_and_ends_early_where_it_is_worth_too_little
     assert not keeper.refresh(refresher(model), sample, (), 8).probe.reused
 
 
-def test_memory_pools_one_look_of_each_draw(tmp_path):
+def test_memory_pools_each_sample_once(tmp_path):
     model = tiny_model().double().eval()
     generator, keeper, memory = torch.Generator().manual_seed(6), RolloutKeeper(2, 0.1), Memory()
     kinds, pooled = [], []
     for step in range(5):
-        look = keeper.refresh(refresher(model), lambda: drawn_from(model, generator), (), step)
-        memory = memory.with_refresh(look.probe, 3, step)
+        again = keeper.refresh(refresher(model), lambda: drawn_from(model, generator), (), step)
+        memory = memory.with_refresh(again.probe, 3, step)
         kinds.append([probe.reused for probe in memory.history])
         pooled.append(len(memory.pooled(3)))
     assert kinds == [[False], [True], [True, False], [True, True], [True, True, False]]
@@ -280,11 +279,4 @@ def test_a_resumed_run_is_the_uninterrupted_one(mitigation, tmp_path):
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert resumed.memory.decision == whole.memory.decision
     assert resumed.memory.evidence == whole.memory.evidence
-    assert len(whole.memory.evidence.checks) <= 3, "one check a draw at most"
-
-
-def test_reuse_of_a_training_batch_is_refused():
-    with pytest.raises(ValueError, match="resample_refreshes"):
-        GuardConfig(source="training_batch", resample_refreshes=2)
-    with pytest.raises(ValueError, match="min_effective_samples"):
-        GuardConfig(min_effective_samples=0)
+    assert len(whole.memory.evidence.checks) <= 3, "one check a sample at most"

@@ -142,17 +142,11 @@ def test_generate_leaves_model_tokenizer_and_generators_alone():
     assert sampler.sample(tiny_rows(3), 2, seed=0) == samples
 
 
-def test_dropout_is_off_while_sampling():
+def test_dropout_is_off_while_sampling_and_an_exception_restores_the_modes():
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
     sampler = GenerateSampler(model, tiny_tokenizer(), temperature=1e-4, max_new_tokens=4)
-    samples = sampler.sample(tiny_rows(1), 8, seed=0)
-    assert len(set(map(tuple, samples.completion_ids))) == 1
-    assert all(module.training for module in model.modules())
-
-
-def test_an_exception_while_sampling_restores_the_modes():
-    model = tiny_model().train()
-    sampler = GenerateSampler(model, tiny_tokenizer(), max_new_tokens=2, on_progress=lambda *_: 1 / 0)
+    assert len(set(map(tuple, sampler.sample(tiny_rows(1), 8, seed=0).completion_ids))) == 1
+    sampler.on_progress = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         sampler.sample(tiny_rows(1), 1, seed=0)
     assert all(module.training for module in model.modules())
@@ -173,20 +167,6 @@ def test_misuse_of_generate(arguments, message):
         GenerateSampler(**({"model": tiny_model(), "tokenizer": tiny_tokenizer()} | arguments))
 
 
-def test_a_tokenizer_without_pad_and_eos_is_refused():
-    tokenizer = tiny_tokenizer(pad_token=None, eos_token=None)
-    model = tiny_model(eos_token_id=None, pad_token_id=None)
-    with pytest.raises(GuardError, match=r"Set `tokenizer.pad_token`"):
-        GenerateSampler(model, tokenizer)
-
-
-def test_a_conversation_needs_a_chat_template():
-    sampler = GenerateSampler(tiny_model(), tiny_tokenizer(chat_template=None), max_new_tokens=4)
-    sampler.check_lengths(tiny_rows(2))
-    with pytest.raises(GuardError, match="chat template"):
-        sampler.check_lengths(tiny_chat_rows(2))
-
-
 def test_adapters_are_sampled_too(tmp_path):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -198,6 +178,16 @@ def test_adapters_are_sampled_too(tmp_path):
         sampler.check_lengths(rows)
     assert samplers[0].sample(rows, 2, seed=0) == samplers[1].sample(rows, 2, seed=0)
     assert traces(trainer.model, tokenizer) == before
+
+
+def test_tokenizers_that_do_not_suffice():
+    model = tiny_model(eos_token_id=None, pad_token_id=None)
+    with pytest.raises(GuardError, match=r"Set `tokenizer.pad_token`"):
+        GenerateSampler(model, tiny_tokenizer(pad_token=None, eos_token=None))
+    sampler = GenerateSampler(tiny_model(), tiny_tokenizer(chat_template=None), max_new_tokens=4)
+    sampler.check_lengths(tiny_rows(2))
+    with pytest.raises(GuardError, match="chat template"):
+        sampler.check_lengths(tiny_chat_rows(2))
 
 
 def test_prompts_that_do_not_fit(tmp_path):
@@ -286,18 +276,14 @@ def test_trl_leaves_the_trainer_alone(make, tmp_path):
     assert seen[0] != seen[1]  # the policy has moved on
 
 
-class Probing(TrainerCallback):
-    """Samples at the start of every step."""
-
-    def __init__(self):
-        self.trainer, self.samples = None, []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.samples.append(TRLSampler(self.trainer).sample(tiny_rows(5), 3, seed=state.global_step))
-
-
 @pytest.mark.parametrize("make", TRAINERS)
 def test_training_is_bit_for_bit_the_same_with_and_without(make, tmp_path):
+    samples = []
+
+    class Probing(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            samples.append(TRLSampler(self.trainer).sample(tiny_rows(5), 3, seed=state.global_step))
+
     def train(name, callbacks):
         trainer = make(tmp_path / name, max_steps=3, callbacks=callbacks)
         for callback in callbacks:
@@ -306,9 +292,8 @@ def test_training_is_bit_for_bit_the_same_with_and_without(make, tmp_path):
         logs = [{k: v for k, v in entry.items() if not is_timing(k)} for entry in trainer.state.log_history]
         return [p.detach().clone() for p in trainer.model.parameters()], logs
 
-    probing = Probing()
-    assert equal(train("with", [probing]), train("without", []))
-    assert len(probing.samples) == 3
+    assert equal(train("with", [Probing()]), train("without", []))
+    assert len(samples) == 3
 
 
 def is_timing(key):

@@ -84,7 +84,7 @@ def test_rewards_of_every_type(rewards, threshold, expected):
 
 
 @pytest.mark.parametrize("function", [strict, strict_later])
-def test_an_exception_voids_its_sample_only(function):
+def test_an_exception_fails_its_sample_only(function):
     outcomes = Verifier(function).score(rollouts(["0", "x", "1"]))
     assert outcomes.correct.tolist() == [1, -1, 0]
     assert outcomes.failures == 1
@@ -92,7 +92,7 @@ def test_an_exception_voids_its_sample_only(function):
 
 
 @pytest.mark.parametrize("function", [strict, strict_later])
-def test_an_exception_on_each_voids_the_refresh(function):
+def test_an_exception_on_each_fails_the_refresh(function):
     with pytest.raises(FailedRefresh, match=r"raised on each of 2 samples, first ValueError: cannot parse x"):
         Verifier(function).score(rollouts(["x", "x"]))
 
@@ -117,6 +117,11 @@ def test_the_user_can_interrupt():
     ("result", "message"),
     [
         ([1.0], "returned 1 rewards; expected a list of 3"),
+        ([1.0] * 5, "returned 5 rewards; expected a list of 3"),
+        ((x for x in [1.0] * 5), "returned 4 rewards"),
+        (torch.tensor(1.0), r"returned Tensor tensor\(1.\)"),
+        ({0.1, 0.2, 0.3}, "returned set"),
+        ([1.0, 10**400, 0.0], "of type int"),
         (1.0, "returned float 1.0; expected"),
         (None, "returned NoneType None"),
         ("yes", "returned str 'yes'"),
@@ -126,7 +131,7 @@ def test_the_user_can_interrupt():
         (torch.zeros(3, 2), "of type Tensor"),
     ],
 )
-def test_what_is_no_list_of_rewards_voids_the_refresh(result, message):
+def test_what_is_no_list_of_rewards_fails_the_refresh(result, message):
     with pytest.raises(FailedRefresh, match=message):
         correct(returning(result))
 

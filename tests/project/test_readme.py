@@ -7,7 +7,7 @@ import pytest
 
 import passk_guard
 from passk_guard import PassKGuardCallback
-from passk_guard.config import GuardConfig
+from passk_guard.config import Advanced, GuardConfig
 from passk_guard.reporting.log_rows import estimate_metrics
 from tests.helpers.tiny import digit_reward, probe_rows, tiny_grpo_trainer
 
@@ -82,9 +82,12 @@ def test_numbers_of_the_mitigations_are_documented():
         "mitigated",
     ):
         assert f"`{name}`" in README, name
-    for setting in ("floor_gamma", "floor_average", "floor_max", "gate_confidence", "image_refreshes"):
+    for setting in ("floor_gamma", "floor_max", "image_refreshes"):
         assert f"`{setting}`" in README
         assert setting in GuardConfig.__dataclass_fields__
+    for setting in ("floor_average", "gate_confidence"):
+        assert f"`advanced.{setting}`" in README
+        assert setting in Advanced.__dataclass_fields__
 
 
 def test_commands_and_pictures_exist():

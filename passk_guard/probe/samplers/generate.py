@@ -13,37 +13,11 @@ from passk_guard.probe.samplers.protocol import Samples, context_length, refuse_
 from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.isolation import sampling_mode
 
-# Logits that are not finite, noticed without stopping the generation in its middle.
-
-
-class FiniteLogits(LogitsProcessor):
-    """Puts 0 where a logit is NaN or +inf, remembers that there was one, and leaves finite ones as they are.
-
-    Drawing a token from NaN raises on a CPU and ends the process on a GPU; and a rank that stops within a generation
-    leaves the others waiting wherever weights are sharded. So the generation goes on, and `check` speaks at its end.
-    """
-
-    def __init__(self) -> None:
-        self._bad: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Finite scores [B, V] of the next token."""
-        bad = scores.isnan() | scores.isposinf()
-        found = bad.any()
-        self._bad = found if self._bad is None else self._bad | found
-        return torch.where(bad, torch.zeros_like(scores), scores)
-
-    def check(self) -> None:
-        """Raise FailedRefresh when a logit was not finite since this was made."""
-        if self._bad is not None and bool(self._bad):
-            raise FailedRefresh("the model's logits are not finite: completions cannot be sampled from them")
-
-
 Row = Mapping[str, Any]
 
 
 class GenerateSampler:
-    """Samples from softmax(logits / temperature) with `model.generate`, whatever the model's own defaults say.
+    """Sample from softmax(logits / temperature) with `model.generate`, independent of the model's own defaults.
 
     Args:
         model: a causal LM, or a wrapper that holds one as `.module`.
@@ -123,7 +97,7 @@ class GenerateSampler:
         refuse_misfits(lengths, context_length(self.model), self.max_new_tokens, "max_new_tokens")
 
     def sample(self, rows: Sequence[Row], num_samples: int, seed: int) -> Samples:
-        """Draw n = `num_samples` completions of each of m rows; the same arguments give the same samples.
+        """Sample n = `num_samples` completions of each of m rows; the same arguments give the same samples.
 
         Returns:
             Samples of m * n entries, prompt-major.
@@ -204,6 +178,29 @@ class GenerateSampler:
         )
 
 
+class FiniteLogits(LogitsProcessor):
+    """Replace logits that are NaN or +inf by 0 and remember that there was one; finite ones stay as they are.
+
+    Sampling a token from NaN raises on a CPU and ends the process on a GPU. A rank that stops within a generation
+    leaves the others waiting wherever weights are sharded. So the generation continues, and `check` raises at its end.
+    """
+
+    def __init__(self) -> None:
+        self._bad: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Finite scores [B, V] of the next token."""
+        bad = scores.isnan() | scores.isposinf()
+        found = bad.any()
+        self._bad = found if self._bad is None else self._bad | found
+        return torch.where(bad, torch.zeros_like(scores), scores)
+
+    def check(self) -> None:
+        """Raise FailedRefresh when a logit was not finite since this was made."""
+        if self._bad is not None and bool(self._bad):
+            raise FailedRefresh("the model's logits are not finite: completions cannot be sampled from them")
+
+
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a completion: the tokenizer's, and those the model declares (end of turn)."""
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -211,9 +208,9 @@ def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *declared) if i is not None))
 
 
-def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Input ids and attention mask [b, longest], prompts at the right edge."""
-    longest = max(len(ids) for ids in prompts)
+    longest = max(map(len, prompts))
     ids = [[pad] * (longest - len(p)) + p for p in prompts]
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

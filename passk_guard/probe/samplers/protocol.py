@@ -1,4 +1,4 @@
-"""What a sampler takes and gives."""
+"""What a sampler takes and returns, and which prompts fit into a model's context."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Samples:
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Draws completions from the policy.
+    """Samples completions from the policy.
 
-    A sampler may also have `sample_fewer() -> bool`: called on every rank when memory ran out on one, it lowers the
-    number of completions generated at once and returns True, or False when there is no less.
+    A sampler may also have `sample_fewer() -> bool`, which is called on every rank when memory ran out on one. It
+    lowers the number of completions generated at once and returns True, or False if it is the lowest already.
     """
 
     @property
@@ -42,10 +42,10 @@ class Sampler(Protocol):
         ...
 
     def sample(self, rows: Sequence[Mapping[str, Any]], num_samples: int, seed: int) -> Samples:
-        """n = `num_samples` completions of the prompt of each row, drawn with `seed`.
+        """Sample n = `num_samples` completions of the prompt of each row, with `seed`.
 
         Model, tokenizer and torch's random generators are left as they were. With several ranks each passes the
-        same number of rows, and its own seed.
+        same number of rows, and a different seed.
         """
         ...
 
@@ -54,23 +54,20 @@ class Sampler(Protocol):
         ...
 
 
-# Prompts that do not fit are refused up front: cut short, they would be different prompts.
-
-
 def context_length(model: Any) -> int | None:
-    """Positions the model can attend to (config.max_position_embeddings), None when its config does not say."""
+    """Positions the model can attend to (config.max_position_embeddings), None when its config does not give it."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
 def refuse_misfits(lengths: Sequence[int], context: int | None, max_new_tokens: int, argument: str) -> None:
-    """Check prompt lengths, in tokens, against the room the context leaves beside the completion.
+    """Refuse prompts that the context has no room for: cut short, they would be different prompts.
 
     Args:
         lengths: tokens of each prompt.
         context: positions in all; None checks for empty prompts only.
         max_new_tokens: longest completion.
-        argument: the name under which the caller knows `max_new_tokens`, for the message.
+        argument: the caller's name for `max_new_tokens`, for the message.
 
     Raises:
         GuardError: naming how many prompts do not fit and the longest of them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -21,10 +20,10 @@ OnRollouts = Callable[[Rollouts, Tensor], None]
 
 
 class BatchTap:
-    """Hands over each batch a GRPOTrainer or RLOOTrainer generates for training, with its rewards.
+    """Pass on each batch that a GRPOTrainer or RLOOTrainer generates for training, with its rewards.
 
-    The estimate then describes the prompts being trained on, and not held-out ones. What goes wrong in
-    `on_rollouts` is logged, once for each reason, and training goes on.
+    The estimate then describes the prompts being trained on, and not held-out ones. An exception in `on_rollouts` is
+    logged, once for each reason, and training goes on.
 
     Args:
         trainer: a GRPOTrainer or RLOOTrainer without tools, environments or a rollout_func.
@@ -41,14 +40,14 @@ class BatchTap:
             if getattr(trainer, name, None):
                 raise GuardError(
                     f"Expected a trainer without `{name}`, whose completions are all the policy's own; found one "
-                    "with it. Pass held-out prompts as `probe`, with a `sampler` of your own."
+                    "with it. Pass held-out prompts as `probe`, with your own `sampler`."
                 )
         if is_trl(trainer):
             check(seams.BATCH, trainer)
         self.trainer = trainer
         self.on_rollouts = on_rollouts
         self._scored: tuple[Sequence[Any], Sequence[Sequence[int]], Tensor] | None = None
-        self._told = Once()
+        self._logged = Once()
         self._patches = [
             MethodPatch(trainer, "_calculate_rewards", self._around_rewards, owner="BatchTap"),
             MethodPatch(trainer, "_generate_and_score_completions", self._around_generation, owner="BatchTap"),
@@ -68,9 +67,7 @@ class BatchTap:
     def __enter__(self) -> BatchTap:
         return self.install()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _around_rewards(self, calculate: Method) -> Method:
@@ -88,18 +85,18 @@ class BatchTap:
             self._scored = None
             output = generate(inputs)
             if training:
-                self._hand_over(inputs, output)
+                self._pass_on(inputs, output)
             self._scored = None
             return output
 
         return wrapper
 
-    def _hand_over(self, inputs: Sequence[Mapping[str, Any]], output: Mapping[str, Any]) -> None:
+    def _pass_on(self, inputs: Sequence[Mapping[str, Any]], output: Mapping[str, Any]) -> None:
         try:
             self.on_rollouts(*self._collect(inputs, output))
         except Exception as error:
             reason = one_line(str(error)) if isinstance(error, FailedRefresh) else describe_error(error)
-            if self._told.new(reason):
+            if self._logged.new(reason):
                 logger.warning("passk_guard: no estimate from the training batch: %s", reason)
 
     def _collect(self, inputs: Sequence[Mapping[str, Any]], output: Mapping[str, Any]) -> tuple[Rollouts, Tensor]:

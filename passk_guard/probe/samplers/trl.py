@@ -1,4 +1,4 @@
-"""Sampling through a TRL trainer's own generation path, so that vLLM setups work as they are."""
+"""Sampling through a TRL trainer's own generation, so that vLLM setups work unchanged."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from passk_guard.utils.private_api import check, is_trl, seams
 logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
-_REMEDY = "Pass `sampler=GenerateSampler(model, tokenizer, ...)` or a sampler of your own."
+_REMEDY = "Pass `sampler=GenerateSampler(model, tokenizer, ...)` or your own sampler."
 
 
 class TRLSampler:
-    """Samples the way `GRPOTrainer` or `RLOOTrainer` samples its training batch: same engine, same settings.
+    """Sample as `GRPOTrainer` or `RLOOTrainer` samples its training batch: same engine, same settings.
 
     The trainer's metrics, logs, step counters, generation config and module flags are left alone.
 
@@ -59,7 +59,7 @@ class TRLSampler:
         refuse_misfits([len(p) for p in ids], context, longest, "max_completion_length")
 
     def sample(self, rows: Sequence[Row], num_samples: int, seed: int) -> Samples:
-        """Draw n = `num_samples` completions of each of m rows.
+        """Sample n = `num_samples` completions of each of m rows.
 
         Every rank calls with the same number of rows. With vLLM the engine keeps its own random state, which
         `seed` does not reach; with transformers the same arguments give the same samples.
@@ -96,7 +96,7 @@ class TRLSampler:
 
     @contextmanager
     def _undisturbed(self, num_samples: int, seed: int) -> Iterator[None]:
-        # RLOO reads the number of completions a prompt from itself, by mode; GRPO is told.
+        # RLOO reads the number of completions per prompt from itself, by mode; GRPO gets it as an argument.
         counts = {"num_generations": num_samples, "num_generations_eval": num_samples}
         with ExitStack() as stack:
             stack.enter_context(sampling_mode(self.trainer.model, seed))
@@ -106,10 +106,10 @@ class TRLSampler:
             yield
 
     def _generate(self, prompt_ids: Any, images: Any, fields: Any, num_samples: int) -> list[list[int]]:
-        # Asked of the class: a wrapper set on the instance may hide the signature.
-        asks = _takes(type(self.trainer)._generate_single_turn, "num_generations")
-        told = {"num_generations": num_samples} if asks else {}
-        result = self.trainer._generate_single_turn(prompt_ids, images, fields, **told)
+        # The class has the signature, which a wrapper set on the instance may hide.
+        takes = _takes(type(self.trainer)._generate_single_turn, "num_generations")
+        count = {"num_generations": num_samples} if takes else {}
+        result = self.trainer._generate_single_turn(prompt_ids, images, fields, **count)
         return list(result[0] if isinstance(result, tuple) else result)  # GRPO adds log-probabilities
 
     def _decode(self, prompts: list[Any], prompt_ids: list[list[int]], ids: list[list[int]]) -> list[Any]:
