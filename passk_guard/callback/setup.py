@@ -6,17 +6,16 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import nn
-
 from passk_guard.config import GuardConfig
 from passk_guard.mitigation.objective import PassKObjective
 from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.prompts import ProbeSet
 from passk_guard.probe.samplers import GenerateSampler, Sampler, TRLSampler
 from passk_guard.probe.verifier import Verifier, resolve_verifier
+from passk_guard.sketch.coverage import SHARDED_NEEDS
 from passk_guard.utils.errors import GuardError
-from passk_guard.utils.private_api import check, is_trl, seams
+from passk_guard.utils.isolation import check_model
+from passk_guard.utils.private_api import OBSERVE, is_trl, requires
 
 # Which guard acts on a trainer: one, once, and for as long as it is among the trainer's callbacks.
 
@@ -35,6 +34,14 @@ class Attachment:
         guard: a callback.
         undo: gives the trainer its methods back.
     """
+
+    needs = requires(
+        "transformers",
+        "Trainer",
+        "any trainer and engine",
+        OBSERVE,
+        callback_handler="its `callbacks`, to find a guard that was taken off and a second one",
+    )
 
     def __init__(self, trainer: Any, guard: Any, undo: Callable[[], None]) -> None:
         self._trainer, self._guard, self._undo = trainer, guard, undo
@@ -157,49 +164,23 @@ def check_groups(trainer: Any, config: GuardConfig) -> None:
         )
 
 
-def check_compatibility(trainer: Any, sampler: Sampler | None, *, taps_batch: bool, turns_gradients: bool) -> None:
+def check_compatibility(trainer: Any, sampler: Sampler | None, *, taps_batch: bool) -> None:
     """Raise GuardError for a private name that this run needs and the installed libraries lack.
 
-    Reads attributes and changes nothing. Engines check the rest when they are chosen, which is at train begin too.
+    Reads attributes and changes nothing. Engines check their own names when they are chosen, at train begin too.
 
     Args:
         trainer: whose train() begins.
         sampler: of held-out prompts, if there are any.
         taps_batch: whether the training batch is the probe.
-        turns_gradients: whether the guard may look for the engine that holds the gradient.
     """
-    check(seams.MODULE, trainer.model)
-    check(seams.TENSOR, torch.Tensor)
-    check(seams.TRAINER, trainer)
-    if (sharded := _sharded_parameter(trainer.model)) is not None:
-        check(seams.ZERO3_SHAPE, sharded)
-    if (layer := _checkpointing_layer(trainer.model)) is not None:
-        check(seams.CHECKPOINTED, layer)
+    Attachment.needs.check(trainer)
+    check_model(trainer.model)
+    for parameter in trainer.model.parameters():
+        # ZeRO-3 empties a parameter outside a forward, and marks it with several names of this kind.
+        if not parameter.numel() and any(name.startswith("ds_") for name in vars(parameter)):
+            SHARDED_NEEDS.check(parameter)
     if isinstance(sampler, TRLSampler):
-        check(seams.SAMPLER, sampler.trainer)
+        sampler.needs.check(sampler.trainer)
     if taps_batch or PassKObjective.of(trainer) is not None:
-        check(seams.BATCH, trainer)
-    if turns_gradients:
-        check(seams.ACCELERATOR, trainer.accelerator)
-        kind = trainer.accelerator.distributed_type
-        if str(getattr(kind, "value", kind)) == "DEEPSPEED":
-            check(seams.LAUNCHED, trainer.accelerator)
-
-
-def _sharded_parameter(model: nn.Module) -> nn.Parameter | None:
-    """One that ZeRO-3 has emptied; it marks its parameters with several names of this kind."""
-    emptied = (p for p in model.parameters() if p.requires_grad and not p.numel())
-    return next((p for p in emptied if any(name.startswith("ds_") for name in vars(p))), None)
-
-
-def _checkpointing_layer(model: nn.Module) -> nn.Module | None:
-    """A layer of transformers' that checkpoints its activations; it could not do so without the function."""
-    return next(
-        (
-            module
-            for module in model.modules()
-            if getattr(module, "gradient_checkpointing", False)
-            and any(kind.__name__ == seams.CHECKPOINTED.owner for kind in type(module).__mro__)
-        ),
-        None,
-    )
+        PassKObjective.needs.check(trainer)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from passk_guard.passk.closed_forms import passk_advantages
+from passk_guard.probe.samplers import BatchTap
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.patching import MethodPatch
-from passk_guard.utils.private_api import check, is_trl, seams
+from passk_guard.utils.private_api import is_trl
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class PassKObjective:
             named where there are several, or settings that would rescale the advantages: `scale_rewards` other than
             "none" (GRPO) or `normalize_advantages` (RLOO).
     """
+
+    needs = BatchTap.needs
 
     def __init__(
         self,
@@ -158,7 +161,7 @@ def _check_bounds(floor: float | None, cap: float | None) -> None:
 
 def _check_trainer(trainer: Any, k: int) -> None:
     if is_trl(trainer):
-        check(seams.BATCH, trainer)
+        PassKObjective.needs.check(trainer)
     if not hasattr(trainer, "_generate_and_score_completions"):
         raise GuardError(
             f"Expected a TRL GRPOTrainer or RLOOTrainer; found {type(trainer).__name__}, which computes no advantages."

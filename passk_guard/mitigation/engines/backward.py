@@ -12,6 +12,7 @@ from passk_guard.mitigation.engines.inner_products import local_inner_products
 from passk_guard.mitigation.engines.protocol import Parts
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.patching import Method, MethodPatch
+from passk_guard.utils.private_api import REWEIGHT, requires
 
 
 class BackwardEngine:
@@ -26,7 +27,17 @@ class BackwardEngine:
         name: see `GradientEngine`.
     """
 
+    accelerator_needs = requires(
+        "accelerate",
+        "Accelerator",
+        "projecting gradients on any engine but DeepSpeed",
+        REWEIGHT,
+        has_lomo_optimizer="finds optimizers inside the backward pass",
+        scaler="its scale is in every gradient of fp16",
+    )
+
     def __init__(self, trainer: Any, model: nn.Module, name: str) -> None:
+        self.accelerator_needs.check(trainer.accelerator)
         self.name = name
         self._accelerator = trainer.accelerator
         self._parameters = [p for p in model.parameters() if p.requires_grad]

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from passk_guard.mitigation.engines.backward import BackwardEngine
 from passk_guard.mitigation.engines.protocol import Batch
-from passk_guard.utils.private_api import check, seams
+from passk_guard.utils.private_api import REWEIGHT, requires
 
 
 class ShardedEngine(BackwardEngine):
@@ -24,12 +24,27 @@ class ShardedEngine(BackwardEngine):
         model: with `fully_shard` applied to it; its trained parameters are DTensors on the same mesh.
     """
 
+    module_needs = requires(
+        "torch",
+        "FSDPModule",
+        "projecting gradients under FSDP2",
+        REWEIGHT,
+        _get_fsdp_state="ends a probe that was interrupted",
+    )
+    state_needs = requires(
+        "torch",
+        "FSDPState",
+        "projecting gradients under FSDP2",
+        REWEIGHT,
+        _root_post_backward_final_callback="ends a probe that was interrupted",
+    )
+
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         super().__init__(trainer, model, "fsdp2")
         self._model = model
         self._root = next(m for m in model.modules() if isinstance(m, FSDPModule))
-        check(seams.FSDP, self._root)
-        check(seams.FSDP_STATE, self._root._get_fsdp_state())
+        self.module_needs.check(self._root)
+        self.state_needs.check(self._root._get_fsdp_state())
         self._group = cast(DTensor, self._parameters[0]).device_mesh.get_group()
 
     def probe_gradient(

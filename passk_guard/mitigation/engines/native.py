@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from passk_guard.mitigation.engines.backward import BackwardEngine
 from passk_guard.mitigation.engines.protocol import Batch
 from passk_guard.utils.errors import FailedRefresh
+from passk_guard.utils.private_api import REWEIGHT, requires
 
 # A second set of leaf parameters over the same memory, so that a backward pass meets nothing of the training's.
 
@@ -66,7 +67,25 @@ class NativeEngine(BackwardEngine):
         group: processes that train replicas of it; None in a single one.
     """
 
+    module_needs = requires(
+        "torch",
+        "Module",
+        "projecting gradients on a plain model or DDP",
+        REWEIGHT,
+        _parameters="stand-ins take the places of parameters",
+    )
+    parameter_needs = requires(
+        "torch",
+        "Tensor",
+        "projecting gradients on a plain model or DDP",
+        REWEIGHT,
+        _backward_hooks="a stand-in takes hooks along",
+        _post_accumulate_grad_hooks="finds optimizers inside the backward pass",
+    )
+
     def __init__(self, trainer: Any, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        self.module_needs.check(model)
+        self.parameter_needs.check(next(p for p in model.parameters() if p.requires_grad))
         super().__init__(trainer, model, "plain" if group is None else "ddp")
         self._model = model
         self._group = group
