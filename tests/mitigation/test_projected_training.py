@@ -205,7 +205,7 @@ def test_a_gradient_that_is_not_finite_is_left_alone(tmp_path, caplog):
         trainer.train()
     assert harvest
     assert trainer.state.global_step == 3
-    assert caplog.text.count("left to the optimizer as they are") == 1
+    assert caplog.text.count("steps stay unchanged where") == 1
     assert not any("passk_guard/train_cosine" in row for row in trainer.state.log_history)
 
 
