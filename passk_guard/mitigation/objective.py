@@ -1,4 +1,4 @@
-"""Training on pass@k with TRL, which has no such objective: an existing trainer's advantages become pass@k ones."""
+"""Train on pass@k with TRL, which has no such objective: replace an existing trainer's advantages by pass@k ones."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class PassKObjective:
 
     Each completion gets $A_i = f(W_i)(r_i - b_i)$ of `passk_advantages`: leave-one-out weight and baseline over the
     completions of its prompt, so the policy gradient is an unbiased estimate of grad J_k (arXiv 2602.21189, Sec. 3).
-    A pass@k *reward function* is not the same: the trainer's own baseline biases its weights, and dividing by the
-    group's standard deviation cancels them. A completion without a reward (None) gets advantage 0; so does a whole
-    group with fewer than k rewards. Evaluation is left alone.
+    A pass@k *reward function* is not the same: the trainer's baseline biases its weights, and dividing by the group's
+    standard deviation cancels them. A completion without a reward (None) gets advantage 0, as does a whole group with
+    fewer than k rewards. Evaluation is unchanged.
 
     Use as a context manager around `trainer.train()`, or `install()` and `remove()`.
 
@@ -76,7 +76,7 @@ class PassKObjective:
         return self
 
     def remove(self) -> None:
-        """Give the trainer its own advantages back."""
+        """Give the trainer its advantages back."""
         for patch in self._patches:
             patch.remove()
         if self.of(self._trainer) is self:
@@ -107,7 +107,7 @@ class PassKObjective:
         """
         grouped = rewards.view(-1, num_generations)
         scored = ~torch.isnan(grouped)
-        # A group with fewer than k rewards has no unbiased estimate; it must not stop the run, so it sits out.
+        # A group with fewer than k rewards has no unbiased estimate and must not stop the run.
         scored &= scored.sum(1, keepdim=True) >= self.k
         right = (grouped >= self.threshold) & scored
         return passk_advantages(right.float(), self.k, mask=scored, floor=self.floor, cap=self.cap).view(-1)
@@ -136,7 +136,7 @@ class PassKObjective:
 
 
 def _correct_completion_log(trainer: Any, advantages: Tensor) -> None:
-    """TRL has put its own advantages into the table of completions by now; show the ones that are used."""
+    """Show the advantages that are used in the table of completions, where TRL has put its own by now."""
     log = getattr(trainer, "_logs", {}).get("advantages")
     if log is None or len(log) < advantages.numel():
         return

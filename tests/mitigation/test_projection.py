@@ -193,7 +193,7 @@ def test_a_gradient_with_nan_is_left_as_it_is():
     [
         ([torch.ones(2)], [], "as long as"),
         ([torch.ones(2)], [torch.ones(3)], "shapes"),
-        ([None], [torch.ones(3)], "None at 0"),
+        ([None], [torch.ones(3)], "found None at 0"),
     ],
 )
 def test_lists_that_do_not_match_are_refused(g, p, words):
