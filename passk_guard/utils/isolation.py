@@ -26,11 +26,7 @@ Restore = Callable[[], None]
 _CHECKPOINT = "_gradient_checkpointing_func"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 MODULE_NEEDS = requires(
-    "torch",
-    "Module",
-    "any trainer and engine",
-    OBSERVE,
-    **dict.fromkeys(_HOOKS, "counted, to find hooks left behind"),
+    "torch", "Module", "any trainer and engine", OBSERVE, **dict.fromkeys(_HOOKS, "counted, to find hooks left behind")
 )
 TENSOR_NEEDS = requires(
     "torch", "Tensor", "any trainer and engine", OBSERVE, _version="finds gradients that a probe wrote into"

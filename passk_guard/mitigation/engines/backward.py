@@ -63,7 +63,6 @@ class BackwardEngine:
         ).install()
 
     def remove(self) -> None:
-        """See `GradientEngine.remove`."""
         if self._patch is not None:
             self._patch.remove()
             self._patch = None
@@ -78,7 +77,6 @@ class BackwardEngine:
         return 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
 
     def inner_products(self, pairs: Sequence[tuple[Parts, Parts]]) -> list[float]:
-        """See `GradientEngine.inner_products`."""
         return self._over_ranks(local_inner_products(pairs, self._accelerator.device)).tolist()
 
     def add_(self, direction: Parts, coefficient: float) -> None:

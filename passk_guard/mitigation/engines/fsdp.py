@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,8 @@ from passk_guard.mitigation.engines.backward import BackwardEngine
 from passk_guard.mitigation.engines.protocol import Batch
 from passk_guard.utils.private_api import REWEIGHT, requires
 
+_requires = partial(requires, "torch", applies="projecting gradients under FSDP2", instead=REWEIGHT)
+
 
 class ShardedEngine(BackwardEngine):
     """Gradient access under FSDP2 on a mesh of one dimension.
@@ -24,20 +27,8 @@ class ShardedEngine(BackwardEngine):
         model: with `fully_shard` applied to it; its trained parameters are DTensors on the same mesh.
     """
 
-    module_needs = requires(
-        "torch",
-        "FSDPModule",
-        "projecting gradients under FSDP2",
-        REWEIGHT,
-        _get_fsdp_state="ends a probe that was interrupted",
-    )
-    state_needs = requires(
-        "torch",
-        "FSDPState",
-        "projecting gradients under FSDP2",
-        REWEIGHT,
-        _root_post_backward_final_callback="ends a probe that was interrupted",
-    )
+    module_needs = _requires("FSDPModule", _get_fsdp_state="ends an interrupted probe")
+    state_needs = _requires("FSDPState", _root_post_backward_final_callback="ends an interrupted probe")
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         super().__init__(trainer, model, "fsdp2")

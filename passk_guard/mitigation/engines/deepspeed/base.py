@@ -99,8 +99,6 @@ class DeepSpeedGradient(ABC):
         """Bring up to date what the engine derived from the gradient."""
 
     def install(self, before_step: Callable[[], None]) -> None:
-        """See `GradientEngine.install`."""
-
         def make(step: Method) -> Method:
             def stepping(*args: Any, **kwargs: Any) -> Any:
                 if self._engine.is_gradient_accumulation_boundary():
@@ -116,7 +114,6 @@ class DeepSpeedGradient(ABC):
         self._patch = MethodPatch(self._engine, "step", make, owner="passk_guard.mitigation.engines").install()
 
     def remove(self) -> None:
-        """See `GradientEngine.remove`."""
         if self._patch is not None:
             self._patch.remove()
             self._patch = None
@@ -135,11 +132,9 @@ class DeepSpeedGradient(ABC):
         return self._parts()
 
     def loss_scale(self) -> float:
-        """See `GradientEngine.loss_scale`."""
         return float(getattr(self._optimizer, "loss_scale", 1.0))
 
     def inner_products(self, pairs: Sequence[tuple[Parts, Parts]]) -> list[float]:
-        """See `GradientEngine.inner_products`."""
         scalars = local_inner_products(pairs, self._engine.device)
         if self.sharded:
             dist.all_reduce(scalars, group=self._group())

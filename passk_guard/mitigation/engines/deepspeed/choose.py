@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from passk_guard.utils.errors import GuardError
 from passk_guard.utils.private_api import REWEIGHT, installed, requires
 
 TESTED = "0.19.8"
+_AUTOCAST = "Use bf16, or DeepSpeed's own fp16."
 INSTEAD = "Use ZeRO-0 (fp32), 1, 2 or 3 with data parallelism alone, or mitigate by `reweight`."
 WRAPPER_NEEDS = requires(
     "accelerate",
@@ -22,18 +24,43 @@ WRAPPER_NEEDS = requires(
     REWEIGHT,
     engine="the DeepSpeed engine",
 )
-_QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
-_SETTINGS = (
-    *("pipeline_parallelism", "mpu", "autotp_size", "has_moe_layers", "zero_hpz_partition_size", *_QUANTIZED),
-    *("zero_offload_optimizer", "zero_offload_param", "zero_partial_offload", "zenflow", "is_deepcompile_enabled"),
-    *("gradient_average", "enable_backward_allreduce", "torch_autocast_z0_gradscaler"),
+
+
+def _on_nvme(offload: Any) -> bool:
+    device = getattr(offload, "device", None)
+    return str(getattr(device, "value", device)) == "nvme"
+
+
+_REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
+    ("pipeline_parallelism", bool, "pipeline parallelism", ""),
+    ("mpu", lambda mpu: mpu is not None, "tensor or sequence parallelism (an mpu)", ""),
+    ("autotp_size", lambda size: size > 1, "tensor parallelism (autotp_size={})", ""),
+    ("has_moe_layers", bool, "a mixture of experts", ""),
+    ("zero_hpz_partition_size", lambda size: size > 1, "hpZ (zero_hpz_partition_size={})", "Set it to 1."),
+    ("zero_quantized_weights", bool, "ZeRO++ (zero_quantized_weights)", "Set it to false."),
+    ("zero_quantized_gradients", bool, "ZeRO++ (zero_quantized_gradients)", "Set it to false."),
+    ("zero_quantized_nontrainable_weights", bool, "ZeRO++ (zero_quantized_nontrainable_weights)", "Set it to false."),
+    ("zero_offload_optimizer", _on_nvme, "NVMe offload (offload_optimizer)", "Offload to cpu."),
+    ("zero_offload_param", _on_nvme, "NVMe offload (offload_param)", "Offload to cpu."),
+    ("zero_partial_offload", lambda ratio: ratio != 1, "partial optimizer offload (ratio={})", "Set its ratio to 1."),
+    ("zenflow", bool, "ZenFlow", "Use plain optimizer offload."),
+    ("is_deepcompile_enabled", bool, "DeepCompile", "Set compile.deepcompile to false."),
+    (
+        "gradient_average",
+        operator.not_,
+        "gradients summed over ranks (gradient_allreduce_op)",
+        "Use the default, mean.",
+    ),
+    ("enable_backward_allreduce", operator.not_, "an optimizer which communicates by itself", "Use AdamW."),
+    ("torch_autocast_z0_gradscaler", lambda scaler: scaler is not None, "torch autocast in fp16", _AUTOCAST),
 )
+"""Setting of an engine, whether its value is refused, what it is, and what to do instead."""
 SETTINGS_NEEDS = requires(
     "deepspeed",
     "DeepSpeedEngine",
     "projecting gradients under DeepSpeed",
     REWEIGHT,
-    **dict.fromkeys(_SETTINGS, "what was never measured is refused"),
+    **dict.fromkeys([row[0] for row in _REFUSED], "what was never measured is refused"),
 )
 
 
@@ -70,48 +97,28 @@ def deepspeed_engine(trainer: Any) -> DeepSpeedGradient:
 
 
 def _objections(engine: Any, optimizer: Any) -> Iterable[tuple[str, str]]:
-    def ask(name: str) -> Any:
-        """DeepSpeed answers some questions by a method and some by an attribute, and versions differ in which."""
-        value = getattr(engine, name)
-        return value() if callable(value) else value
-
-    if ask("pipeline_parallelism"):
-        yield "pipeline parallelism", ""
-    if ask("mpu") is not None or ask("autotp_size") > 1:
-        yield "tensor or sequence parallelism (an mpu or autotp_size > 1)", ""
+    for name, refused, found, instead in _REFUSED:
+        if refused(value := _ask(engine, name)):
+            yield found.format(value), instead
+    if hasattr(engine, "managed_gradient_accumulation") and not _ask(engine, "managed_gradient_accumulation"):
+        yield "managed_gradient_accumulation=false", "Leave it at true."  # older engines always manage it
     if getattr(optimizer, "sequence_parallel_size", 1) > 1:
         yield "sequence parallelism", ""
-    if ask("has_moe_layers"):
-        yield "a mixture of experts", ""
-    if (size := ask("zero_hpz_partition_size")) > 1:
-        yield f"hpZ (zero_hpz_partition_size={size})", "Set zero_hpz_partition_size to 1."
-    for name in _QUANTIZED:
-        if ask(name):
-            yield f"ZeRO++ ({name})", f"Set {name} to false."
-    for name in ("zero_offload_optimizer", "zero_offload_param"):
-        device = getattr(ask(name), "device", None)
-        if str(getattr(device, "value", device)) == "nvme":
-            yield f"NVMe offload ({name.removeprefix('zero_')})", "Offload to cpu."
-    if ask("zero_partial_offload") != 1.0:
-        yield "partial optimizer offload (ratio below 1)", "Set offload_optimizer.ratio to 1."
-    if ask("zenflow") or getattr(optimizer, "zenflow", False):
+    if getattr(optimizer, "zenflow", False):
         yield "ZenFlow", "Use plain optimizer offload."
-    if ask("is_deepcompile_enabled"):
-        yield "DeepCompile", "Set compile.deepcompile to false."
-    if hasattr(engine, "managed_gradient_accumulation") and not ask("managed_gradient_accumulation"):
-        yield "managed_gradient_accumulation=false", "Leave it at true."  # older engines always manage it
-    if not ask("gradient_average"):
-        yield "gradients summed over ranks (gradient_allreduce_op)", "Use the default, mean."
-    if not ask("enable_backward_allreduce"):
-        yield f"{type(optimizer).__name__}, which communicates by itself", "Use AdamW."
     inner = getattr(optimizer, "optimizer", optimizer)
     if "muon" in type(inner).__name__.lower():
         yield f"Muon ({type(inner).__name__})", "Use AdamW."
     if getattr(optimizer, "master_weights_and_grads_dtype", torch.float32) != torch.float32:
         yield f"master weights in {optimizer.master_weights_and_grads_dtype}", "Keep master weights in fp32."
-    for obj, name in ((engine, "torch_autocast_z0_gradscaler"), (optimizer, "torch_autocast_gradscaler")):
-        if getattr(obj, name, None) is not None:
-            yield "torch autocast in fp16", "Use bf16, or DeepSpeed's own fp16."
+    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
+        yield "torch autocast in fp16", _AUTOCAST
+
+
+def _ask(engine: Any, name: str) -> Any:
+    """DeepSpeed answers some questions by a method and some by an attribute, and versions differ in which."""
+    value = getattr(engine, name)
+    return value() if callable(value) else value
 
 
 def _kind(optimizer: Any) -> type[DeepSpeedGradient]:

@@ -6,6 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,18 +17,10 @@ from passk_guard.utils.private_api import requires
 _CONTAINERS = (dict, list, set, deque)
 _SCALARS = (bool, int, float, str, type(None))
 _BLOCK = 1 << 22  # elements that are exchanged at a time
-TRACER_NEEDS = requires(
-    "deepspeed",
-    "DeepSpeedZeRoOffload",
-    "any trainer under ZeRO-3",
-    "use ZeRO-2",
-    get_param_coordinator="the order it gathers weights in",
-)
-TRACE_NEEDS = requires(
-    "deepspeed",
+_requires = partial(requires, "deepspeed", applies="any trainer under ZeRO-3", instead="use ZeRO-2")
+TRACER_NEEDS = _requires("DeepSpeedZeRoOffload", get_param_coordinator="the order it gathers weights in")
+TRACE_NEEDS = _requires(
     "PartitionedParameterCoordinator",
-    "any trainer under ZeRO-3",
-    "use ZeRO-2",
     is_invalid_trace="whether there is an order",
     _invalidate_trace="the order of a probe is forgotten",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ from passk_guard.mitigation.engines.deepspeed.restore import Lent
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.private_api import REWEIGHT, Requires, requires
 
+_requires = partial(requires, "deepspeed", instead=REWEIGHT)
+_ZERO3 = "projecting gradients under ZeRO-3"
 _NO_MICRO_STEP = -1
 _REFUSED = "what was never measured is refused"
 _RESTORED = "put back after a probe"
@@ -70,11 +73,9 @@ class Zero12(DeepSpeedGradient):
     padding that DeepSpeed marks as such is left out.
     """
 
-    needs: ClassVar[Requires] = requires(
-        "deepspeed",
+    needs: ClassVar[Requires] = _requires(
         "DeepSpeedZeroOptimizer",
         "projecting gradients under ZeRO-1 and ZeRO-2",
-        REWEIGHT,
         bit16_groups="the parameters",
         partition_gradients="stage 1 or 2",
         cpu_offload="where the gradient lies",
@@ -110,11 +111,9 @@ class Zero3(DeepSpeedGradient):
     it its contents back.
     """
 
-    needs: ClassVar[Requires] = requires(
-        "deepspeed",
+    needs: ClassVar[Requires] = _requires(
         "DeepSpeedZeroOptimizer_Stage3",
-        "projecting gradients under ZeRO-3",
-        REWEIGHT,
+        _ZERO3,
         grad_partitions_flat_buffer="the gradient",
         fp16_groups="the parameters",
         parameter_offload="shards parameters again",
@@ -123,20 +122,12 @@ class Zero3(DeepSpeedGradient):
         _epilogue_ran_this_backward="whether anything was accumulated",
         **_OF_ZERO,
     )
-    sharder_needs = requires(
-        "deepspeed",
-        "DeepSpeedZeRoOffload",
-        "projecting gradients under ZeRO-3",
-        REWEIGHT,
-        partition_all_parameters="after a probe that was interrupted",
-    )
-    parameter_needs = requires(
-        "deepspeed",
+    sharder_needs = _requires("DeepSpeedZeRoOffload", _ZERO3, partition_all_parameters="after an interrupted probe")
+    parameter_needs = _requires(
         "sharded parameter",
-        "projecting gradients under ZeRO-3",
-        REWEIGHT,
+        _ZERO3,
         ds_status="whether it is gathered at rest",
-        all_gather="after a probe that was interrupted",
+        all_gather="after an interrupted probe",
     )
 
     def __init__(self, engine: Any) -> None:
@@ -198,11 +189,9 @@ class Bf16(DeepSpeedGradient):
     """
 
     sharded = False
-    needs: ClassVar[Requires] = requires(
-        "deepspeed",
+    needs: ClassVar[Requires] = _requires(
         "BF16_Optimizer",
         "projecting gradients under DeepSpeed's BF16_Optimizer",
-        REWEIGHT,
         fp32_groups_gradients_flat="the gradient",
         fp32_groups_has_gradients="whether anything was accumulated",
         **_OF_ALL,
