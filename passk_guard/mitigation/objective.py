@@ -37,7 +37,7 @@ class PassKObjective:
         k: 1 <= k <= trainer.num_generations; k = 1 is RLOO.
         correct: name of the reward function that means *correct*; may be left out when there is only one.
         threshold: rewards at or above it count as correct.
-        floor, cap: clip the prompt weight to [floor, cap]; may be changed between steps. A cap alone draws a warning.
+        floor, cap: clip the prompt weight to [floor, cap]; may be changed between steps. A cap alone logs a warning.
 
     Raises:
         GuardError: the trainer computes no advantages, num_generations < k, the reward function is unknown or not

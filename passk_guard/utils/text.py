@@ -32,7 +32,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def brief(value: Any) -> str:
-    """A `repr` of bounded length and depth, whatever the object's own does."""
+    """A `repr` of bounded length and depth, whatever the object's `__repr__` does."""
     try:
         return one_line(_short.repr(value), 80)
     except Exception:

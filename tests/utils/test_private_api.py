@@ -34,22 +34,11 @@ from tests.mitigation.engines import neutral
 
 
 def declared():
-    """Every `requires(...)` of the package, of its modules and classes, by where it stands."""
-    found = {}
-    for info in pkgutil.walk_packages(passk_guard.__path__, "passk_guard."):
-        if not info.name.endswith("__main__"):
-            module = importlib.import_module(info.name)
-            classes = [one for one in vars(module).values() if isinstance(one, type)]
-            for place in (module, *(one for one in classes if one.__module__ == info.name)):
-                found |= {
-                    f"{place.__name__}.{name}": needs
-                    for name, needs in vars(place).items()
-                    if isinstance(needs, Requires)
-                }
-    return found
-
-
-DECLARED = declared()
+    """Every `requires(...)` of the package's modules and classes."""
+    names = [info.name for info in pkgutil.walk_packages(passk_guard.__path__, "passk_guard.")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+    classes = [one for module in modules for one in vars(module).values() if isinstance(one, type)]
+    return [needs for place in modules + classes for needs in vars(place).values() if isinstance(needs, Requires)]
 
 
 def having(needs):
@@ -227,10 +216,7 @@ SCENES = [
     (PassKObjective.needs, a_part(lambda trainer: PassKObjective(trainer, k=2))),
     (PassKObjective.needs, objective_installed),
     (BackwardEngine.accelerator_needs, lambda folder: choosing(nn.Linear(2, 2))),
-    (
-        BackwardEngine.accelerator_needs,
-        lambda folder: a_train(folder, owner=lambda t: t.accelerator, mitigation="project"),
-    ),
+    (BackwardEngine.accelerator_needs, projecting),
     (NativeEngine.module_needs, a_module),
     (choose.COMPILED_NEEDS, a_compiled_model),
     (choose.DEEPSPEED_NEEDS, launched),
@@ -250,7 +236,7 @@ ELSEWHERE = [isolation.TENSOR_NEEDS, NativeEngine.parameter_needs]  # in C, from
 
 def test_each_declaration_has_a_scene():
     reached = [needs for needs, _ in SCENES] + ELSEWHERE
-    assert [place for place, needs in DECLARED.items() if needs not in reached] == []
+    assert [needs for needs in declared() if needs not in reached] == []
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What engines share whose gradients lie in `.grad`, complete when `accelerator.backward` returns."""
+"""The base of engines whose gradients lie in `.grad`, complete when `accelerator.backward` returns."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class BackwardEngine:
             self._patch = None
 
     def gradient(self) -> list[Tensor]:
-        """See `GradientEngine.gradient`. Zeros stand for a missing gradient; only `add_` can bring one about."""
+        """See `GradientEngine.gradient`. Zeros stand for a missing gradient; only `add_` can create one."""
         return [self._local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self._parameters]
 
     def loss_scale(self) -> float:
@@ -82,8 +82,8 @@ class BackwardEngine:
     def add_(self, direction: Parts, coefficient: float) -> None:
         """See `GradientEngine.add_`.
 
-        A missing gradient comes about where `direction` is not zero, and stays missing elsewhere: the optimizer
-        decays the weights of every parameter that has one. Coefficient 0 touches nothing.
+        A missing gradient is created where `direction` is not zero, and stays missing elsewhere: the optimizer decays
+        the weights of every parameter that has one.
         """
         if coefficient == 0.0:
             return

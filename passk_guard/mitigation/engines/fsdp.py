@@ -46,7 +46,7 @@ class ShardedEngine(BackwardEngine):
     ) -> list[Tensor]:
         """See `GradientEngine.probe_gradient`.
 
-        Each batch is reduced on its own: without it every rank would hold a whole unsharded gradient in between.
+        Each batch is reduced separately: otherwise every rank would hold a whole unsharded gradient in between.
         Forward and backward gather weights, so a `loss` must raise on all ranks or on none, as in training itself.
         """
         scale = self.loss_scale()
@@ -71,7 +71,7 @@ class ShardedEngine(BackwardEngine):
         return self._local(grad).to(dtype).div_(scale)
 
     def _end_pass(self) -> None:
-        """End a forward or backward that broke off, as the end of a backward does: shards alone are left."""
+        """Shard everything again after an interrupted forward or backward, as the end of a backward does."""
         self._root._get_fsdp_state()._root_post_backward_final_callback()
 
     def _local(self, tensor: Tensor) -> Tensor:
