@@ -121,7 +121,6 @@ class PassKGuardCallback(TrainerCallback):
             self._trainer,
             self._source.sampler if self._source is not None else None,
             taps_batch=self._tap is not None,
-            turns_gradients=self.config.mitigation in ("project", "both", "auto"),
         )
         self._attachment.claim()
         self._training = True

@@ -1,4 +1,4 @@
-"""What the guard does about a conflict: the floor under the advantages, the turn before the step, or nothing."""
+"""What the guard does about a conflict: it moves the floor under the advantages, projects the gradient, or nothing."""
 
 from __future__ import annotations
 
@@ -23,24 +23,72 @@ from passk_guard.utils.isolation import without_dropout
 from passk_guard.utils.ranks import Ranks
 
 
-class Mitigator:
-    """The mitigation of one train(), as the config asks for it.
+class NoMitigation:
+    """Does nothing: what a guard has outside train().
 
     Attributes:
-        steps: turns gradients before optimizer steps; None where nothing does.
-        floor: moves the floor of the objective; None where nothing does.
+        bound: whether it belongs to a train().
         remark: how "auto" was decided, if it was.
+        steps: projects gradients before optimizer steps; None where nothing does.
+        floor: moves the floor of the objective; None where nothing does.
+    """
+
+    bound: bool = False
+    remark: str | None = None
+    steps: StepGuard | None = None
+    floor: FloorGuard | None = None
+
+    def resume(self, checkpoint: Path, memory: Memory) -> None:
+        """Go on from a checkpoint, and warn of what was lost."""
+
+    def react(self, refresh: Refresh, estimate: ConflictEstimate, memory: Memory) -> Memory:
+        """Solve for the floor, open or close the gate, and behind an open one take a new direction to protect.
+
+        Raises:
+            FailedRefresh: the direction could not be taken; the same on every rank.
+        """
+        return memory
+
+    def apply(self, memory: Memory) -> None:
+        """Put the floor in force for the batches to come; at a step boundary, so that no batch sets its own."""
+
+    def leave_unguarded(self) -> None:
+        """After a failed refresh: no step is projected on an old direction; the floor stays where it was."""
+
+    def refresh_metrics(self, memory: Memory) -> dict[str, float | None]:
+        """Numbers that change with a refresh."""
+        return {}
+
+    def step_metrics(self) -> dict[str, float | None]:
+        """Numbers of the steps since the last call."""
+        return {}
+
+    def save(self, checkpoint: Path) -> None:
+        """Write this rank's share of what does not fit into the guard's memory."""
+
+    def remove(self) -> None:
+        """Leave trainer and objective as they were."""
+
+    def action(self, memory: Memory) -> str:
+        """For a log line: what is done from this refresh on."""
+        return "observe"
+
+
+class Mitigator(NoMitigation):
+    """The mitigation of one train(), as the config asks for it.
 
     Args:
         trainer: whose train() has begun.
         config: mitigation and its settings.
         ranks: the processes of the run.
-        warn: told, once each, what no longer works and why.
-        wanted: asked before each step whether the guard still is on the trainer.
+        warn: called once with each reason why something no longer works.
+        wanted: called before each step: whether the guard still is on the trainer.
 
     Raises:
         GuardError: a mitigation this trainer, its engine or its objective does not allow, and what to do.
     """
+
+    bound = True
 
     def __init__(
         self,
@@ -51,26 +99,29 @@ class Mitigator:
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         self._trainer, self._config, self._ranks, self._warn = trainer, config, ranks, warn
-        self._wanted = wanted
-        objective = (
-            installed_objective(trainer, config.k) if config.mitigation in ("reweight", "both", "auto") else None
-        )
+        reweights = config.mitigation in ("reweight", "both", "auto")
+        objective = installed_objective(trainer, config.k) if reweights else None
         chosen, self.remark = choose_mitigation(config.mitigation, objective, config.source)
-        self.floor = FloorGuard(objective, config, ranks) if chosen in ("reweight", "both") and objective else None
-        self.steps = self._step_guard() if chosen in ("project", "both") else None
+        if chosen in ("reweight", "both") and objective is not None:
+            self.floor = FloorGuard(objective, config, ranks)
+        if chosen in ("project", "both"):
+            self.steps = StepGuard(
+                choose_engine(trainer),
+                ranks,
+                gamma=config.gamma,
+                average=config.advanced.protected_average,
+                dtype=getattr(torch, config.protected_dtype),
+                on_failure=warn,
+                wanted=wanted,
+            )
+            self.steps.install()
 
     def resume(self, checkpoint: Path, memory: Memory) -> None:
-        """Go on from a checkpoint; says what was lost."""
         if self.steps is not None and (reason := self.steps.load(checkpoint)) is not None:
             self._warn(f"no protected direction from before: {reason}")
         self.apply(memory)
 
     def react(self, refresh: Refresh, estimate: ConflictEstimate, memory: Memory) -> Memory:
-        """Solve for the floor, open or close the gate, and behind an open one take a new direction to protect.
-
-        Raises:
-            FailedRefresh: the direction could not be taken; the same on every rank.
-        """
         if self.steps is not None:
             wanted = self._config.gate == "always" or in_conflict(estimate, self._config.advanced.gate_confidence)
             # Without a prompt that is solved sometimes there is no direction to protect; equally so on every rank.
@@ -83,97 +134,39 @@ class Mitigator:
         return memory.with_floor(self.floor.learn(memory.floor, memory.pooled(self._config.pool_refreshes)))
 
     def apply(self, memory: Memory) -> None:
-        """Put the floor in force for the batches to come; at a step boundary, so that no batch sets its own."""
         if self.floor is not None:
             self.floor.apply(self._in_force(memory))
 
     def _in_force(self, memory: Memory) -> FloorState:
         """Where the realised change is measured, the floor of the refresh before: no sample steers its own window."""
-        return memory.floor if self._config.instruments == "angle" else memory.floor_before
+        measured = self._config.instruments != "angle" and self._config.source == "held_out"
+        return memory.floor_before if measured else memory.floor
 
     def _steering(self, refresh: Refresh) -> torch.Tensor:
         """[m] bool: prompts that the protected direction is taken from, none of whose change is measured."""
         return ~measured_prompts(refresh.num_samples.numel(), self._config)
 
     def leave_unguarded(self) -> None:
-        """After a void refresh: no step is turned by an old direction; the floor stays where it was."""
         if self.steps is not None:
             self.steps.open = False
 
     def refresh_metrics(self, memory: Memory) -> dict[str, float | None]:
-        """Numbers that change with a refresh."""
         return self.floor.metrics(self._in_force(memory)) if self.floor is not None else {}
 
     def step_metrics(self) -> dict[str, float | None]:
-        """Numbers of the steps since the last call."""
         return self.steps.step_metrics() if self.steps is not None else {}
 
     def save(self, checkpoint: Path) -> None:
-        """This rank's share of what does not fit into the guard's memory."""
         if self.steps is not None:
             self.steps.save(checkpoint)
 
     def remove(self) -> None:
-        """Leave trainer and objective as they were."""
         for part in (self.steps, self.floor):
             if part is not None:
                 part.remove()
 
     def action(self, memory: Memory) -> str:
-        """For a log line: what is done from this refresh on."""
         parts = [f"project (gamma {self._config.gamma:g})"] if self.steps is not None else []
         if self.floor is not None:
             parts.append(f"reweight (floor {self.floor.metrics(self._in_force(memory))['floor']:.2f})")
-        return " and ".join(parts) or "observe"
-
-    def _step_guard(self) -> StepGuard:
-        guard = StepGuard(
-            choose_engine(self._trainer),
-            self._ranks,
-            gamma=self._config.gamma,
-            average=self._config.advanced.protected_average,
-            dtype=getattr(torch, self._config.protected_dtype),
-            on_failure=self._warn,
-            wanted=self._wanted,
-        )
-        guard.install()
-        return guard
-
-
-class NoMitigation:
-    """Does nothing: what a guard has in place of a `Mitigator` while no train() runs."""
-
-    steps: StepGuard | None = None
-    floor: FloorGuard | None = None
-    remark: str | None = None
-
-    def resume(self, checkpoint: Path, memory: Memory) -> None:
-        """Nothing to go on from."""
-
-    def react(self, refresh: Refresh, estimate: ConflictEstimate, memory: Memory) -> Memory:
-        """The memory as it is."""
-        return memory
-
-    def apply(self, memory: Memory) -> None:
-        """Nothing to put in force."""
-
-    def leave_unguarded(self) -> None:
-        """Nothing to close."""
-
-    def refresh_metrics(self, memory: Memory) -> dict[str, float | None]:
-        """No numbers."""
-        return {}
-
-    def step_metrics(self) -> dict[str, float | None]:
-        """No numbers."""
-        return {}
-
-    def save(self, checkpoint: Path) -> None:
-        """Nothing to save."""
-
-    def remove(self) -> None:
-        """Nothing to remove."""
-
-    def action(self, memory: Memory) -> str:
-        """For a log line."""
-        return "observe"
+        return " and ".join(parts) or super().action(memory)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-from torch import nn
-
 from passk_guard.config import GuardConfig
 from passk_guard.mitigation.objective import PassKObjective
 from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.prompts import ProbeSet
 from passk_guard.probe.samplers import Sampler, TRLSampler, choose_sampler
 from passk_guard.probe.verifier import Verifier, resolve_verifier
+from passk_guard.sketch.coverage import SHARDED_NEEDS
 from passk_guard.utils.errors import GuardError
-from passk_guard.utils.private_api import check, seams
+from passk_guard.utils.isolation import check_model
+from passk_guard.utils.private_api import OBSERVE, requires
 
 logger = logging.getLogger(__name__)
 _KEY = "_passk_guard_attached"
@@ -31,6 +30,14 @@ class Attachment:
         trainer: a transformers Trainer.
         guard: a callback with `detach()`.
     """
+
+    needs = requires(
+        "transformers",
+        "Trainer",
+        "any trainer and engine",
+        OBSERVE,
+        callback_handler="its `callbacks`, to find a guard that was taken off and a second one",
+    )
 
     def __init__(self, trainer: Any, guard: Any) -> None:
         self._trainer, self._guard = trainer, guard
@@ -130,49 +137,23 @@ def check_groups(trainer: Any, config: GuardConfig) -> None:
         )
 
 
-def check_compatibility(trainer: Any, sampler: Sampler | None, *, taps_batch: bool, turns_gradients: bool) -> None:
+def check_compatibility(trainer: Any, sampler: Sampler | None, *, taps_batch: bool) -> None:
     """Raise GuardError for a private name that this run needs and the installed libraries lack.
 
-    Reads attributes and changes nothing. Engines check the rest when they are chosen, which is at train begin too.
+    Reads attributes and changes nothing. Engines check their own names when they are chosen, at train begin too.
 
     Args:
         trainer: whose train() begins.
         sampler: of held-out prompts, if there are any.
         taps_batch: whether the training batch is the probe.
-        turns_gradients: whether the guard may look for the engine that holds the gradient.
     """
-    check(seams.MODULE, trainer.model)
-    check(seams.TENSOR, torch.Tensor)
-    check(seams.TRAINER, trainer)
-    if (sharded := _sharded_parameter(trainer.model)) is not None:
-        check(seams.ZERO3_SHAPE, sharded)
-    if (layer := _checkpointing_layer(trainer.model)) is not None:
-        check(seams.CHECKPOINTED, layer)
+    Attachment.needs.check(trainer)
+    check_model(trainer.model)
+    for parameter in trainer.model.parameters():
+        # ZeRO-3 empties a parameter outside a forward, and marks it with several names of this kind.
+        if not parameter.numel() and any(name.startswith("ds_") for name in vars(parameter)):
+            SHARDED_NEEDS.check(parameter)
     if isinstance(sampler, TRLSampler):
-        check(seams.SAMPLER, sampler.trainer)
+        sampler.needs.check(sampler.trainer)
     if taps_batch or PassKObjective.of(trainer) is not None:
-        check(seams.BATCH, trainer)
-    if turns_gradients:
-        check(seams.ACCELERATOR, trainer.accelerator)
-        kind = trainer.accelerator.distributed_type
-        if str(getattr(kind, "value", kind)) == "DEEPSPEED":
-            check(seams.LAUNCHED, trainer.accelerator)
-
-
-def _sharded_parameter(model: nn.Module) -> nn.Parameter | None:
-    """A parameter that ZeRO-3 has emptied; ZeRO-3 marks its parameters with several names of this kind."""
-    emptied = (p for p in model.parameters() if p.requires_grad and not p.numel())
-    return next((p for p in emptied if any(name.startswith("ds_") for name in vars(p))), None)
-
-
-def _checkpointing_layer(model: nn.Module) -> nn.Module | None:
-    """A layer of transformers that checkpoints its activations, for which it needs the function."""
-    return next(
-        (
-            module
-            for module in model.modules()
-            if getattr(module, "gradient_checkpointing", False)
-            and any(kind.__name__ == seams.CHECKPOINTED.owner for kind in type(module).__mro__)
-        ),
-        None,
-    )
+        PassKObjective.needs.check(trainer)

@@ -1,4 +1,4 @@
-"""The algebra of changing a gradient: what is added to it, or which floor lies under the weights it is made of."""
+"""The algebra of mitigation: project the gradient, solve the floor under the prompt weights, or combine by torchjd."""
 
 from passk_guard.mitigation.combine import combine
 from passk_guard.mitigation.floor import FloorSolution, FloorState, smooth_floor, solve_floor

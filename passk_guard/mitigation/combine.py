@@ -1,4 +1,4 @@
-"""Two-objective methods that are not ours: weights from a Gram matrix, by torchjd."""
+"""Two-objective methods of torchjd: weights from a Gram matrix."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ def combine(gramian: Tensor, method: str | Weighting) -> Tensor:
     - "mgda": the shortest vector of the convex hull (Désidéri 2012; Sener and Koltun, arXiv 1810.04650).
     - "imtl-g": equal projections onto both unit gradients (Liu et al., ICLR 2021); zero where they are opposite.
     - "aligned-mtl": both gradients made orthogonal and equally long (Senushkin et al., arXiv 2305.19000).
-    - "pcd": g with a share of progress assured along p. torchjd's weighting has a memory, a moving average of the
-      squared norms, and a name starts it afresh on every call: pass your own `PCDWeighting()` to keep it.
+    - "pcd": g with a share of progress assured along p. torchjd's weighting keeps a moving average of the squared
+      norms, and a name starts it afresh on every call: pass your own `PCDWeighting()` to keep it.
 
-    PCGrad is not offered: torchjd's is symmetric (it changes the protected gradient as well), draws from the global
-    random generator, which moves the training's, and turns NaN into the weights [1, 1]. For its one-sided step call
-    `project_gradient(..., gamma=0.0)`.
+    PCGrad is not offered: torchjd's changes the protected gradient as well, uses the global random generator of the
+    training, and gives the weights [1, 1] for NaN. For its one-sided step call `project_gradient(..., gamma=0.0)`.
 
     Args:
         gramian: [2, 2] inner products [[<g,g>, <g,p>], [<g,p>, <p,p>]], in any floating dtype.
-        method: a name, or a torchjd weighting of your own, called with `gramian` in float64 as it is. For a name
-            the matrix is scaled to trace 2 first: no method depends on the scale, but torchjd's tolerances do.
+        method: a name, or your own torchjd weighting, called with `gramian` in float64 as it is. For a name the
+            matrix is scaled to trace 2 first: no method depends on the scale, but torchjd's tolerances do.
 
     Returns:
         [2] float64 on the device of `gramian`.
@@ -79,7 +78,7 @@ def _of_trace_2(gramian: Tensor) -> Tensor:
 def _weighting(name: str) -> Weighting:
     if name.lower() in ("pcgrad", "pc-grad"):
         raise GuardError(
-            "torchjd's PCGrad is not offered: it changes the protected gradient too and draws from the global random "
+            "torchjd's PCGrad is not offered: it changes the protected gradient too and uses the global random "
             "generator. For its one-sided step call `project_gradient` with gamma=0.0."
         )
     known = METHODS.get(name.lower().replace("_", "-"))

@@ -6,12 +6,12 @@ the same and it is k grad J_1. In between lies the smallest floor with
 
     cos(g_phi, grad J_1) >= gamma,
 
-which keeps as much of the emphasis on hard prompts as pass@1 can bear. Everything comes from Gram matrices that the
-probe has left behind; no gradient is computed and none is touched.
+which keeps as much of the emphasis on hard prompts as pass@1 can bear. Everything is computed from the Gram matrices of
+the probe, without any gradient.
 
-Theory beside it: with agreement scores a(x), A+ = E[max(a, 0)] and A- = E[max(-a, 0)], no weights with
-w_hi / w_lo <= A+ / A- can conflict (arXiv 2602.21189, Sec. 4). That is sufficient and asks for far more than needed:
-it holds for the worst assignment of weights to prompts.
+A sufficient bound: with agreement scores a(x), A+ = E[max(a, 0)] and A- = E[max(-a, 0)], no weights with
+w_hi / w_lo <= A+ / A- can conflict (arXiv 2602.21189, Sec. 4). It holds for the worst assignment of weights to prompts
+and is therefore far from necessary.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FloorStatus = Literal["solved", "not_needed", "no_floor_suffices", "undetermined
 
 @dataclass(frozen=True)
 class FloorSolution:
-    """What one look at the probe says about the floor.
+    """The floor by one estimate from the probe.
 
     Attributes:
         status: "solved"; "not_needed" where the cosine reaches gamma without a floor; "no_floor_suffices" where it
@@ -48,8 +48,8 @@ class FloorSolution:
         floor: the smallest floor, in units of w_k (a prompt that pass@1 trains on has weight 1); 0.0 where none is
             needed, None where there is no answer.
         standard_error: jackknife over prompts, of `floor`; None where there is none.
-        weight_ratio_bound: A+ / A- of the newest refresh: the w_hi / w_lo below which theory excludes a conflict.
-            Noise in the agreement scores pulls it towards 1, to the safe side. None without a negative score.
+        weight_ratio_bound: A+ / A- of the newest refresh, the w_hi / w_lo below which no conflict is possible. Noise
+            in the agreement scores pulls it towards 1, to the safe side. None without a negative score.
     """
 
     status: FloorStatus
@@ -61,7 +61,7 @@ class FloorSolution:
 
 @dataclass(frozen=True)
 class FloorState:
-    """The floor in force and how much is known about it; immutable, and plain enough for a checkpoint.
+    """The floor in force and how much is known about it.
 
     Attributes:
         floor: in units of w_k; 0.0 before the first answer.
@@ -80,11 +80,11 @@ def solve_floor(
     largest: float = 1.0,
     cap: float | None = None,
 ) -> FloorSolution:
-    r"""The smallest floor at which the U-statistic cosine of g_phi and g_1 reaches gamma.
+    r"""Solve the smallest floor at which the U-statistic cosine of g_phi and g_1 reaches gamma.
 
     The U-statistics are pooled over refreshes first and solved once. Each coefficient is piecewise linear in the
-    floor, with a knot at every weight that n samples can give; on a grid of these knots and 64 points more the root
-    is found by linear interpolation, exactly for gamma = 0. The same for every prompt left out gives the jackknife.
+    floor, with a knot at every weight that n samples can give. On a grid of these knots and 64 points more the root
+    is found by linear interpolation, exactly for gamma = 0. The roots with each prompt left out give the jackknife.
 
     Args:
         probes: refreshes to pool, newest last, each of at least 3 prompts with n >= k.
@@ -94,8 +94,7 @@ def solve_floor(
         cap: of the weights, where there is one; the floor stays below it.
 
     Raises:
-        GuardError: no refresh, a probe that is none (`gram_checks.checked_probe`), or gamma, largest or cap outside
-            their bounds.
+        GuardError: no refresh, an invalid probe (`checked_probe`), or gamma, largest or cap outside their bounds.
     """
     gamma, largest = as_real(gamma, "gamma"), as_real(largest, "largest")
     cap = None if cap is None else as_real(cap, "cap")
@@ -111,7 +110,7 @@ def solve_floor(
         norm_sq = float(moments.value[0, 1])
         reason = f"the probe holds no pass@1 signal: |grad J_1|^2 = {norm_sq:.2g}"
         return FloorSolution("undetermined", reason, weight_ratio_bound=bound)
-    floor = float(_first_root(_margin(moments.value[None], gamma), grid)[0])
+    floor = float(_first_root(_constraint(moments.value[None], gamma), grid)[0])
     if math.isnan(floor):
         reason = f"no floor up to {largest:g} brings the cosine to {gamma:g}"
         return FloorSolution("no_floor_suffices", reason, weight_ratio_bound=bound)
@@ -122,20 +121,20 @@ def solve_floor(
 def smooth_floor(
     state: FloorState, solution: FloorSolution, average: float, *, caution: float = 1.0, largest: float = math.inf
 ) -> FloorState:
-    r"""The floor to use after one more answer: an average of answers, each weighed by its precision.
+    r"""Average the solved floors, each weighted by its precision.
 
     $P_t = a P_{t-1} + 1/(s_t^2 + 0.2^2)$ and $\varphi_t$ moves towards $\hat\varphi_t + z s_t$ by the share of the new
-    precision in $P_t$, with s the jackknife error of the answer: a noisy one moves the floor little. The answer is
-    raised by z errors, since a floor that is too low costs pass@1 and one that is too high costs little pass@k.
-    Memory is needed: solved anew each time, the floor is let go as soon as the angle turns acute, which it does after
-    the damage. Answers without a floor change nothing.
+    precision in $P_t$, with s the jackknife error: a noisy solution moves the floor little. The solution is raised by
+    z errors, since a floor that is too low costs pass@1 and one that is too high costs little pass@k. Without the
+    average the floor would be dropped as soon as the angle is acute, which it is after the damage. Solutions without
+    a floor change nothing.
 
     Args:
         state: before.
         solution: of `solve_floor`.
-        average: a in [0, 1); 0 takes each answer as it is.
+        average: a in [0, 1); 0 takes each solution as it is.
         caution: z >= 0.
-        largest: above which no answer is raised.
+        largest: above which no solution is raised.
 
     Raises:
         GuardError: average or caution outside its bounds.
@@ -172,19 +171,19 @@ def _grid(probes: Sequence[ProbeGram], k: int, largest: float) -> Tensor:
     return torch.cat([even, torch.tensor([w for w in knots if 0 < w < largest], dtype=torch.float64)]).unique()
 
 
-def _margin(values: Tensor, gamma: float) -> Tensor:
+def _constraint(values: Tensor, gamma: float) -> Tensor:
     """[N, F] of U_phi1 - gamma sqrt(U_11 U_phiphi), from [N, F, 3]; negative where the cosine is below gamma."""
     norms = (values[..., 1].clamp(min=0) * values[..., 2].clamp(min=0)).sqrt()
     return values[..., 0] - gamma * norms
 
 
-def _first_root(margin: Tensor, grid: Tensor) -> Tensor:
-    """[N] smallest floor with a margin that is not negative; NaN where there is none."""
-    enough = margin >= 0
+def _first_root(constraint: Tensor, grid: Tensor) -> Tensor:
+    """[N] smallest floor at which the constraint is not negative; NaN where there is none."""
+    enough = constraint >= 0
     at = enough.int().argmax(1)
     before = (at - 1).clamp(min=0)
-    pick = torch.arange(len(margin))
-    low, high = margin[pick, before], margin[pick, at]
+    pick = torch.arange(len(constraint))
+    low, high = constraint[pick, before], constraint[pick, at]
     share = torch.where(at > 0, low / (low - high), 0.0)
     root = grid[before] + share * (grid[at] - grid[before])
     return torch.where(enough.any(1), root, torch.nan)
@@ -192,7 +191,7 @@ def _first_root(margin: Tensor, grid: Tensor) -> Tensor:
 
 def _jackknife_error(moments: Moments, gamma: float, grid: Tensor) -> float:
     """Of the root over prompts left out; one without a root counts as the largest floor."""
-    roots = _first_root(_margin(moments.value + moments.influence, gamma), grid).nan_to_num(float(grid[-1]))
+    roots = _first_root(_constraint(moments.value + moments.influence, gamma), grid).nan_to_num(float(grid[-1]))
     count = len(roots)
     return math.sqrt((count - 1) / count * float(((roots - roots.mean()) ** 2).sum()))
 

@@ -18,11 +18,10 @@ from passk_guard.utils.ranks import Ranks
 class FloorGuard:
     """Moves the floor of the installed objective, and does nothing else to the run.
 
-    The floor comes from the probe of earlier moments only, never from the batch it will weigh, so that the weight a
-    sample gets does not look at the sample.
+    The floor comes from probes before the batch that it weighs: the weight of a sample must not depend on the sample.
 
     Args:
-        objective: installed on the trainer; its own `floor` is the least that is ever used, its `cap` stays.
+        objective: installed on the trainer; the `floor` it was given is the least that is ever used, its `cap` stays.
         config: floor_gamma, floor_max, advanced.floor_average.
         ranks: the processes of the run.
     """
@@ -35,11 +34,11 @@ class FloorGuard:
     def learn(self, state: FloorState, probes: Sequence[ProbeGram]) -> FloorState:
         """The floor after one more refresh, the same on every rank; takes effect with `apply`.
 
-        Solved for on refreshes with fresh samples, from those that are pooled; it stays on the others, since a clipped
-        weight has no unbiased estimate from samples of an earlier policy.
+        It is solved on refreshes with fresh samples, from those among the pooled ones, and stays on the others: a
+        clipped weight has no unbiased estimate from samples of an earlier policy.
 
         Raises:
-            FailedRefresh: it could not be solved for on some rank.
+            FailedRefresh: it could not be solved on some rank.
         """
         if probes[-1].reused:
             self.solution = FloorSolution("undetermined", "no fresh samples")
@@ -55,15 +54,15 @@ class FloorGuard:
         return FloorState(*agreed.tolist())
 
     def apply(self, state: FloorState) -> None:
-        """From here on advantages are computed with this floor."""
+        """Compute advantages with this floor from here on."""
         self.objective.floor = self._in_force(state)
 
     def remove(self) -> None:
-        """Give the objective its own floor back."""
+        """Give the objective its given floor back."""
         self.objective.floor = self._given
 
     def metrics(self, state: FloorState) -> dict[str, float | None]:
-        """The floor for the next batch, the newest solution with its error, and both sides of the theory's bound."""
+        """The floor for the next batch, the newest solution with its error, and both sides of the sufficient bound."""
         floor, cap = self._in_force(state) or 0.0, self.objective.cap
         highest = min(self.objective.k, cap) if cap is not None else self.objective.k
         return {
@@ -98,10 +97,10 @@ def installed_objective(trainer: Any, k: int) -> PassKObjective | None:
 
 
 def choose_mitigation(mitigation: str, objective: PassKObjective | None, source: str) -> tuple[str, str | None]:
-    """What "auto" means here, and why.
+    """The mitigation of a run, and how "auto" was decided.
 
     Raises:
-        GuardError: nothing can be reweighted, or neither of the two ways is open.
+        GuardError: there is no objective to reweight, or "auto" can neither reweight nor project.
     """
     if mitigation in ("reweight", "both") and objective is None:
         raise GuardError(

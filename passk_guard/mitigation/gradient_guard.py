@@ -6,23 +6,21 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from passk_guard.mitigation.engines import GradientEngine
-from passk_guard.mitigation.projection import ProjectionResult, plan_projection
-from passk_guard.mitigation.protected_direction import Share, share_of
+from passk_guard.mitigation.projection import plan_projection
+from passk_guard.mitigation.protected_direction import Share
 from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.sketch import TokenBatch, filler_batch
 from passk_guard.utils.checkpoint import save_whole
 from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
-from passk_guard.utils.text import Once, brief, describe_error, one_line
+from passk_guard.utils.text import Once, describe_error, one_line
 
 Loss = Callable[[nn.Module, TokenBatch], Tensor]
-_FORMAT = 1
 
 
 class StepGuard:
@@ -30,7 +28,7 @@ class StepGuard:
 
     Before clipping and before the optimizer, with g the accumulated training gradient and p the protected one:
     g <- g + c p with the c of `mitigation.plan_projection`. A step costs one pass over g and p and one reduction of two
-    scalars over ranks, and where the margin binds one more pass, in which each rank changes its own shards.
+    scalars over ranks. Where the constraint binds, one more pass follows, in which each rank changes its own shards.
 
     Attributes:
         open: whether steps are guarded; where False, or without a protected direction, a step stays bit-for-bit.
@@ -42,8 +40,8 @@ class StepGuard:
         gamma: smallest cosine to p, in [0, 1).
         average: p <- average p + (1 - average) new, in [0, 1); 0 takes each new direction as it is.
         dtype: that p is kept in.
-        on_failure: told, once, why steps are no longer guarded.
-        wanted: asked before each step; False leaves it as it is.
+        on_failure: called once with each reason why steps are no longer guarded.
+        wanted: called before each step; False leaves it unchanged.
     """
 
     def __init__(
@@ -64,12 +62,12 @@ class StepGuard:
         self._ranks, self._gamma, self._average, self._dtype = ranks, gamma, average, dtype
         self._on_failure, self._wanted = on_failure, wanted
         self._halvings = 0  # of the probe's batches, until the backward pass fits into memory
-        self._told = Once()
+        self._reported = Once()
         self._sums: dict[str, float] = {}  # of the numbers of the steps since the last log row
         self._measured = 0
 
     def install(self) -> None:
-        """Stand before the optimizer steps of this trainer."""
+        """Act before the optimizer steps of this trainer."""
         self.engine.install(self._before_step)
 
     def remove(self) -> None:
@@ -104,15 +102,14 @@ class StepGuard:
 
         self._proven = True
         new = until_it_fits(self._ranks, lambda: self._ranks.together(probe), smaller)
-        norm_sq = self.engine.inner_products([(new, new)])[0]
-        if not math.isfinite(norm_sq):
+        norm_sq: float | None = self.engine.inner_products([(new, new)])[0]
+        if not math.isfinite(norm_sq or 0.0):
             raise FailedRefresh("the probe's pass@1 gradient is not finite")
         if self.protected is not None and self._average:
             for old, fresh in zip(self.protected, new, strict=True):
                 fresh.mul_(1 - self._average).add_(old, alpha=self._average)
-            self.protected, self._norm_sq = new, None  # the next step takes the norm of the average
-        else:
-            self.protected, self._norm_sq = new, norm_sq
+            norm_sq = None  # the next step takes the norm of the average
+        self.protected, self._norm_sq = new, norm_sq
 
     def step_metrics(self) -> dict[str, float | None]:
         """Means over the steps since the last call: what was done to the gradient and what it took.
@@ -129,13 +126,13 @@ class StepGuard:
         if not self.open or self.protected is None or not self._wanted():
             return
         try:
-            self._turn(self.protected)
+            self._project(self.protected)
         except Exception as error:  # on every rank alike: a version of the engine that is not what it was taken for
             self.open = False
             reason = str(error) if isinstance(error, FailedRefresh) else describe_error(error)
             self._fail(f"steps are left unguarded until the next refresh: {reason}")
 
-    def _turn(self, protected: list[Tensor]) -> None:
+    def _project(self, protected: list[Tensor]) -> None:
         began = time.perf_counter()
         gradient, scale = self._ranks.together(lambda: (self.engine.gradient(), self.engine.loss_scale()))
         if not self._proven and [part.shape for part in gradient] != [part.shape for part in protected]:
@@ -144,53 +141,52 @@ class StepGuard:
         pairs = [(gradient, protected), (gradient, gradient)]
         if self._norm_sq is None:
             pairs.append((protected, protected))
-        products = self.engine.inner_products(pairs)
+        inner, own, *norm_sq = self.engine.inner_products(pairs)
         if self._norm_sq is None:
-            self._norm_sq = products[2]
-        inner, own = products[:2]
+            self._norm_sq = norm_sq[0]
         plan = plan_projection(inner / scale, own / scale**2, self._norm_sq, self._gamma)
         if plan.reason is not None:
-            self._fail(f"steps are left to the optimizer as they are where {plan.reason}")
+            self._fail(f"steps stay unchanged where {plan.reason}")
             return
         if plan.coefficient:
             self.engine.add_(protected, plan.coefficient * scale)
-        for name, value in _record(plan, time.perf_counter() - began).items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        numbers = {
+            "train_cosine": plan.cosine_before or 0.0,
+            "mitigated": float(plan.coefficient > 0),
+            "coefficient": plan.coefficient,
+            "grad_norm_before": plan.norm_before,
+            "grad_norm_after": plan.norm_after,
+            "mitigation_seconds": time.perf_counter() - began,
+        }
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in numbers.items()}
         self._measured += 1
 
     def _fail(self, reason: str) -> None:
-        if self._told.new(reason):
+        if self._reported.new(reason):
             self._on_failure(reason)
 
     # Across a checkpoint
 
     def save(self, folder: Path) -> None:
         """Write this rank's share of the protected direction into a checkpoint folder, whole or not at all."""
-        content = {
-            "format": _FORMAT,
-            "engine": self.engine.name,
-            "ranks": self._ranks.count,
-            "open": self.open,
-            "protected": None if self.protected is None else [part.cpu() for part in self.protected],
-            "on_cpu": [part.device.type == "cpu" for part in self.protected or ()],  # offloaded, or all there is
-            "norm_sq": self._norm_sq,
-            "sums": self._sums,
-            "measured": self._measured,
-        }
-        save_whole(content, folder / self._file_name())
+        share = Share(
+            format=1,
+            engine=self.engine.name,
+            ranks=self._ranks.count,
+            open=self.open,
+            protected=None if self.protected is None else [part.cpu() for part in self.protected],
+            on_cpu=[part.device.type == "cpu" for part in self.protected or ()],  # offloaded, or all there is
+            norm_sq=self._norm_sq,
+            sums=self._sums,
+            measured=self._measured,
+        )
+        save_whole(dict(share), folder / self._file_name())
 
     def load(self, folder: Path) -> str | None:
         """Take it up again, on all ranks or on none; returns why not, None when it was taken."""
-        content, reason = self._read(folder / self._file_name())
-        share: Share | None = None
-        if reason is None:
-            try:
-                share = share_of(content)
-            except (ValueError, TypeError, KeyError) as error:
-                reason = f"{self._file_name()} is none of the guard's: {describe_error(error)}"
-        if self._ranks.max(int(reason is not None)):
-            return reason or "another rank could not read its share"
-        assert share is not None  # where it is, there is a reason
+        share = self._read(folder / self._file_name())
+        if self._ranks.max(int(isinstance(share, str))) or isinstance(share, str):
+            return share if isinstance(share, str) else "another rank could not read its share"
         self.open, self._sums, self._measured = share.open, share.sums, share.measured
         if share.protected is not None:
             parts = zip(share.protected, share.on_cpu, strict=True)
@@ -198,36 +194,23 @@ class StepGuard:
             self.protected = [part if on_cpu else part.to(self._ranks.device) for part, on_cpu in parts]
         return None
 
-    def _read(self, path: Path) -> tuple[dict[str, Any], str | None]:
+    def _read(self, path: Path) -> Share | str:
+        """The share, or why there is none."""
         if not path.is_file():
-            return {}, "the checkpoint has no protected direction"
+            return "the checkpoint has no protected direction"
         try:
-            content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            share = Share.model_validate(torch.load(path, weights_only=True, map_location="cpu"))
         except Exception as error:  # of a damaged file torch raises whatever its reader stumbles over
-            return {}, f"{path.name} cannot be read: {describe_error(error)}"
-        if not isinstance(content, dict):
-            return {}, f"{path.name} cannot be read: it holds no mapping"
-        wanted = {"format": _FORMAT, "engine": self.engine.name, "ranks": self._ranks.count}
-        if any(type(content.get(name)) is not type(one) or content[name] != one for name, one in wanted.items()):
-            return {}, (
-                f"it was saved on {brief(content.get('ranks'))} ranks of {one_line(str(content.get('engine')), 40)}, "
+            return f"{path.name} cannot be read: {describe_error(error)}"
+        if (share.ranks, share.engine) != (self._ranks.count, self.engine.name):
+            return (
+                f"it was saved on {share.ranks} ranks of {one_line(share.engine, 40)}, "
                 f"and this run has {self._ranks.count} of {self.engine.name}"
             )
-        return content, None
+        return share
 
     def _file_name(self) -> str:
         return f"passk_guard_rank{self._ranks.index}.pt"
-
-
-def _record(plan: ProjectionResult, seconds: float) -> dict[str, float]:
-    return {
-        "train_cosine": plan.cosine_before or 0.0,
-        "mitigated": float(plan.coefficient > 0),
-        "coefficient": plan.coefficient,
-        "grad_norm_before": plan.norm_before,
-        "grad_norm_after": plan.norm_after,
-        "mitigation_seconds": seconds,
-    }
 
 
 class _KeepInStep:

@@ -1,4 +1,4 @@
-"""Training on pass@k with TRL, which has no such objective: an existing trainer's advantages become pass@k ones."""
+"""Train on pass@k with TRL, which has no such objective: replace an existing trainer's advantages by pass@k ones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from passk_guard.passk.closed_forms import passk_advantages
+from passk_guard.probe.samplers import BatchTap
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.patching import MethodPatch
-from passk_guard.utils.private_api import check, is_trl, seams
+from passk_guard.utils.private_api import is_trl
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,9 @@ class PassKObjective:
 
     Each completion gets $A_i = f(W_i)(r_i - b_i)$ of `passk_advantages`: leave-one-out weight and baseline over the
     completions of its prompt, so the policy gradient is an unbiased estimate of grad J_k (arXiv 2602.21189, Sec. 3).
-    A pass@k *reward function* is not the same: the trainer's own baseline biases its weights, and dividing by the
-    group's standard deviation cancels them. A completion without a reward (None) gets advantage 0; so does a whole
-    group with fewer than k rewards. Evaluation is left alone.
+    A pass@k *reward function* is not the same: the trainer's baseline biases its weights, and dividing by the group's
+    standard deviation cancels them. A completion without a reward (None) gets advantage 0, as does a whole group with
+    fewer than k rewards. Evaluation is unchanged.
 
     Use as a context manager around `trainer.train()`, or `install()` and `remove()`.
 
@@ -36,13 +37,15 @@ class PassKObjective:
         k: 1 <= k <= trainer.num_generations; k = 1 is RLOO.
         correct: name of the reward function that means *correct*; may be left out when there is only one.
         threshold: rewards at or above it count as correct.
-        floor, cap: clip the prompt weight to [floor, cap]; may be changed between steps. A cap alone draws a warning.
+        floor, cap: clip the prompt weight to [floor, cap]; may be changed between steps. A cap alone logs a warning.
 
     Raises:
         GuardError: the trainer computes no advantages, num_generations < k, the reward function is unknown or not
             named where there are several, or settings that would rescale the advantages: `scale_rewards` other than
             "none" (GRPO) or `normalize_advantages` (RLOO).
     """
+
+    needs = BatchTap.needs
 
     def __init__(
         self,
@@ -73,7 +76,7 @@ class PassKObjective:
         return self
 
     def remove(self) -> None:
-        """Give the trainer its own advantages back."""
+        """Give the trainer its advantages back."""
         for patch in self._patches:
             patch.remove()
         if self.of(self._trainer) is self:
@@ -104,7 +107,7 @@ class PassKObjective:
         """
         grouped = rewards.view(-1, num_generations)
         scored = ~torch.isnan(grouped)
-        # A group with fewer than k rewards has no unbiased estimate; it must not stop the run, so it sits out.
+        # A group with fewer than k rewards has no unbiased estimate and must not stop the run.
         scored &= scored.sum(1, keepdim=True) >= self.k
         right = (grouped >= self.threshold) & scored
         return passk_advantages(right.float(), self.k, mask=scored, floor=self.floor, cap=self.cap).view(-1)
@@ -133,7 +136,7 @@ class PassKObjective:
 
 
 def _correct_completion_log(trainer: Any, advantages: Tensor) -> None:
-    """TRL has put its own advantages into the table of completions by now; show the ones that are used."""
+    """Show the advantages that are used in the table of completions, where TRL has put its own by now."""
     log = getattr(trainer, "_logs", {}).get("advantages")
     if log is None or len(log) < advantages.numel():
         return
@@ -158,7 +161,7 @@ def _check_bounds(floor: float | None, cap: float | None) -> None:
 
 def _check_trainer(trainer: Any, k: int) -> None:
     if is_trl(trainer):
-        check(seams.BATCH, trainer)
+        PassKObjective.needs.check(trainer)
     if not hasattr(trainer, "_generate_and_score_completions"):
         raise GuardError(
             f"Expected a TRL GRPOTrainer or RLOOTrainer; found {type(trainer).__name__}, which computes no advantages."

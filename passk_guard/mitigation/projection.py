@@ -1,4 +1,4 @@
-r"""Smallest change of a gradient g after which the step still serves a protected direction p.
+r"""Project a gradient g: the smallest change after which a step still serves a protected direction p.
 
     minimise |g' - g|  subject to  <g', p> >= gamma |g| |p|,
 
@@ -8,20 +8,20 @@ the projection onto a half-space, whose solution moves along p alone:
 
 gamma = 0 is the one-sided step of PCGrad (arXiv 2001.06782) and A-GEM (arXiv 1812.00420).
 
-What it guarantees. The bound holds |g| as it was, so the first-order gain along p is at least gamma |g| |p|: a share
-gamma of the most that a step of the original length could bring. The cosine afterwards is another number. With
-s = cos(g, p) < gamma before, |g'| = |g| sqrt(1 + gamma^2 - s^2) and
+Guarantee. The constraint has |g| as it was before. The first-order gain along p is therefore at least gamma |g| |p|, a
+share gamma of the most that a step of the original length could bring. With s = cos(g, p) < gamma before, the norm
+afterwards is |g'| = |g| sqrt(1 + gamma^2 - s^2) and the cosine is
 
     cos(g', p) = gamma / sqrt(1 + gamma^2 - s^2)  >=  gamma / sqrt(1 + gamma^2),
 
-which is at least gamma for s <= -gamma, and falls short of it by at most the factor 1 / sqrt(1 + gamma^2) (2% at
-gamma = 0.2, worst at s = 0) for |s| < gamma.
+which is at least gamma for s <= -gamma, and below it by at most the factor 1 / sqrt(1 + gamma^2) (2% at gamma = 0.2,
+worst at s = 0) for |s| < gamma.
 
-What it is not. Asking for cos(g', p) >= gamma instead projects onto a circular cone. Writing e for the unit vector of
-the part of g orthogonal to p, the solution is <g, u> u with u = gamma p / |p| + sqrt(1 - gamma^2) e, and 0 once
-s <= -sqrt(1 - gamma^2). It is not chosen here: it shortens the part of g that no conflict concerns, and stops
-training where the conflict is strongest, while this rule keeps that part as it is and never shrinks |g'| below
-gamma |g|. torchjd's PCD with tau = gamma takes the direction of this g' and gives it the length |g|.
+Alternative. The constraint cos(g', p) >= gamma projects onto a circular cone. With e the unit vector of the part of g
+orthogonal to p, the solution is <g, u> u with u = gamma p / |p| + sqrt(1 - gamma^2) e, and 0 once
+s <= -sqrt(1 - gamma^2). It shortens the part of g that no conflict concerns, and stops training where the conflict is
+strongest. The half-space keeps that part unchanged and never shrinks |g'| below gamma |g|. torchjd's PCD with
+tau = gamma takes the direction of this g' and gives it the length |g|.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class ProjectionResult:
     """One step of the projection.
 
     Attributes:
-        coefficient: c of g' = g + c p; 0.0 when nothing is to be done.
+        coefficient: c of g' = g + c p; 0.0 where g stays unchanged.
         cosine_before, cosine_after: cos(g, p) and cos(g', p); None where undefined.
         norm_before, norm_after: |g| and |g'|, the latter by the formula. Not finite when |g| is not.
-        reason: why there is no answer and g stays as it is; None when there is one.
+        reason: why there is no answer and g stays unchanged; None when there is one.
     """
 
     coefficient: float
@@ -77,11 +77,10 @@ def projection_coefficient(inner: float, norm_g_sq: float, norm_p_sq: float, gam
 def plan_projection(inner: float, norm_g_sq: float, norm_p_sq: float, gamma: float = 0.2) -> ProjectionResult:
     """The projection from its three scalars; arguments and errors as in `projection_coefficient`.
 
-    c scales with |g| / |p|, the cosines do not scale: g may come multiplied by a loss scale, and the coefficient then
-    is the one for that g.
+    c scales with |g| / |p|: for a g that comes multiplied by a loss scale it is the coefficient of that g.
     """
-    gamma, inner = as_real(gamma, "gamma"), as_real(inner, "inner")
-    norm_g_sq, norm_p_sq = as_real(norm_g_sq, "norm_g_sq"), as_real(norm_p_sq, "norm_p_sq")
+    given = {"gamma": gamma, "inner": inner, "norm_g_sq": norm_g_sq, "norm_p_sq": norm_p_sq}
+    gamma, inner, norm_g_sq, norm_p_sq = (as_real(value, name) for name, value in given.items())
     if not 0.0 <= gamma < 1.0:
         raise GuardError(f"Expected `gamma` in [0, 1); found {gamma}. The usual value is 0.2.")
     reason = _no_answer(inner, norm_g_sq, norm_p_sq)
@@ -102,11 +101,11 @@ def plan_projection(inner: float, norm_g_sq: float, norm_p_sq: float, gamma: flo
 
 
 def project_gradient(grads: Sequence[Tensor], protected: Sequence[Tensor], gamma: float = 0.2) -> ProjectionResult:
-    """g <- g + c p in place, for a hand-written loop: between the backward pass and clipping.
+    """Project g in place, g <- g + c p, in a hand-written loop: between the backward pass and clipping.
 
     Args:
-        grads: g, tensors of any shapes, averaged over ranks (as DistributedDataParallel leaves them) and held whole
-            on each. Sharded gradients: sum the three inner products over ranks and call `projection_coefficient`.
+        grads: g, tensors of any shapes, averaged over ranks (as DistributedDataParallel leaves them), all of them on
+            each rank. Sharded gradients: sum the inner products over ranks and call `projection_coefficient`.
         protected: p, the same shapes.
         gamma: in [0, 1).
 
@@ -150,11 +149,12 @@ def _check_match(grads: Sequence[Tensor], protected: Sequence[Tensor]) -> None:
     if len(grads) != len(protected):
         raise GuardError(f"Expected `protected` as long as `grads`; found {len(protected)} and {len(grads)}.")
     for i, (g, p) in enumerate(zip(grads, protected, strict=True)):
-        if g is None or p is None:
-            raise GuardError(f"Expected tensors; found None at {i}. Leave such a parameter out of both lists.")
         for part in (g, p):
             if not isinstance(part, Tensor) or not part.is_floating_point():
-                raise GuardError(f"Expected tensors of floating dtypes; found {brief(part)} at {i}.")
+                raise GuardError(
+                    f"Expected tensors of floating dtypes; found {brief(part)} at {i}. Leave a parameter without a "
+                    "gradient (None) out of both lists."
+                )
         if g.shape != p.shape:
             raise GuardError(
                 f"Expected equal shapes; found {tuple(g.shape)} in `grads` and {tuple(p.shape)} in `protected` at {i}. "

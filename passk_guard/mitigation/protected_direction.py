@@ -1,20 +1,18 @@
-"""A rank's share of the protected direction as it stands in a checkpoint."""
+"""The protected direction: the probe's pass@1 gradient in parameter space, and a rank's share of it in a checkpoint."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor, nn
 
 from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.probe.refresh import Refresh
 from passk_guard.sketch import TokenBatch
 from passk_guard.sketch.backward import forward_logits, score_logits
-from passk_guard.utils.checkpoint import floating, listed, mapping, one_of, real, whole
-
-# The protected direction: the probe's pass@1 gradient in parameter space, from samples that are already scored.
 
 
 @dataclass(frozen=True)
@@ -22,9 +20,8 @@ class Pass1Loss:
     r"""A loss whose gradient is -grad J_1 as the probe estimates it, up to the ranks' average.
 
     $-\nabla J_1 \approx -\frac{1}{m} \sum_x (\alpha^+_1 S^+_x + \alpha^-_1 S^-_x)$ with the leave-one-out advantages
-    of `sample_coefficients` at k = 1, which samples of an earlier policy share; their scores come times the `factors`
-    of the batch. Written for a loss that is minimised, so that its angle to a training gradient
-    is the angle of the two ascent directions.
+    of `sample_coefficients` at k = 1. Samples of an earlier policy share them; their scores come times the `factors`
+    of the batch. It is a loss to minimise, so its angle to a training gradient is the angle of the ascent directions.
 
     Attributes:
         coefficients: [2m] of S+ and S-, already divided by m; rows as in the slots of the batches.
@@ -37,7 +34,7 @@ class Pass1Loss:
     scale: float
 
     def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        """A scalar for the backward pass. Its gradient is the point; its value means nothing."""
+        """A scalar for the backward pass. Only its gradient means anything."""
         logits = forward_logits(model, batch.input_ids, batch.attention_mask)
         counted = batch.completion_mask.bool() & (batch.slots >= 0)[:, None]
         _, gradient = score_logits(logits.detach(), batch.input_ids, counted, self.temperature)
@@ -60,32 +57,39 @@ def pass1_loss(refresh: Refresh, num_ranks: int, steering: Tensor | None = None)
     return Pass1Loss(coefficients.float(), refresh.temperature, float(num_ranks))
 
 
-@dataclass(frozen=True)
-class Share:
-    """This rank's share in a checkpoint, each value of the kind it was saved as."""
+def _floating(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ValueError("expected a tensor of real floating numbers")
+    return tensor
 
+
+class Share(BaseModel):
+    """This rank's share in a checkpoint.
+
+    Attributes:
+        format: of the file.
+        engine, ranks: the share is of use to the same engine on as many ranks.
+        open: whether steps were guarded.
+        protected: parts of the direction, moved to the CPU.
+        on_cpu: whether each part was there before, as with an offloaded optimizer.
+        norm_sq: squared norm of the whole direction, where it is known.
+        sums, measured: numbers of the steps since the last log row, and how many steps; absent in the first versions.
+    """
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
+
+    format: Literal[1]
+    engine: str
+    ranks: int
     open: bool
-    protected: list[Tensor] | None
+    protected: list[Annotated[Tensor, AfterValidator(_floating)]] | None
     on_cpu: list[bool]
-    norm_sq: float | None
-    sums: dict[str, float]
-    measured: int
+    norm_sq: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    sums: dict[str, FiniteFloat] = {}
+    measured: Annotated[int, Field(ge=0)] = 0
 
-
-def share_of(content: dict[str, Any]) -> Share:
-    """Raises ValueError, TypeError or KeyError for what `StepGuard.save` never wrote."""
-    protected, norm_sq = content["protected"], content.get("norm_sq")
-    parts = None if protected is None else [floating(part) for part in listed(protected)]
-    on_cpu = [one_of(one, True, False) for one in listed(content["on_cpu"])]
-    if len(on_cpu) != len(parts or ()):
-        raise ValueError("as many places as parts were expected")
-    sums = mapping(content.get("sums", {}))  # this and the next are absent in the first versions
-    measured = whole(content.get("measured", 0), 1 if sums else 0)
-    return Share(
-        open=one_of(content["open"], True, False),
-        protected=parts,
-        on_cpu=on_cpu,
-        norm_sq=None if norm_sq is None else real(norm_sq, 0.0),
-        sums={name: real(value) for name, value in sums.items()},
-        measured=measured,
-    )
+    @model_validator(mode="after")
+    def _fits(self) -> Share:
+        if len(self.on_cpu) != len(self.protected or ()) or (self.sums and not self.measured):
+            raise ValueError("expected as many places as parts, and steps that the sums are of")
+        return self

@@ -15,8 +15,16 @@ from torch import nn
 from passk_guard.sketch.head import head_of
 from passk_guard.sketch.layers import Use, find_uses
 from passk_guard.utils.errors import GuardError
+from passk_guard.utils.private_api import requires
 
 WARN_BELOW = 0.95
+SHARDED_NEEDS = requires(
+    "deepspeed",
+    "sharded parameter",
+    "any trainer under ZeRO-3",
+    "use ZeRO-2",
+    ds_shape="the shape of a weight that is empty outside a forward",
+)
 _NAMED_IN_WARNING = 5
 
 

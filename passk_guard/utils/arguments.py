@@ -11,24 +11,20 @@ from torch import Tensor
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import brief
 
-_LARGEST = 2.0**53
-
 
 def as_counts(value: Any, name: str) -> Tensor:
     """A count or a tensor of counts in float64, on its device.
 
     Raises:
-        GuardError: no real numbers, NaN, fractions, or a number beyond 2^53: rounded, they would be others' counts.
+        GuardError: no real numbers, NaN, infinity, or fractions.
     """
     try:
         given = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         given = None
-    if given is None or given.is_complex():
+    counts = None if given is None or given.is_complex() else given.to(torch.float64)
+    if counts is None or not bool((counts.isfinite() & (counts == counts.floor())).all()):
         raise GuardError(f"Expected `{name}` to be a whole number or a tensor of them; found {brief(value)}.")
-    counts = given.to(torch.float64)
-    if not bool(((counts == counts.floor()) & (counts.abs() <= _LARGEST)).all()):
-        raise GuardError(f"Expected `{name}` to be whole, up to 2^53; found {brief(value)}.")
     return counts
 
 

@@ -1,4 +1,4 @@
-"""Writing a file of tensors whole or not at all."""
+"""Tensors written whole or not at all, and values read back from a checkpoint, each of the kind it was saved as."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from passk_guard.utils.files import replacing
 
-# Values read from a checkpoint, each of the kind it was saved as: a file that reads well may still be another's.
-
-
 _LARGEST = 2**53
+
+
+def save_whole(content: Any, path: Path) -> None:
+    """`torch.save` under another name, then renamed; on a full disk nothing is left of it, and an older file stays.
+
+    Raises:
+        OSError, RuntimeError: it cannot be written; torch reports a full disk as a RuntimeError.
+    """
+    with replacing(path, path.with_name(path.name + ".partial")) as partial:
+        torch.save(content, partial)
 
 
 def whole(value: Any, least: int = 0) -> int:
@@ -50,20 +56,3 @@ def one_of(value: Any, *allowed: Any) -> Any:
     if not any(type(value) is type(one) and value == one for one in allowed):
         raise ValueError(f"one of {allowed} was expected")
     return value
-
-
-def floating(value: Any) -> Tensor:
-    """A tensor of real floating numbers."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise ValueError("a floating tensor was expected")
-    return value
-
-
-def save_whole(content: Any, path: Path) -> None:
-    """`torch.save` under another name, then renamed; on a full disk nothing is left of it, and an older file stays.
-
-    Raises:
-        OSError, RuntimeError: it cannot be written; torch reports a full disk as a RuntimeError.
-    """
-    with replacing(path, path.with_name(path.name + ".partial")) as partial:
-        torch.save(content, partial)

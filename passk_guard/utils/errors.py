@@ -1,9 +1,9 @@
-"""The two ways a guard can refuse: the user's mistake, and data that holds no answer."""
+"""The two errors of a guard: the user's mistake, and a refresh without an estimate."""
 
 
 class GuardError(ValueError):
-    """Misuse: raised at construction or at train begin, and says what to pass instead."""
+    """Misuse, raised at construction or at train begin with what to pass instead."""
 
 
 class FailedRefresh(Exception):
-    """One refresh gave no estimate. It is logged with its reason, and training goes on."""
+    """A refresh that gave no estimate. It is logged with its reason, and training goes on."""

@@ -1,13 +1,12 @@
-"""Files of ours in a folder of the user's: written whole or line by line, and never through a link.
+"""The guard's files in the user's folders: written whole or line by line, and never through a link.
 
-A run's folder may have come from elsewhere, as an archive or on a shared disk. A link in it, in the place of a file of
-ours, would turn what we write into a change of whatever it points to. Folders may be links: those the user chose.
+A run's folder may have come from elsewhere, as an archive or on a shared disk. A link in it, in the place of one of the
+guard's files, would turn a write into a change of whatever it points to. Folders may be links: those the user chose.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +17,9 @@ _LONGEST_LINE = 1 << 24
 
 @contextmanager
 def replacing(path: Path, partial: Path) -> Iterator[Path]:
-    """The name under which a file grows that at the end takes the place of `path`, or of a link there.
+    """Write a file at `partial`, beside `path`, that takes the place of `path`, or of a link there, on exit.
 
-    After an error nothing is left of it. What lies under that name before, of an earlier attempt or a link, is removed.
-
-    Args:
-        path: of the file; partial: beside it.
+    What lies at `partial` before, of an earlier attempt or a link, is removed. After an error nothing is left there.
 
     Raises:
         OSError: it cannot be written.
@@ -36,19 +32,16 @@ def replacing(path: Path, partial: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def refuse_links(path: Path) -> None:
-    """Before a file of ours is appended to.
+def write_whole(path: Path, text: str) -> None:
+    """Write under a temporary name and rename: a reader never sees half a file, and a link there is replaced."""
+    with replacing(path, path.with_name(f"{path.name}.{os.getpid()}.partial")) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
-    Raises:
-        OSError: what is there is a link, or no regular file: a pipe may have no reader, and a device no end.
-    """
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(mode):
-        kind = "a link" if stat.S_ISLNK(mode) else "no regular file"
-        raise OSError(f"it is {kind}, and the guard writes to files of its own only")
+
+def refuse_links(path: Path) -> None:
+    """Raise OSError for a link, a pipe or a device in the place of a file that is to be appended to."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OSError("it is a link or no regular file, and the guard writes to its own files only")
 
 
 def cut_unfinished(path: Path) -> None:
@@ -75,10 +68,3 @@ def cut_unfinished(path: Path) -> None:
                 raise OSError("the file has no lines: it is none of the guard's")
         if start < end:
             file.truncate(start)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write under a temporary name and rename: a reader never sees half a file, and a link there is replaced."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with replacing(path, partial):
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")

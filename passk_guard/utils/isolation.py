@@ -1,4 +1,8 @@
-"""Leaving training exactly as it was found: a probe may read everything and change nothing."""
+"""Leave training exactly as it was found: a probe may read everything and change nothing.
+
+`untouched` surrounds a whole refresh, `sampling_mode` the sampling of completions, and `frozen_pass` and
+`without_dropout` the passes of the model. `random_state` puts back the random state for all of them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import copy
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
@@ -14,17 +18,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passk_guard.utils.private_api import check, seams
+from passk_guard.utils.private_api import OBSERVE, requires
 
 logger = logging.getLogger(__name__)
 
 Restore = Callable[[], None]
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+_CHECKPOINT = "_gradient_checkpointing_func"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+MODULE_NEEDS = requires(
+    "torch", "Module", "any trainer and engine", OBSERVE, **dict.fromkeys(_HOOKS, "counted, to find hooks left behind")
 )
+TENSOR_NEEDS = requires(
+    "torch", "Tensor", "any trainer and engine", OBSERVE, _version="finds gradients that a probe wrote into"
+)
+LAYER_NEEDS = requires(
+    "transformers",
+    "GradientCheckpointingLayer",
+    "any trainer of a model that checkpoints activations",
+    "set gradient_checkpointing=False",
+    _gradient_checkpointing_func="checkpoints a probe's activations without dropout",
+)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise GuardError where torch or transformers lacks a private name that is used here."""
+    MODULE_NEEDS.check(model)
+    TENSOR_NEEDS.check(torch.Tensor)
+    for module in model.modules():
+        named = (kind.__name__ == LAYER_NEEDS.owner for kind in type(module).__mro__)
+        if getattr(module, "gradient_checkpointing", False) and any(named):
+            LAYER_NEEDS.check(module)
 
 
 @contextmanager
@@ -43,20 +66,39 @@ def untouched(model: nn.Module, tokenizer: Any = None) -> Iterator[None]:
         model: the trained model, wrapped or not.
         tokenizer: a tokenizer, or a processor that holds one.
     """
+    modules = list(model.modules())
+    with ExitStack() as stack:  # a restoration that fails does not keep the others from running
+        stack.enter_context(random_state())
+        stack.callback(_torch_flags())
+        stack.callback(_hook_count(modules))
+        stack.callback(_parameters(list(model.parameters())))
+        stack.callback(_attributes(modules, ("training", "gradient_checkpointing", _CHECKPOINT)))
+        stack.callback(_attributes(_configs(modules), ("use_cache",)))
+        stack.callback(_generation_configs(modules))
+        stack.callback(_attributes([getattr(tokenizer, "tokenizer", tokenizer)], ("padding_side", "truncation_side")))
+        yield
+
+
+@contextmanager
+def random_state() -> Iterator[None]:
+    """Put the random generators back on exit: `random`, numpy once imported, torch on CPU, the accelerator in use."""
+    numpy: Any = sys.modules.get("numpy")
+    device: Any = _accelerator()
     with ExitStack() as stack:
-        for restore in _snapshots(model, tokenizer):
-            stack.callback(restore)  # one that fails does not keep the others from running
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        if numpy is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        if device is not None:
+            every = "_all" if hasattr(device, "get_rng_state_all") else ""
+            stack.callback(getattr(device, f"set_rng_state{every}"), getattr(device, f"get_rng_state{every}")())
         yield
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run the body on random generators seeded with `seed`, and put their former states back afterwards.
-
-    Covers `random`, numpy (once imported), torch on CPU and every initialised accelerator device.
-    """
-    restore = _random_state()
-    try:
+    """Run the body on random generators seeded with `seed`, and put their former states back afterwards."""
+    with random_state():
         random.seed(seed)
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(seed % 2**32)
@@ -65,43 +107,95 @@ def seeded(seed: int) -> Iterator[None]:
         if (device := _accelerator()) is not None:
             getattr(device, "manual_seed_all", device.manual_seed)(seed)
         yield
-    finally:
-        restore()
 
 
-def _snapshots(model: nn.Module, tokenizer: Any) -> Iterator[Restore]:
+@contextmanager
+def sampling_mode(model: nn.Module, seed: int) -> Iterator[None]:
+    """No dropout, no gradient, no checkpointing, and the random generators on `seed`; all put back on exit.
+
+    Checkpointing is switched by its flag and not by transformers' enable and disable, of which each pair leaves one
+    more hook on the input embedding.
+    """
+    names, modules = ("training", "gradient_checkpointing"), list(model.modules())
+    with ExitStack() as stack:
+        stack.callback(_attributes(modules, names))
+        for module in modules:
+            for name in vars(module).keys() & set(names):
+                setattr(module, name, False)
+        stack.enter_context(seeded(seed))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+@contextmanager
+def frozen_pass(model: nn.Module) -> Iterator[None]:
+    """Freeze all weights and switch dropout off; requires_grad, flags and the random state are put back on exit."""
+    # With no weight requiring grad, autograd never forms a weight gradient: that is where the time goes.
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with random_state(), without_dropout(model):
+        try:
+            for p in trainable:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in trainable:
+                p.requires_grad_(True)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode in every module, but for the flags that make Hugging Face models checkpoint activations.
+
+    A layer that checkpoints itself in train mode would apply its functional dropout, in the forward and again in the
+    recomputation: what it checkpoints runs in eval mode, and dropout written as plain numbers on it is set to zero.
+    Every flag and rate is put back on exit, also after an exception.
+    """
     modules = list(model.modules())
-    yield _random_state()
-    yield _torch_flags()
-    yield _hook_count(modules)
-    yield _parameters(list(model.parameters()))
-    yield _attributes(modules, ("training", "gradient_checkpointing", "_gradient_checkpointing_func"))
-    yield _attributes(_configs(modules), ("use_cache",))
-    yield _generation_configs(modules)
-    yield _attributes([getattr(tokenizer, "tokenizer", tokenizer)], ("padding_side", "truncation_side"))
+    with ExitStack() as stack:
+        stack.callback(_attributes(modules, ("training",)))
+        for module in modules:
+            drives = module.training and bool(getattr(module, "gradient_checkpointing", False))
+            module.training = drives  # Hugging Face models checkpoint in train mode only
+            if not drives:
+                continue
+            numbers = [name for name, value in vars(module).items() if isinstance(value, float)]
+            rates = [name for name in numbers if "dropout" in name or "layerdrop" in name]
+            stack.callback(_attributes([module], (*rates, _CHECKPOINT)))
+            vars(module).update(dict.fromkeys(rates, 0.0))
+            if (checkpoint := vars(module).get(_CHECKPOINT)) is not None:
+                vars(module)[_CHECKPOINT] = _checkpoint_in_eval(module, checkpoint)
+        yield
 
 
-def _random_state() -> Restore:
-    python, cpu = random.getstate(), torch.get_rng_state()
-    numpy: Any = sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    device: Any = _accelerator()
-    many = hasattr(device, "get_rng_state_all")
-    device_state = None if device is None else device.get_rng_state_all() if many else device.get_rng_state()
+def _checkpoint_in_eval(module: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def in_eval(*inputs: Any, **options: Any) -> Any:
+            training, module.training = module.training, False
+            try:
+                return forward(*inputs, **options)
+            finally:
+                module.training = training
 
-    def restore() -> None:
-        random.setstate(python)
-        torch.set_rng_state(cpu)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-        if device is not None:
-            (device.set_rng_state_all if many else device.set_rng_state)(device_state)
+        return checkpoint(in_eval, *args, **kwargs)
 
-    return restore
+    return checkpointed
+
+
+@contextmanager
+def attributes(obj: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Set attributes of `obj` for the duration of the body; those it does not have are left out."""
+    before = {name: getattr(obj, name) for name in values if hasattr(obj, name)}
+    try:
+        for name in before:
+            setattr(obj, name, values[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(obj, name, value)
 
 
 def _accelerator() -> ModuleType | None:
-    """torch.cuda, torch.xpu, torch.mps, ... when such a device is in use; looking does not initialise it."""
+    """torch.cuda, torch.xpu, torch.mps, ... when such a device is in use; asking does not initialise it."""
     if not torch.accelerator.is_available():
         return None
     accelerator = torch.accelerator.current_accelerator()
@@ -111,27 +205,23 @@ def _accelerator() -> ModuleType | None:
 
 
 def _torch_flags() -> Restore:
-    grad = torch.is_grad_enabled()
-    deterministic, warn_only = _deterministic()
+    def deterministic() -> tuple[bool, bool]:
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        return torch.are_deterministic_algorithms_enabled(), warn_only
+
+    grad, before = torch.is_grad_enabled(), deterministic()
     cudnn = (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark)
 
     def restore() -> None:
         torch.set_grad_enabled(grad)
-        if (deterministic, warn_only) != _deterministic():  # setting it imports the compiler
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        if before != deterministic():  # setting it imports the compiler
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
     return restore
 
 
-def _deterministic() -> tuple[bool, bool]:
-    return (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-
-
-def _attributes(objects: list[Any], names: tuple[str, ...]) -> Restore:
+def _attributes(objects: Sequence[Any], names: tuple[str, ...]) -> Restore:
     """Each object's own attributes of these names; one it lacks now is taken off it again."""
     missing = object()
     before = [(obj, name, vars(obj).get(name, missing)) for obj in objects if obj is not None for name in names]
@@ -206,184 +296,3 @@ def _hook_count(modules: list[nn.Module]) -> Restore:
             logger.warning("passk_guard: hooks on the model went from %d to %d in the probe.", before, after)
 
     return check
-
-
-# A forward pass without dropout, which still checkpoints its activations as training does.
-
-
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in every module, but for the flags that make Hugging Face models checkpoint activations.
-
-    Every flag and rate is put back on the way out, also after an exception.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    with ExitStack() as stack:
-        try:
-            for module, training in flags:
-                drives = training and bool(getattr(module, "gradient_checkpointing", False))
-                module.training = drives  # Hugging Face models checkpoint in train mode only
-                if drives:
-                    stack.enter_context(_checkpointing_in_eval(module))
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
-
-
-@contextmanager
-def _checkpointing_in_eval(module: nn.Module) -> Iterator[None]:
-    """Let `module` checkpoint as in training, while what it checkpoints runs in eval mode.
-
-    A layer that drives its own checkpointing would otherwise apply its functional dropout, in the forward and
-    again in the recomputation. Dropout written as plain numbers on the module is zeroed for the same reason.
-    """
-    rates = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, float) and ("dropout" in name or "layerdrop" in name)
-    }
-    checkpoint = vars(module).get("_gradient_checkpointing_func")
-    vars(module).update(dict.fromkeys(rates, 0.0))
-    if checkpoint is not None:
-        vars(module)["_gradient_checkpointing_func"] = _checkpoint_in_eval(module, checkpoint)
-    try:
-        yield
-    finally:
-        vars(module).update(rates)
-        if checkpoint is not None:
-            vars(module)["_gradient_checkpointing_func"] = checkpoint
-
-
-def _checkpoint_in_eval(module: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    def in_eval(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            training, module.training = module.training, False
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                module.training = training
-
-        return run
-
-    def checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(in_eval(forward), *args, **kwargs)
-
-    return checkpointed
-
-
-# The state a model is sampled in, and back.
-
-
-@contextmanager
-def sampling_mode(model: nn.Module, seed: int) -> Iterator[None]:
-    """No dropout, no gradient, no checkpointing, and torch's generators (CPU and the model's device) on `seed`.
-
-    Flags of every module and the generators are put back on exit. Checkpointing is switched by its flag and not
-    by transformers' enable and disable, of which each pair leaves one more hook on the input embedding.
-    """
-    flags = [(m, name, value) for m in model.modules() for name, value in _flags(m).items()]
-    device = next(model.parameters()).device
-    try:
-        for module, name, _ in flags:
-            setattr(module, name, False)
-        with _forked_generators(device), torch.no_grad():
-            torch.default_generator.manual_seed(seed)
-            if device.type not in ("cpu", "meta"):
-                torch.get_device_module(device).manual_seed(seed)
-            yield
-    finally:
-        for module, name, value in flags:
-            setattr(module, name, value)
-
-
-@contextmanager
-def attributes(obj: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """Set attributes of `obj` for the duration of the body; those it does not have are left out."""
-    before = {name: getattr(obj, name) for name in values if hasattr(obj, name)}
-    try:
-        for name in before:
-            setattr(obj, name, values[name])
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(obj, name, value)
-
-
-def _flags(module: nn.Module) -> dict[str, Any]:
-    names = ("training", "gradient_checkpointing")
-    return {name: vars(module)[name] for name in names if name in vars(module)}
-
-
-@contextmanager
-def _forked_generators(device: torch.device) -> Iterator[None]:
-    cpu = torch.get_rng_state()
-    module: Any = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
-    state = None if module is None else module.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        if module is not None:
-            module.set_rng_state(state)
-
-
-# A pass that leaves nothing behind: weights frozen, dropout off, checkpointing on, all of it put back.
-
-
-@contextmanager
-def frozen_pass(model: nn.Module) -> Iterator[None]:
-    """Freeze all weights and switch dropout off inside the context; restore everything after it.
-
-    Restored, also after an exception: requires_grad of each parameter, the training flag of each module, the
-    attributes that drive gradient checkpointing, and the random state of the CPU and of the model's device.
-    """
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(sorted(d for d in devices if d is not None)))
-        stack.enter_context(_frozen(model))
-        stack.enter_context(without_dropout(model))
-        yield
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    # With no weight requiring grad, autograd never forms a weight gradient: that is where the time goes.
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-
-
-# The order in which ZeRO-3 expects modules to need their weights, which a probe's passes must have no part in.
-
-
-@contextmanager
-def untraced(wrapped: Any) -> Iterator[None]:
-    """Let ZeRO-3 forget the order of modules that it recorded in the body, or before it; nothing on other engines.
-
-    It gathers weights ahead by the order of the last pass it recorded. If that is a probe's, which calls the head, then
-    in the training pass of a TRL trainer, which reads the head's weight without a call, the weight is there ahead of
-    time, is not noted as one that the backward needs as well, and is empty when its gradient arrives. TRL forgets the
-    order after generation for the same reason. The next pass of training records it again.
-
-    Args:
-        wrapped: the model as training calls it; a DeepSpeedEngine of stage 3, or anything else.
-
-    Raises:
-        GuardError: before the body, where this DeepSpeed has no such order to forget.
-    """
-    sharder, coordinator = getattr(getattr(wrapped, "optimizer", None), "parameter_offload", None), None
-    if sharder is not None:
-        check(seams.ZERO3_TRACER, sharder)
-        coordinator = sharder.get_param_coordinator()
-        check(seams.ZERO3_TRACE, coordinator)
-    try:
-        yield
-    finally:
-        if coordinator is not None and not coordinator.is_invalid_trace():
-            coordinator._invalidate_trace()

@@ -1,4 +1,4 @@
-"""Replacing one method of one object, with a way back."""
+"""Replace one method of one object, with a way back."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ _LAYER = "_passk_guard_layer"
 class MethodPatch:
     """Wraps a method on the instance only; the class and every other instance stay as they are.
 
-    Patches may be removed in any order: one that lies under another turns into a pass-through, and goes away
-    with the one above it. Usable as a context manager, and again after a removal.
+    Patches may be removed in any order: one that lies under another becomes a pass-through, and goes away with the
+    one above it. Usable as a context manager, and again after a removal.
 
     Args:
         obj: the instance.
         name: of its method.
-        make_wrapper: gets the method as it is at `install`, bound, and returns what to call in its place.
+        make_wrapper: gets the bound method as it is at `install`, and returns what to call in its place.
         owner: who patches; one owner can patch one method of one object once at a time.
 
     Raises:
-        GuardError: on construction when `obj` has no such method; on `install` when this owner's patch of it
-            is installed already.
+        GuardError: `obj` has no such method; on `install`, this owner's patch of it is installed already.
     """
 
     def __init__(
@@ -57,11 +56,7 @@ class MethodPatch:
         return self._layer is not None
 
     def install(self) -> MethodPatch:
-        """Put the wrapper in place and return self.
-
-        Raises:
-            GuardError: a patch of this method by the same owner is installed.
-        """
+        """Put the wrapper in place and return self."""
         taken = vars(self.obj).get(_REGISTRY, frozenset())
         if (self.name, self.owner) in taken:
             raise GuardError(

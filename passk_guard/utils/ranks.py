@@ -1,4 +1,4 @@
-"""What the ranks of a run agree on. In a single process every method is the identity."""
+"""Agreement between the ranks of a run. In a single process every method is the identity."""
 
 from __future__ import annotations
 

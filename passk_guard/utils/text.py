@@ -1,4 +1,4 @@
-"""Untrusted text made safe to print: nothing in a prompt may steer the terminal."""
+"""Make untrusted text (errors, rewards, prompts) safe for a log line or a terminal, and log each message once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import re
 import reprlib
 import unicodedata
 from typing import Any
-
-# Words from elsewhere in lines of ours: the text of an error, a reward or a prompt, with nothing hidden in it.
-
 
 _LONGEST = 2000
 # Controls (line ends and terminal escapes among them), what reorders or hides text, and halves of surrogate pairs.
@@ -20,10 +17,7 @@ _short.maxlevel = 3
 
 
 def one_line(text: str, most: int = _LONGEST) -> str:
-    r"""The text, cut to `most`; what hides or steers is written out, a line feed as `\n`, an escape as `\x1b`.
-
-    A line of a log or of a terminal stays one line, whatever is put into it.
-    """
+    r"""The text on one line, cut to `most`; what hides or steers is written out, a line feed as `\n`."""
     cut = text if len(text) <= most else text[:most] + "…"
     return _HIDING.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), cut)
 
@@ -38,35 +32,29 @@ def describe_error(error: BaseException) -> str:
 
 
 def brief(value: Any) -> str:
-    """A `repr` of bounded length and depth, whatever the object's own does."""
+    """A `repr` of bounded length and depth, whatever the object's `__repr__` does."""
     try:
         return one_line(_short.repr(value), 80)
     except Exception:
         return f"an object of type {type(value).__name__}"
 
 
-# Telling each thing once, and not without end.
-
-
 class Once:
-    """Says whether a text is told for the first time.
+    """Whether a message is new.
 
-    Texts of exceptions may hold what differs each time, an address or a step: after `most` different ones nothing is
-    new any more, so that neither the log nor the memory of a long run fills with them.
-
-    Args:
-        most: different texts that are ever told, >= 1.
+    The text of an exception may differ each time, by an address or a step. After `most` different ones nothing is new
+    any more, so that neither the log nor the memory of a long run fills with them.
     """
 
     def __init__(self, most: int = 100) -> None:
         self._most = most
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def new(self, text: str) -> bool:
-        """Whether to tell it now; the same text is not told again."""
-        if text in self._told or len(self._told) >= self._most:
+        """Whether to log it now; the same text is not new again."""
+        if text in self._logged or len(self._logged) >= self._most:
             return False
-        self._told.add(text)
+        self._logged.add(text)
         return True
 
 

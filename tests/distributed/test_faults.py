@@ -31,7 +31,7 @@ TOLD = {
     "checkpoint_on_a_full_disk": "the checkpoint holds no memory of the guard: RuntimeError: PytorchStreamWriter",
     "tracker_takes_no_pictures": "trackio did not take the pictures of the kernel: ConnectionError",
     "tracker_takes_no_alerts": "trackio did not take the alert: ConnectionError",
-    "gradient_is_infinite_in_training": "steps are left to the optimizer as they are where",
+    "gradient_is_infinite_in_training": "steps stay unchanged where",
 }
 CASES = [(engine, name) for name, (_, engines, _) in FAULTS.items() for engine in engines]
 

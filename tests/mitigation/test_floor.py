@@ -8,7 +8,6 @@ import torch
 
 from passk_guard import GuardError, ProbeGram, passk_advantages
 from passk_guard.mitigation import FloorSolution, FloorState, smooth_floor, solve_floor
-from passk_guard.passk.closed_forms import sample_coefficients
 from tests.helpers.populations import draw, population
 
 K, N = 4, 8
@@ -30,7 +29,7 @@ def gram_of(correct, scores):
     return ProbeGram(sums @ sums.T, torch.full((len(correct),), correct.shape[1]), correct.sum(1).long())
 
 
-def margin_by_loops(parts, floor, gamma, cap=None):
+def constraint_by_loops(parts, floor, gamma, cap=None):
     """U_phi1 - gamma sqrt(U_11 U_phiphi), in units of U_11, from the samples themselves, pair by pair."""
     totals = [0.0, 0.0, 0.0]
     for correct, scores in parts:
@@ -49,29 +48,9 @@ def test_the_floor_is_the_smallest_that_reaches_gamma(gamma, cap, seed):
     parts = [samples(2 * seed), samples(2 * seed + 1)]
     solution = solve_floor([gram_of(*part) for part in parts], K, gamma=gamma, largest=2.0, cap=cap)
     assert solution.status == "solved", "the fixture must need a floor"
-    at = margin_by_loops(parts, solution.floor, gamma, cap)
+    at = constraint_by_loops(parts, solution.floor, gamma, cap)
     assert at == pytest.approx(0.0, abs=1e-9 if gamma == 0 else 2e-3)
-    assert max(margin_by_loops(parts, share * solution.floor, gamma, cap) for share in (0.0, 0.3, 0.6, 0.9)) < -0.01
-
-
-@pytest.mark.parametrize("gamma", [0.2, 0.5])
-def test_the_cosine_is_reached_where_the_norms_are_known(gamma):
-    """On a large probe, with the U-statistics summed up here from the kernel of each pair of gradients."""
-    probe = draw(population(-0.5), 256, 16, torch.Generator().manual_seed(0))
-
-    def unbiased(left, right):
-        kernel = (torch.cat(left)[:, None] * probe.gram * torch.cat(right)).view(2, 256, 2, 256).sum((0, 2))
-        return float(kernel.sum() - kernel.trace())
-
-    def cosine(floor):
-        many = sample_coefficients(probe.num_samples, probe.num_correct, 8, floor=floor)
-        one = sample_coefficients(probe.num_samples, probe.num_correct, 1)
-        return unbiased(many, one) / math.sqrt(unbiased(one, one) * unbiased(many, many))
-
-    floor = solve_floor([probe], 8, gamma=gamma, largest=4.0).floor
-    assert cosine(floor) == pytest.approx(gamma, abs=5e-3)
-    assert cosine(0.9 * floor) < gamma - 0.01
-    assert floor > 1.05 * solve_floor([probe], 8, largest=4.0).floor
+    assert max(constraint_by_loops(parts, share * solution.floor, gamma, cap) for share in (0.0, 0.3, 0.6, 0.9)) < -0.01
 
 
 @pytest.mark.parametrize("cosine", [-0.5, -0.2])

@@ -42,9 +42,11 @@ class Engine:
         return [torch.tensor(batch, dtype=dtype) for batch in batches]
 
 
-def guard(engine, told=None, **settings):
+def guard(engine, reported=None, **settings):
     options = {"gamma": 0.2, "average": 0.0, "dtype": torch.float32} | settings
-    made = StepGuard(engine, Ranks(torch.device("cpu")), **options, on_failure=([] if told is None else told).append)
+    made = StepGuard(
+        engine, Ranks(torch.device("cpu")), **options, on_failure=([] if reported is None else reported).append
+    )
     made.install()
     made.open = True
     return made
@@ -123,13 +125,13 @@ def test_half_precision_keeps_the_direction_in_half_the_memory():
     assert made.protected[0].dtype == torch.bfloat16
 
 
-def test_a_gradient_that_is_not_finite_is_told_once():
-    engine, told = Engine([1.0, float("inf")]), []
-    made = guard(engine, told)
+def test_a_gradient_that_is_not_finite_is_reported_once():
+    engine, reported = Engine([1.0, float("inf")]), []
+    made = guard(engine, reported)
     made.protected = [torch.tensor([0.0, 3.0])]
     engine.before_step()
     engine.before_step()
-    assert len(told) == 1
+    assert len(reported) == 1
     assert engine.parts[0].tolist() == [1.0, float("inf")]
 
 
@@ -145,25 +147,31 @@ def test_a_checkpoint_holds_it(tmp_path):
     other = Engine([1.0, 1.0])
     other.name = "zero2"
     assert "this run has 1 of zero2" in guard(other).load(tmp_path)
+    content = torch.load(tmp_path / "passk_guard_rank0.pt", weights_only=True)
+    torch.save(content | {"ranks": 4}, tmp_path / "passk_guard_rank0.pt")
+    assert "saved on 4 ranks of toy" in again.load(tmp_path)
+    for wrong in ({"open": 1}, {"protected": [torch.ones(2, dtype=torch.int64)]}, {"on_cpu": []}, {"norm_sq": -1.0}):
+        torch.save(content | wrong, tmp_path / "passk_guard_rank0.pt")
+        assert "cannot be read" in guard(Engine([1.0, 1.0])).load(tmp_path)
     assert "no protected direction" in guard(Engine([1.0])).load(tmp_path / "elsewhere")
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_an_engine_that_breaks_does_not_break_training():
-    engine, told = Engine([1.0, -2.0]), []
-    made = guard(engine, told)
+    engine, reported = Engine([1.0, -2.0]), []
+    made = guard(engine, reported)
     made.protected = [torch.tensor([0.0, 3.0])]
     engine.inner_products = None
     engine.before_step()
     engine.before_step()
     assert not made.open
-    assert len(told) == 1
-    assert "TypeError" in told[0]
+    assert len(reported) == 1
+    assert "TypeError" in reported[0]
     assert engine.parts[0].tolist() == [1.0, -2.0]
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
-def test_a_damaged_checkpoint_is_said_and_not_raised(damage, tmp_path):
+def test_a_damaged_checkpoint_is_reported_and_not_raised(damage, tmp_path):
     made = guard(Engine([1.0, 1.0]))
     for name in ("passk_guard_rank0.pt", "passk_guard.pt"):
         (tmp_path / name).write_bytes(damage)

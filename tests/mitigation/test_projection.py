@@ -74,40 +74,6 @@ def test_the_cosine_afterwards_is_what_the_docstring_says(cosine, gamma):
     assert plan.norm_after >= gamma * (1 - 1e-12)
 
 
-def on_the_cone(g, p, gamma):
-    """Smallest change with cos(g', p) >= gamma, as the module's docstring gives it."""
-    cosine = float(g @ p / g.norm() / p.norm())
-    if cosine >= gamma:
-        return g
-    if cosine <= -math.sqrt(1 - gamma**2):
-        return torch.zeros_like(g)
-    along = p / p.norm()
-    across = g - (g @ along) * along
-    u = gamma * along + math.sqrt(1 - gamma**2) * across / across.norm()
-    return (g @ u) * u
-
-
-@pytest.mark.parametrize("cosine", [-0.99, -0.9, -0.5, -0.1, 0.1])
-@pytest.mark.parametrize("gamma", [0.2, 0.7])
-def test_the_cone_is_another_problem_with_the_solution_stated(cosine, gamma):
-    g, p = pair(cosine)
-    cone = on_the_cone(g, p, gamma)
-    assert float(cone @ p) >= gamma * float(cone.norm() * p.norm()) - 1e-9
-    best = nearest_by_search(g, lambda grid: grid @ p >= gamma * grid.norm(dim=1) * p.norm())
-    assert float((cone - g).norm()) <= float((best - g).norm()) + 1e-9
-    assert float((cone - g).norm()) >= float((best - g).norm()) - 0.006
-    ours = projected(g, p, gamma)
-    assert float(cone[1]) < float(ours[1]), "the cone shortens the part that no conflict concerns"
-    assert float(cone.norm()) < float(ours.norm())
-
-
-@given(cosines, gammas, scales, scales)
-def test_it_scales_with_the_gradients(cosine, gamma, norm_g, norm_p):
-    unit = projection_coefficient(cosine, 1.0, 1.0, gamma)
-    scaled = projection_coefficient(cosine * norm_g * norm_p, norm_g**2, norm_p**2, gamma)
-    assert scaled == pytest.approx(unit * norm_g / norm_p, rel=1e-6, abs=1e-12 * norm_g / norm_p)
-
-
 @given(cosines, st.sampled_from(GAMMAS))
 def test_twice_is_once(cosine, gamma):
     g, p = pair(cosine)
@@ -179,21 +145,12 @@ def test_lists_of_tensors_are_projected_in_place(scale, dtype):
     assert result.cosine_before < 0
 
 
-def test_a_gradient_with_nan_is_left_as_it_is():
-    g, p = [torch.tensor([1.0, math.nan]), torch.tensor([2.0])], [torch.tensor([-1.0, 1.0]), torch.tensor([-1.0])]
-    result = project_gradient(g, p)
-    assert result.coefficient == 0.0
-    assert "nan" in result.reason
-    assert g[0][0] == 1.0
-    assert g[1] == 2.0
-
-
 @pytest.mark.parametrize(
     ("g", "p", "words"),
     [
         ([torch.ones(2)], [], "as long as"),
         ([torch.ones(2)], [torch.ones(3)], "shapes"),
-        ([None], [torch.ones(3)], "None at 0"),
+        ([None], [torch.ones(3)], "found None at 0"),
     ],
 )
 def test_lists_that_do_not_match_are_refused(g, p, words):

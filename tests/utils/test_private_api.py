@@ -1,6 +1,8 @@
-"""Names of other libraries that may go away: each is in one table, and a missing one is an error at train begin."""
+"""Names of other libraries that may go away: a missing one is an error when train() begins or an engine is chosen."""
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib
+import importlib.metadata
+import pkgutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,78 +12,67 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import passk_guard
 from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
-from passk_guard.callback.setup import check_compatibility
-from passk_guard.mitigation.engines.choose import choose_engine
-from passk_guard.mitigation.engines.deepspeed.choose import deepspeed_engine
+from passk_guard.callback.setup import Attachment, check_compatibility
+from passk_guard.mitigation.engines import choose, untraced
+from passk_guard.mitigation.engines.backward import BackwardEngine
+from passk_guard.mitigation.engines.deepspeed import choose as deepspeed
+from passk_guard.mitigation.engines.deepspeed import restore
+from passk_guard.mitigation.engines.deepspeed.base import DeepSpeedGradient
+from passk_guard.mitigation.engines.deepspeed.offload import Zero3Offload, Zero12Offload
+from passk_guard.mitigation.engines.deepspeed.stages import Bf16, Zero3, Zero12
+from passk_guard.mitigation.engines.fsdp import ShardedEngine
+from passk_guard.mitigation.engines.native import NativeEngine
 from passk_guard.probe.samplers import BatchTap, TRLSampler
-from passk_guard.utils import private_api
+from passk_guard.sketch.coverage import SHARDED_NEEDS
+from passk_guard.utils import isolation, private_api
 from passk_guard.utils.errors import GuardError
-from passk_guard.utils.private_api import TABLE, check, seams
-from passk_guard.utils.private_api import check as versions
+from passk_guard.utils.private_api import Requires, requires
 from tests.helpers.tiny import digit_reward, tiny_grpo_trainer, tiny_model, tiny_rloo_trainer, tiny_rows
 from tests.mitigation.engines import neutral
 
-REQUIRED = [row for row in TABLE if row.required]
+
+def declared():
+    """Every `requires(...)` of the package's modules and classes."""
+    names = [info.name for info in pkgutil.walk_packages(passk_guard.__path__, "passk_guard.")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+    classes = [one for module in modules for one in vars(module).values() if isinstance(one, type)]
+    return [needs for place in modules + classes for needs in vars(place).values() if isinstance(needs, Requires)]
 
 
-def test_each_name_stands_once():
-    places = [(row.seam, row.name) for row in TABLE]
-    assert len(set(places)) == len(places)
-    assert all(row.purpose for row in TABLE)
-
-
-def having(seam, without=""):
-    """A stand-in of `seam.owner` with all that is required of it but `without`."""
-    names = [row.name for row in REQUIRED if row.seam == seam and row.name != without]
-    return type("StandIn", (), dict.fromkeys(names))()
-
-
-@pytest.mark.parametrize("row", REQUIRED, ids=lambda row: f"{row.seam.owner}.{row.name}")
-def test_a_missing_name_is_an_error_that_says_all(row):
-    check(row.seam, having(row.seam))
-    check(row.seam, type(having(row.seam)))
-    with pytest.raises(GuardError) as refusal:
-        check(row.seam, having(row.seam, without=row.name))
-    library = row.seam.library
-    for said in (row.name, row.purpose, row.seam.applies, row.seam.instead, library, "StandIn"):
-        assert said in str(refusal.value)
-    assert f"{library} {version(library)}, which lacks" in str(refusal.value)
-    assert f"{library} {private_api.supported(library)} for" in str(refusal.value)
+def having(needs):
+    """A stand-in of `needs.owner`."""
+    return type("StandIn", (), dict.fromkeys(needs.names))()
 
 
 def test_ranges_are_those_of_the_metadata(monkeypatch):
     lines = ["torch>=2.6", "torchjd>=0.18; extra == 'torchjd'", "trl<2,>=1.0; extra == 'trl'"]
-    monkeypatch.setattr(versions, "requires", lambda _: lines)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: lines)
     assert [private_api.supported(name) for name in ("torch", "trl")] == [">=2.6", "<2,>=1.0"]
     assert "pyproject.toml" in private_api.supported("deepspeed")
 
 
 def test_without_metadata_the_error_still_comes(monkeypatch):
     def missing(_):
-        raise PackageNotFoundError
+        raise importlib.metadata.PackageNotFoundError
 
-    monkeypatch.setattr(versions, "requires", missing)
-    monkeypatch.setattr(versions, "version", missing)
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(GuardError, match=r"pyproject\.toml.*not installed"):
-        check(seams.ENGINE, object())
+        requires("torch", "Tensor", "", "", invented="").check(object())
 
 
-def test_a_property_that_raises_is_there():
-    class Engine(type(having(seams.ENGINE))):
+def test_a_property_that_raises_exists():
+    class Engine:
         @property
         def device(self):
             raise RuntimeError("not yet")
 
-    check(seams.ENGINE, Engine())
+    requires("deepspeed", "DeepSpeedEngine", "", "", device="").check(Engine())
 
 
-def test_an_unknown_seam_is_a_mistake_of_ours():
-    with pytest.raises(ValueError, match="seam"):
-        check(private_api.Seam("torch", "Nothing", "", ""), object())
-
-
-# In the wiring: each seam is asked about where it applies, and nowhere else
+# Each declaration is checked where the names are used. A scene returns the owner of the names, and what needs them.
 
 
 def hide(monkeypatch, obj, name):
@@ -103,157 +94,149 @@ def guarded(trainer, **settings):
     return PassKGuardCallback(trainer, probe, digit_reward, GuardConfig(k=2, allow_overlap=True, **settings))
 
 
-SAMPLED = [row.name for row in REQUIRED if row.seam == seams.SAMPLER]
-TAPPED = [row.name for row in REQUIRED if row.seam == seams.BATCH]
+def begins_with(model, owner=None):
+    trainer = SimpleNamespace(model=model, callback_handler=None)
+    return (model if owner is None else owner), lambda: check_compatibility(trainer, None, taps_batch=False)
 
 
-@pytest.mark.parametrize("make", [tiny_grpo_trainer, tiny_rloo_trainer])
-@pytest.mark.parametrize("name", SAMPLED)
-def test_what_samples_held_out_prompts(make, name, tmp_path, monkeypatch):
-    trainer = make(tmp_path)
-    guard, on_the_batch = guarded(trainer), guarded(trainer, source="training_batch")
-    begin(guard, trainer)
-    hide(monkeypatch, trainer, name)
-    if name != "temperature":  # that of a batch is asked for too
-        begin(on_the_batch, trainer)
-    with pytest.raises(GuardError, match=f"lacks `{name}`"):
-        begin(guard, trainer)
-    with pytest.raises(GuardError, match=f"lacks `{name}`"):
-        TRLSampler(trainer)
-    with pytest.raises(GuardError, match=f"lacks `{name}`"):
-        guarded(trainer)  # and not another sampler in silence
+def checkpointed(folder):
+    model = tiny_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return begins_with(model, model.model.layers[-1])
 
 
-@pytest.mark.parametrize("make", [tiny_grpo_trainer, tiny_rloo_trainer])
-@pytest.mark.parametrize("name", TAPPED)
-def test_what_reads_the_training_batch(make, name, tmp_path, monkeypatch):
-    trainer = make(tmp_path)
-    trainer.args.scale_rewards = "none"
-    held_out, on_the_batch = guarded(trainer), guarded(trainer, source="training_batch")
-    begin(on_the_batch, trainer)
-    objective = PassKObjective(trainer, k=2)
-    hide(monkeypatch, trainer, name)
-    begin(held_out, trainer)
-    for refused in (lambda: PassKObjective(trainer, k=2), lambda: BatchTap(trainer, print)):
-        with pytest.raises(GuardError, match=f"lacks `{name}`"):
-            refused()
-    with pytest.raises(GuardError, match=f"lacks `{name}`"):
-        begin(on_the_batch, trainer)
-    monkeypatch.setattr(trainer, "_passk_guard_objective", objective, raising=False)
-    with pytest.raises(GuardError, match=f"lacks `{name}`"):
-        begin(held_out, trainer)
+def emptied(folder):
+    model = nn.Linear(2, 2)
+    model.weight.data = torch.zeros(0)
+    model.weight.ds_id, model.weight.ds_shape = 1, (2, 2)
+    return begins_with(model, model.weight)
 
 
-def asked(trainer, **settings):
-    vars(trainer).setdefault("callback_handler", SimpleNamespace(callbacks=[]))
-    check_compatibility(trainer, None, **{"taps_batch": False, "turns_gradients": False} | settings)
+def a_train(folder, make=tiny_grpo_trainer, owner=lambda trainer: trainer, **settings):
+    trainer = make(folder, scale_rewards="none") if make is tiny_grpo_trainer else make(folder)
+    guard = guarded(trainer, **settings)
+    return owner(trainer), lambda: begin(guard, trainer)
 
 
-@pytest.mark.parametrize("name", [row.name for row in REQUIRED if row.seam == seams.MODULE])
-def test_hooks_of_modules(name):
-    trainer = SimpleNamespace(model=nn.Linear(2, 2))
-    asked(trainer)
-    delattr(trainer.model, name)
-    with pytest.raises(GuardError, match=f"lacks `{name}`"):
-        asked(trainer)
+def projecting(folder):
+    return a_train(folder, owner=lambda trainer: trainer.accelerator, mitigation="project")
 
 
-def test_the_callbacks_of_a_trainer(tmp_path):
-    trainer = tiny_grpo_trainer(tmp_path)
+def a_part(make):
+    def scene(folder):
+        trainer = tiny_rloo_trainer(folder)
+        return trainer, lambda: make(trainer)
+
+    return scene
+
+
+def objective_installed(folder):
+    trainer = tiny_grpo_trainer(folder, scale_rewards="none")
     guard = guarded(trainer)
-    begin(guard, trainer)
-    del trainer.callback_handler
-    with pytest.raises(GuardError, match="lacks `callback_handler`"):
-        begin(guard, trainer)
+    PassKObjective(trainer, k=2).install()
+    return trainer, lambda: begin(guard, trainer)
 
 
-def test_the_shape_of_a_weight_that_zero3_has_emptied():
-    trainer = SimpleNamespace(model=nn.Linear(2, 2))
-    trainer.model.weight.data = torch.zeros(0)
-    asked(trainer)  # empty, and not DeepSpeed's
-    trainer.model.weight.ds_id, trainer.model.weight.ds_shape = 1, (2, 2)
-    asked(trainer)
-    del trainer.model.weight.ds_shape
-    with pytest.raises(GuardError, match="lacks `ds_shape`"):
-        asked(trainer)
+def choosing(model, owner=None):
+    trainer = SimpleNamespace(accelerator=Accelerator(cpu=True), model=model, model_wrapped=model)
+    return trainer.accelerator if owner is None else owner, lambda: choose.choose_engine(trainer)
 
 
-def test_versions_of_tensors(monkeypatch):
-    monkeypatch.setattr("passk_guard.callback.setup.torch.Tensor", object)
-    with pytest.raises(GuardError, match="lacks `_version`"):
-        asked(SimpleNamespace(model=nn.Linear(2, 2)))
+def a_module(folder):
+    model, trainer = having(NativeEngine.module_needs), SimpleNamespace(accelerator=Accelerator(cpu=True))
+    type(model).parameters = lambda self: iter([nn.Parameter(torch.ones(1))])
+    return model, lambda: NativeEngine(trainer, model)
 
 
-def test_the_checkpointing_of_transformers():
-    trainer = SimpleNamespace(model=tiny_model())
-    asked(trainer)
-    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
-    asked(trainer)
-    for layer in trainer.model.model.layers:
-        del layer._gradient_checkpointing_func
-    with pytest.raises(GuardError, match="lacks `_gradient_checkpointing_func`"):
-        asked(trainer)
-    trainer.model.gradient_checkpointing_disable()
-    asked(trainer)
+def a_compiled_model(folder):
+    model = type("OptimizedModule", (nn.Module,), {"_orig_mod": nn.Linear(2, 2)})()
+    return choosing(model, model)
 
 
-def test_a_model_that_checkpoints_by_itself_is_left_alone():
-    model = nn.Linear(2, 2)
-    model.gradient_checkpointing = True
-    asked(SimpleNamespace(model=model))
+def sharded(owner):
+    def scene(folder):
+        model = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
+        return choosing(model, owner(model))
+
+    return scene
 
 
-def test_what_accelerate_says_of_the_engine():
-    accelerator = Accelerator(cpu=True)
-    trainer = SimpleNamespace(model=nn.Linear(2, 2), accelerator=accelerator)
-    asked(trainer, turns_gradients=True)
-    del accelerator.has_lomo_optimizer
-    asked(trainer)
-    with pytest.raises(GuardError, match="lacks `has_lomo_optimizer`"):
-        asked(trainer, turns_gradients=True)
+def launched(folder):
     kind = SimpleNamespace(value="DEEPSPEED")
-    trainer.accelerator = SimpleNamespace(has_lomo_optimizer=False, scaler=None, distributed_type=kind)
-    with pytest.raises(GuardError, match="lacks `deepspeed_engine_wrapped`"):
-        asked(trainer, turns_gradients=True)
-    trainer.accelerator.deepspeed_engine_wrapped = None
-    asked(trainer, turns_gradients=True)
-
-
-def test_projecting_asks_accelerate(tmp_path):
-    trainer = tiny_grpo_trainer(tmp_path)
-    observing, projecting = guarded(trainer), guarded(trainer, mitigation="project")
-    begin(projecting, trainer)
-    del trainer.accelerator.has_lomo_optimizer
-    begin(observing, trainer)
-    with pytest.raises(GuardError, match="lacks `has_lomo_optimizer`"):
-        begin(projecting, trainer)
-
-
-def plain(model):
-    return SimpleNamespace(accelerator=Accelerator(cpu=True), model=model, model_wrapped=model)
-
-
-def test_a_plain_model(monkeypatch):
-    class Parameter(nn.Parameter):
-        @property
-        def _post_accumulate_grad_hooks(self):
-            raise AttributeError
-
+    found = SimpleNamespace(device=torch.device("cpu"), scaler=None, has_lomo_optimizer=False, distributed_type=kind)
+    found.deepspeed_engine_wrapped = None
     model = nn.Linear(2, 2)
-    assert choose_engine(plain(model)).name == "plain"
-    model.weight = Parameter(torch.zeros(2, 2))
-    with pytest.raises(GuardError, match="lacks `_post_accumulate_grad_hooks`"):
-        choose_engine(plain(model))
+    return found, lambda: choose.choose_engine(SimpleNamespace(accelerator=found, model_wrapped=model))
 
 
-def test_a_compiled_model():
-    class OptimizedModule(nn.Module):
-        pass
+def under_deepspeed(kind, owner):
+    """A trainer whose DeepSpeed engine and optimizer are stand-ins with the names that are declared for them."""
 
-    compiled = torch.compile(nn.Linear(2, 2))
-    assert choose_engine(plain(compiled)).name == "plain"
-    with pytest.raises(GuardError, match="lacks `_orig_mod`"):
-        choose_engine(plain(OptimizedModule()))
+    def scene(folder):
+        answers = neutral.OPTIMIZER | {"cpu_offload": False, "parameter_offload": having(Zero3.sharder_needs)}
+        answers |= dict.fromkeys(("cpu_offload", "offload_optimizer"), "Offload" in kind.__name__)
+        attributes = dict.fromkeys(kind.needs.names) | {n: v for n, v in answers.items() if n in kind.needs.names}
+        engine = SimpleNamespace(**dict.fromkeys(DeepSpeedGradient.engine_needs.names, print) | neutral.ENGINE)
+        engine.optimizer, engine.module = type(kind.needs.owner, (), attributes)(), nn.Linear(1, 1)
+        for parameter in engine.module.parameters():
+            parameter.ds_status, parameter.all_gather = None, print
+        wrapper = SimpleNamespace(engine=engine)
+        trainer = SimpleNamespace(accelerator=SimpleNamespace(deepspeed_engine_wrapped=wrapper))
+        return owner(wrapper), lambda: deepspeed.deepspeed_engine(trainer)
+
+    return scene
+
+
+def an_optimizer(kind):
+    return under_deepspeed(kind, lambda wrapper: wrapper.engine.optimizer)
+
+
+def traced(owner):
+    def scene(folder):
+        coordinator, sharder = having(restore.TRACE_NEEDS), having(restore.TRACER_NEEDS)
+        type(coordinator).is_invalid_trace = lambda self: True
+        type(sharder).get_param_coordinator = lambda self: coordinator
+        wrapped = SimpleNamespace(optimizer=SimpleNamespace(parameter_offload=sharder))
+        return {"sharder": sharder, "coordinator": coordinator}[owner], lambda: untraced(wrapped).__enter__()
+
+    return scene
+
+
+SCENES = [
+    (isolation.MODULE_NEEDS, lambda folder: begins_with(nn.Linear(2, 2))),
+    (isolation.LAYER_NEEDS, checkpointed),
+    (SHARDED_NEEDS, emptied),
+    (Attachment.needs, a_train),
+    (TRLSampler.needs, a_train),
+    (TRLSampler.needs, lambda folder: a_train(folder, tiny_rloo_trainer)),
+    (TRLSampler.needs, a_part(TRLSampler)),
+    (TRLSampler.needs, a_part(guarded)),  # and not another sampler in silence
+    (BatchTap.needs, lambda folder: a_train(folder, source="training_batch")),
+    (BatchTap.needs, a_part(lambda trainer: BatchTap(trainer, print))),
+    (PassKObjective.needs, a_part(lambda trainer: PassKObjective(trainer, k=2))),
+    (PassKObjective.needs, objective_installed),
+    (BackwardEngine.accelerator_needs, lambda folder: choosing(nn.Linear(2, 2))),
+    (BackwardEngine.accelerator_needs, projecting),
+    (NativeEngine.module_needs, a_module),
+    (choose.COMPILED_NEEDS, a_compiled_model),
+    (choose.DEEPSPEED_NEEDS, launched),
+    (ShardedEngine.module_needs, sharded(lambda model: model)),
+    (ShardedEngine.state_needs, sharded(lambda model: model._get_fsdp_state())),
+    (deepspeed.WRAPPER_NEEDS, under_deepspeed(Bf16, lambda wrapper: wrapper)),
+    (deepspeed.SETTINGS_NEEDS, under_deepspeed(Bf16, lambda wrapper: wrapper.engine)),
+    (DeepSpeedGradient.engine_needs, under_deepspeed(Zero12, lambda wrapper: wrapper.engine)),
+    *((kind.needs, an_optimizer(kind)) for kind in (Bf16, Zero12, Zero12Offload, Zero3, Zero3Offload)),
+    (Zero3.sharder_needs, under_deepspeed(Zero3, lambda wrapper: wrapper.engine.optimizer.parameter_offload)),
+    (Zero3.parameter_needs, under_deepspeed(Zero3, lambda wrapper: next(wrapper.engine.module.parameters()))),
+    (restore.TRACER_NEEDS, traced("sharder")),
+    (restore.TRACE_NEEDS, traced("coordinator")),
+]
+ELSEWHERE = [isolation.TENSOR_NEEDS, NativeEngine.parameter_needs]  # in C, from where a test takes nothing away
+
+
+def test_each_declaration_has_a_scene():
+    reached = [needs for needs, _ in SCENES] + ELSEWHERE
+    assert [needs for needs in declared() if needs not in reached] == []
 
 
 @pytest.fixture
@@ -263,69 +246,49 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("seam", [seams.FSDP, seams.FSDP_STATE], ids=lambda seam: seam.owner)
-def test_fsdp2(seam, one_process, monkeypatch):
-    model = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,)))
-    assert choose_engine(plain(model)).name == "fsdp2"
-    [name] = [row.name for row in REQUIRED if row.seam == seam]
-    hide(monkeypatch, model._get_fsdp_state() if seam == seams.FSDP_STATE else model, name)
-    with pytest.raises(GuardError, match=f"lacks `{name}`"):
-        choose_engine(plain(model))
+@pytest.mark.parametrize(("needs", "scene"), SCENES, ids=lambda one: one.owner if isinstance(one, Requires) else "")
+def test_a_missing_name_is_an_error_with_versions_and_remedy(needs, scene, one_process, tmp_path):
+    owner, use = scene(tmp_path)
+    use()
+    library, versions = needs.library, (private_api.supported(needs.library), private_api.installed(needs.library))
+    for name, purpose in needs.names.items():
+        with pytest.MonkeyPatch.context() as patch:
+            hide(patch, owner, name)
+            with pytest.raises(GuardError) as refusal:
+                use()
+        assert f"Expected a {needs.owner} of {library} {versions[0]} for {needs.applies}; found " in str(refusal.value)
+        assert f"{library} {versions[1]}, which lacks `{name}` ({purpose}). Install a supp" in str(refusal.value)
+        assert str(refusal.value).endswith(f"this release of passk_guard, or {needs.instead}.")
 
 
-DEEPSPEED = {
-    "BF16_Optimizer": (seams.BF16,),
-    "DeepSpeedZeroOptimizer": (seams.ZERO12,),
-    "DeepSpeedZeroOptimizer offloaded": (seams.ZERO12, seams.ZERO12_OFFLOAD),
-    "DeepSpeedZeroOptimizer_Stage3": (seams.ZERO3,),
-    "DeepSpeedZeroOptimizer_Stage3 offloaded": (seams.ZERO3, seams.ZERO3_OFFLOAD),
-}
+def test_a_held_out_guard_does_without_what_reads_the_training_batch(tmp_path, monkeypatch):
+    trainer = tiny_grpo_trainer(tmp_path)
+    guard = guarded(trainer)
+    hide(monkeypatch, trainer, "_calculate_rewards")
+    hide(monkeypatch, trainer.accelerator, "has_lomo_optimizer")
+    begin(guard, trainer)
 
 
-def under_deepspeed(kind, optimizer_without="", engine_without=""):
-    """A trainer whose DeepSpeed engine and optimizer are stand-ins."""
-    names = {r.name for r in REQUIRED if r.seam in DEEPSPEED[kind]} - {optimizer_without}
-    offloaded = kind.endswith("offloaded")
-    switches = dict.fromkeys(names & {"cpu_offload", "offload_optimizer"}, offloaded)
-    answers = {name: value for name, value in neutral.OPTIMIZER.items() if name in names}
-    sharder = SimpleNamespace(partition_all_parameters=print)
-    answers |= {"parameter_offload": sharder} if "parameter_offload" in names else {}
-    optimizer = type(kind.split()[0], (), dict.fromkeys(names) | switches | answers)()
-    engine = SimpleNamespace(**{r.name: print for r in REQUIRED if r.seam == seams.ENGINE} | neutral.ENGINE)
-    engine.optimizer, engine.module = optimizer, nn.Linear(1, 1)
-    for parameter in engine.module.parameters():
-        parameter.ds_status, parameter.all_gather = None, print
-    if engine_without:
-        delattr(engine, engine_without)
-    wrapper = SimpleNamespace(engine=engine)
-    return SimpleNamespace(accelerator=SimpleNamespace(deepspeed_engine_wrapped=wrapper))
+def test_versions_of_tensors(monkeypatch):
+    monkeypatch.setattr("passk_guard.utils.isolation.torch.Tensor", object)
+    with pytest.raises(GuardError, match="lacks `_version`"):
+        begins_with(nn.Linear(2, 2))[1]()
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [(k, row.name) for k, seams in DEEPSPEED.items() for row in REQUIRED if row.seam in seams]
-)
-def test_deepspeeds_optimizers(kind, name):
-    assert deepspeed_engine(under_deepspeed(kind)).name.startswith("DeepSpeed ZeRO")
-    with pytest.raises(GuardError, match=f"lacks `{name}`"):
-        deepspeed_engine(under_deepspeed(kind, optimizer_without=name))
+def test_hooks_of_parameters():
+    class Parameter(nn.Parameter):
+        @property
+        def _post_accumulate_grad_hooks(self):
+            raise AttributeError
+
+    model = nn.Linear(2, 2)
+    model.weight = Parameter(torch.zeros(2, 2))
+    with pytest.raises(GuardError, match="lacks `_post_accumulate_grad_hooks`"):
+        choosing(model)[1]()
 
 
-@pytest.mark.parametrize("name", [row.name for row in REQUIRED if row.seam in (seams.ENGINE, seams.SETTINGS)])
-def test_deepspeeds_engine(name):
-    with pytest.raises(GuardError, match=f"lacks `{name}`"):
-        deepspeed_engine(under_deepspeed("BF16_Optimizer", engine_without=name))
-
-
-@pytest.mark.parametrize("name", ["partition_all_parameters", "ds_status", "all_gather"])
-def test_what_zero3_shards_with(name):
-    trainer = under_deepspeed("DeepSpeedZeroOptimizer_Stage3")
-    engine = trainer.accelerator.deepspeed_engine_wrapped.engine
-    for obj in (engine.optimizer.parameter_offload, *engine.module.parameters()):
-        vars(obj).pop(name, None)
-    with pytest.raises(GuardError, match=f"lacks `{name}`"):
-        deepspeed_engine(trainer)
-
-
-def test_accelerates_wrapper_of_the_engine():
-    with pytest.raises(GuardError, match="lacks `engine`"):
-        deepspeed_engine(SimpleNamespace(accelerator=SimpleNamespace(deepspeed_engine_wrapped=object())))
+def test_models_that_need_no_such_name_are_not_asked_for_it():
+    model = nn.Linear(2, 2)
+    model.weight.data = torch.zeros(0)  # empty, and not DeepSpeed's
+    model.gradient_checkpointing = True  # checkpoints by itself
+    begins_with(model)[1]()

@@ -1,4 +1,4 @@
-"""What engines share whose gradients lie in `.grad`, complete when `accelerator.backward` returns."""
+"""The base of engines whose gradients lie in `.grad`, complete when `accelerator.backward` returns."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from passk_guard.mitigation.engines.inner_products import local_inner_products
 from passk_guard.mitigation.engines.protocol import Parts
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.patching import Method, MethodPatch
+from passk_guard.utils.private_api import REWEIGHT, requires
 
 
 class BackwardEngine:
@@ -26,7 +27,17 @@ class BackwardEngine:
         name: see `GradientEngine`.
     """
 
+    accelerator_needs = requires(
+        "accelerate",
+        "Accelerator",
+        "projecting gradients on any engine but DeepSpeed",
+        REWEIGHT,
+        has_lomo_optimizer="finds optimizers inside the backward pass",
+        scaler="its scale is in every gradient of fp16",
+    )
+
     def __init__(self, trainer: Any, model: nn.Module, name: str) -> None:
+        self.accelerator_needs.check(trainer.accelerator)
         self.name = name
         self._accelerator = trainer.accelerator
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -52,13 +63,12 @@ class BackwardEngine:
         ).install()
 
     def remove(self) -> None:
-        """See `GradientEngine.remove`."""
         if self._patch is not None:
             self._patch.remove()
             self._patch = None
 
     def gradient(self) -> list[Tensor]:
-        """See `GradientEngine.gradient`. Zeros stand for a missing gradient; only `add_` can bring one about."""
+        """See `GradientEngine.gradient`. Zeros stand for a missing gradient; only `add_` can create one."""
         return [self._local(torch.zeros_like(p) if p.grad is None else p.grad) for p in self._parameters]
 
     def loss_scale(self) -> float:
@@ -67,14 +77,13 @@ class BackwardEngine:
         return 1.0 if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
 
     def inner_products(self, pairs: Sequence[tuple[Parts, Parts]]) -> list[float]:
-        """See `GradientEngine.inner_products`."""
         return self._over_ranks(local_inner_products(pairs, self._accelerator.device)).tolist()
 
     def add_(self, direction: Parts, coefficient: float) -> None:
         """See `GradientEngine.add_`.
 
-        A missing gradient comes about where `direction` is not zero, and stays missing elsewhere: the optimizer
-        decays the weights of every parameter that has one. Coefficient 0 touches nothing.
+        A missing gradient is created where `direction` is not zero, and stays missing elsewhere: the optimizer decays
+        the weights of every parameter that has one.
         """
         if coefficient == 0.0:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from passk_guard.mitigation.engines.backward import BackwardEngine
 from passk_guard.mitigation.engines.protocol import Batch
-from passk_guard.utils.private_api import check, seams
+from passk_guard.utils.private_api import REWEIGHT, requires
+
+_requires = partial(requires, "torch", applies="projecting gradients under FSDP2", instead=REWEIGHT)
 
 
 class ShardedEngine(BackwardEngine):
@@ -24,12 +27,15 @@ class ShardedEngine(BackwardEngine):
         model: with `fully_shard` applied to it; its trained parameters are DTensors on the same mesh.
     """
 
+    module_needs = _requires("FSDPModule", _get_fsdp_state="ends an interrupted probe")
+    state_needs = _requires("FSDPState", _root_post_backward_final_callback="ends an interrupted probe")
+
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         super().__init__(trainer, model, "fsdp2")
         self._model = model
         self._root = next(m for m in model.modules() if isinstance(m, FSDPModule))
-        check(seams.FSDP, self._root)
-        check(seams.FSDP_STATE, self._root._get_fsdp_state())
+        self.module_needs.check(self._root)
+        self.state_needs.check(self._root._get_fsdp_state())
         self._group = cast(DTensor, self._parameters[0]).device_mesh.get_group()
 
     def probe_gradient(
@@ -40,7 +46,7 @@ class ShardedEngine(BackwardEngine):
     ) -> list[Tensor]:
         """See `GradientEngine.probe_gradient`.
 
-        Each batch is reduced on its own: without it every rank would hold a whole unsharded gradient in between.
+        Each batch is reduced separately: otherwise every rank would hold a whole unsharded gradient in between.
         Forward and backward gather weights, so a `loss` must raise on all ranks or on none, as in training itself.
         """
         scale = self.loss_scale()
@@ -65,7 +71,7 @@ class ShardedEngine(BackwardEngine):
         return self._local(grad).to(dtype).div_(scale)
 
     def _end_pass(self) -> None:
-        """End a forward or backward that broke off, as the end of a backward does: shards alone are left."""
+        """Shard everything again after an interrupted forward or backward, as the end of a backward does."""
         self._root._get_fsdp_state()._root_post_backward_final_callback()
 
     def _local(self, tensor: Tensor) -> Tensor:

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Vector = Sequence[Tensor]
-Pair = tuple[Vector, Vector]
+from passk_guard.mitigation.engines.protocol import Parts
 
-_CPU_SLICE = 1 << 18  # entries turned into float64 at a time: 2 MiB a vector, which stay in the cache
+_CPU_SLICE = 1 << 18  # entries converted to float64 at a time: 2 MiB a vector, which stay in the cache
 _SLICE = 1 << 22  # elsewhere the number of kernels counts, and 32 MiB a vector are little
 
 
-def local_inner_products(pairs: Sequence[Pair], device: torch.device) -> Tensor:
-    """Sum over the tensors a_i, b_i of each pair of <a_i, b_i>: what this process holds of the inner product.
+def local_inner_products(pairs: Sequence[tuple[Parts, Parts]], device: torch.device) -> Tensor:
+    """Sum of <a_i, b_i> over the tensors a_i, b_i of each pair: this process's part of the inner product.
 
-    A list that stands in several pairs is read, and turned into float64, once for all of them.
+    A list that stands in several pairs is read, and converted to float64, once for all of them.
 
     Args:
         pairs: P pairs of lists of tensors; within a pair the lists are equally long and their tensors have the same
@@ -26,7 +25,7 @@ def local_inner_products(pairs: Sequence[Pair], device: torch.device) -> Tensor:
 
     Returns:
         [P] float64. Squares of float32 entries up to 1e38 are finite in it; NaN and inf come through. All NaN where
-        this process could not compute them, out of memory above all.
+        this process could not compute them, as out of memory.
 
     Raises:
         ValueError: the two lists of a pair differ in length or in a shape.
@@ -39,13 +38,13 @@ def local_inner_products(pairs: Sequence[Pair], device: torch.device) -> Tensor:
             columns = [(order.index(id(left)), order.index(id(right))) for left, right in (pairs[i] for i in places)]
             totals[places] = _dots(list(vectors.values()), columns, device)
     except (RuntimeError, MemoryError):
-        # The other ranks wait in the reduction that comes next: NaN tells all of them alike.
+        # The other ranks wait in the reduction that comes next: NaN reaches all of them.
         totals.fill_(torch.nan)
     return totals
 
 
-def _alike(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Places of the pairs whose tensors have the same shapes: those can be walked through together."""
+def _alike(pairs: Sequence[tuple[Parts, Parts]]) -> list[list[int]]:
+    """Places of the pairs whose tensors have the same shapes."""
     groups: dict[tuple[torch.Size, ...], list[int]] = {}
     for place, (left, right) in enumerate(pairs):
         shapes = tuple(tensor.shape for tensor in left)
@@ -61,7 +60,7 @@ def _first_difference(shapes: Sequence[torch.Size], others: Sequence[torch.Size]
     return next(f"{tuple(a)} and {tuple(b)}" for a, b in zip(shapes, others, strict=True) if a != b)
 
 
-def _dots(vectors: Sequence[Vector], columns: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+def _dots(vectors: Sequence[Parts], columns: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     """[len(columns)] inner products of the vectors that each column names, all of the same shapes."""
     sums, room = [torch.zeros(len(columns), dtype=torch.float64, device=device)], _Room()
     for parts in zip(*vectors, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +14,19 @@ from torch import Tensor, nn
 from passk_guard.mitigation.engines.backward import BackwardEngine
 from passk_guard.mitigation.engines.protocol import Batch
 from passk_guard.utils.errors import FailedRefresh
+from passk_guard.utils.private_api import REWEIGHT, requires
 
-# A second set of leaf parameters over the same memory, so that a backward pass meets nothing of the training's.
+_requires = partial(requires, "torch", applies="projecting gradients on a plain model or DDP", instead=REWEIGHT)
 
 
 @contextmanager
 def stand_ins(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Put new leaves in the place of `parameters` throughout `model`, and take them out again on exit.
 
-    A stand-in shares the memory of its parameter and has a `.grad` of its own. Whatever hangs on the parameter's
-    accumulation node stays asleep: DistributedDataParallel's reducer (with `static_graph` a single backward past it,
-    before its first step, leaves the ranks with different weights and no error), and hooks that run an optimizer as
-    soon as a gradient is there. Plain tensor hooks, which change a gradient on its way, are taken along.
+    A stand-in shares the memory of its parameter and has a separate `.grad`. What is attached to the parameter's
+    accumulation node does not run: DistributedDataParallel's reducer (with `static_graph` a single backward before its
+    first step leaves the ranks with different weights and no error), and hooks that run an optimizer as soon as a
+    gradient is there. Plain tensor hooks, which change a gradient on its way, are taken along.
 
     Args:
         model: not wrapped; may use one parameter in several places.
@@ -66,7 +68,16 @@ class NativeEngine(BackwardEngine):
         group: processes that train replicas of it; None in a single one.
     """
 
+    module_needs = _requires("Module", _parameters="stand-ins take the places of parameters")
+    parameter_needs = _requires(
+        "Tensor",
+        _backward_hooks="a stand-in takes hooks along",
+        _post_accumulate_grad_hooks="finds optimizers inside the backward pass",
+    )
+
     def __init__(self, trainer: Any, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        self.module_needs.check(model)
+        self.parameter_needs.check(next(p for p in model.parameters() if p.requires_grad))
         super().__init__(trainer, model, "plain" if group is None else "ddp")
         self._model = model
         self._group = group
@@ -79,9 +90,9 @@ class NativeEngine(BackwardEngine):
     ) -> list[Tensor]:
         """See `GradientEngine.probe_gradient`.
 
-        Runs on stand-ins of the parameters, and past DistributedDataParallel: the sum over batches is averaged over
-        ranks at the end, one tensor at a time. So nothing of the training's is met, on no rank; one that fails is
-        known to the others before any of them waits for it.
+        Runs on stand-ins of the parameters, and not through DistributedDataParallel: the sum over batches is averaged
+        over ranks at the end, one tensor at a time. Nothing of the training is involved, and a rank that fails is known
+        to the others before any of them waits for it.
 
         Raises:
             FailedRefresh: on the ranks where `loss` went well while it raised on another one.

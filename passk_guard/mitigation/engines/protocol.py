@@ -1,4 +1,4 @@
-"""How a guard reaches the training gradient before the optimizer step, whatever engine holds it."""
+"""`GradientEngine`: the training gradient before the optimizer step, whatever engine holds it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ vectors have the same shapes; a sharded engine holds different parts on each ran
 class GradientEngine(Protocol):
     """One engine of one trainer.
 
-    `install` hooks the moment at which the gradient of a step is complete: summed over micro-batches, averaged over
-    ranks, not yet clipped, not yet seen by the optimizer. Inside that moment `gradient` is this rank's share, editable
-    in place. `remove` leaves no trace. Everything is collective: all ranks call the same methods in the same order.
+    `install` sets a hook that runs when the gradient of a step is complete: summed over micro-batches, averaged over
+    ranks, not yet clipped, not yet seen by the optimizer. In the hook, `gradient` is this rank's share, editable in
+    place. `remove` leaves no trace. Everything is collective: all ranks call the same methods in the same order.
     """
 
     name: str
@@ -50,10 +50,9 @@ class GradientEngine(Protocol):
         ...
 
     def add_(self, direction: Parts, coefficient: float) -> None:
-        """gradient += coefficient * direction in place, and whatever the engine derived from the gradient with it.
+        """gradient += coefficient * direction in place, with whatever the engine derived from the gradient.
 
-        The gradient as `gradient` gives it: a coefficient computed from it holds the loss scale already. Coefficient
-        0 changes no bit.
+        The gradient is that of `gradient`, loss scale included. Coefficient 0 changes no bit.
         """
         ...
 
@@ -73,6 +72,6 @@ class GradientEngine(Protocol):
         Raises:
             Whatever `loss` raises, after the same cleaning up.
             FailedRefresh: where `loss` went well but not on another rank. An engine that communicates in the forward
-                pass (sharded weights) cannot tell: there `loss` must raise on all ranks or on none.
+                pass (sharded weights) cannot know: there `loss` must raise on all ranks or on none.
         """
         ...

@@ -11,7 +11,7 @@ from torch import Tensor
 from passk_guard.probe.records import Rollouts
 from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.patching import Method, MethodPatch
-from passk_guard.utils.private_api import check, is_trl, seams
+from passk_guard.utils.private_api import is_trl, requires
 from passk_guard.utils.text import Once, describe_error, one_line
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,18 @@ class BatchTap:
         GuardError: another trainer or an unsupported one; `install` raises it when a tap is installed already.
     """
 
+    needs = requires(
+        "trl",
+        "GRPOTrainer or RLOOTrainer",
+        "PassKObjective and the training batch as probe",
+        "pass held-out prompts as `probe` and leave PassKObjective out",
+        _calculate_rewards="rewards of the batch",
+        _generate_and_score_completions="completions and advantages of the batch",
+        num_generations="completions of a prompt, which stand in a row",
+        reward_func_names="find the reward that means correct",
+        reward_funcs="find the reward that means correct",
+    )
+
     def __init__(self, trainer: Any, on_rollouts: OnRollouts) -> None:
         for name in ("tools", "environment_factories", "rollout_func"):
             if getattr(trainer, name, None):
@@ -43,7 +55,7 @@ class BatchTap:
                     "with it. Pass held-out prompts as `probe`, with your own `sampler`."
                 )
         if is_trl(trainer):
-            check(seams.BATCH, trainer)
+            self.needs.check(trainer)
         self.trainer = trainer
         self.on_rollouts = on_rollouts
         self._scored: tuple[Sequence[Any], Sequence[Sequence[int]], Tensor] | None = None

@@ -12,7 +12,7 @@ from typing import Any
 from passk_guard.probe.samplers.protocol import Samples, context_length, refuse_misfits
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.isolation import attributes, sampling_mode
-from passk_guard.utils.private_api import check, is_trl, seams
+from passk_guard.utils.private_api import is_trl, requires
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,19 @@ class TRLSampler:
         GuardError: another trainer; or tools, environments, a rollout_func or continuous batching, whose
             completions are not one turn of the policy or whose generation changes the model.
     """
+
+    needs = requires(
+        "trl",
+        "GRPOTrainer or RLOOTrainer",
+        "held-out probes sampled by a TRL trainer",
+        "pass `sampler=GenerateSampler(model, tokenizer, ...)` or your own sampler",
+        _tokenize_prompts="prompts as token ids, as in training",
+        _generate="its module tells how completions are parsed",
+        _generate_single_turn="completions, by the trainer's own engine",
+        temperature="of the sampling, which the score vectors are taken at",
+        use_vllm="vLLM schedules by itself, and has its own limit",
+        max_completion_length="what a prompt must leave room for",
+    )
 
     def __init__(self, trainer: Any, *, on_progress: Callable[[int, int], None] | None = None) -> None:
         _refuse(trainer)
@@ -125,7 +138,7 @@ class TRLSampler:
 
 def _refuse(trainer: Any) -> None:
     if is_trl(trainer):
-        check(seams.SAMPLER, trainer)
+        TRLSampler.needs.check(trainer)
     needed = ("_tokenize_prompts", "_generate_single_turn", "_generate", "temperature", "use_vllm")
     if missing := [name for name in needed if not hasattr(trainer, name)]:
         raise GuardError(

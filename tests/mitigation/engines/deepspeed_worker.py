@@ -17,7 +17,6 @@ import deepspeed
 import torch
 from accelerate.state import AcceleratorState
 from deepspeed.accelerator import get_accelerator
-from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard.mitigation.engines.deepspeed.choose import deepspeed_engine
@@ -99,40 +98,6 @@ def replaced(name, folder):
     changes = {"optimizer": "sgd", "steps": 1, "chunks": 3, "learning_rate": 0.1, "max_norm": 1e9, "weight_decay": 0.0}
     weights, guard = train(name, folder, Replacing, **changes)
     return {"weights": weights if RANK == 0 else None, "norm": guard.history[0]["norm"], "changes": changes}
-
-
-class TooLate(TrainerCallback):
-    """A guard that edits in on_pre_optimizer_step whatever gradient it finds: right everywhere but here."""
-
-    def __init__(self, trainer, batches):
-        self.trainer, self.found, self.refused = trainer, 0, 0
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        optimizer = engine_of(self.trainer).optimizer
-        gradients = [p.grad for p in self.trainer.model.parameters()]
-        gradients += [getattr(optimizer, "grad_partitions_flat_buffer", None)]
-        for groups in getattr(optimizer, "averaged_gradients", {}).values():
-            gradients += groups or []
-        for gradient in gradients:
-            if gradient is not None:
-                self.found += 1
-                gradient.add_(1.0)
-        try:
-            deepspeed_engine(self.trainer).gradient()
-        except GuardError:
-            self.refused += 1
-
-
-def too_late(name, folder):
-    plain, _ = train(name, folder)
-    edited, late = train(name, folder, TooLate)
-    in_time, _ = train(name, folder, Projecting)
-    return {
-        "late_is_nothing": digest(edited) == digest(plain),
-        "in_time_is_something": digest(in_time) != digest(plain),
-        "found": late.found,
-        "refused": late.refused,
-    }
 
 
 class Boom(RuntimeError):
@@ -379,7 +344,6 @@ SCENARIOS = {
     "rounded": (exact, ROUNDED),
     "uneven": (exact, UNEVEN),
     "replaced": (replaced, STAGES),
-    "too_late": (too_late, STAGES),
     "failed": (failed, STAGES),
     "misused": (misused, STAGES),
     "own_loop": (own_loop, STAGES),

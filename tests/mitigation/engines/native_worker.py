@@ -174,7 +174,7 @@ def fsdp_by_hand(folder):
     """Without a Trainer: the probe gradient, gradients that were there before it, products, an edit."""
     recipe = recipe_of("unused", RANKS)
     model = shard(oracle.build_model(recipe))
-    accelerator = SimpleNamespace(device=torch.device("cpu"), scaler=None)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), scaler=None, has_lomo_optimizer=False)
     engine = ShardedEngine(SimpleNamespace(accelerator=accelerator), model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     kept = [torch.full_like(p, 2.0) for _, p in named]

@@ -14,9 +14,11 @@ from passk_guard.utils.errors import GuardError
 
 def trainer(model=None, wrapped=None, **accelerator):
     model = nn.Linear(2, 2) if model is None else model
-    settings = {"distributed_type": "NO", "device": torch.device("cpu"), "scaler": None} | accelerator
+    settings = {"distributed_type": "NO", "device": torch.device("cpu"), "scaler": None, "has_lomo_optimizer": False}
     return SimpleNamespace(
-        accelerator=SimpleNamespace(**settings), model=model, model_wrapped=model if wrapped is None else wrapped
+        accelerator=SimpleNamespace(**settings | accelerator),
+        model=model,
+        model_wrapped=model if wrapped is None else wrapped,
     )
 
 

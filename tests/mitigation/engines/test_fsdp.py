@@ -35,7 +35,7 @@ def test_by_hand(ranks, tmp_path):
     model = oracle.build_model(recipe)
     expected = oracle.full_probe_gradient(model, recipe)
     missing = [name for name, _ in model.named_parameters()][3]
-    assert expected[missing].any(), "a missing gradient must come about where the direction is not zero"
+    assert expected[missing].any(), "a missing gradient must be created where the direction is not zero"
     before = {name: 2.0 * torch.ones_like(p) * (name != missing) for name, p in expected.items()}
     p, g = oracle.flat(expected.values()), oracle.flat(before.values())
     for rank in found:

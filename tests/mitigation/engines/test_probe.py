@@ -127,7 +127,7 @@ def test_a_coefficient_of_zero_touches_nothing():
     assert all(torch.signbit(p.grad).all() for p in model.parameters())
 
 
-def test_a_missing_gradient_counts_as_zero_and_comes_about_where_it_must():
+def test_a_missing_gradient_counts_as_zero_and_is_created_where_it_must():
     _, model, engine = built("unused")
     parameters = list(model.parameters())
     direction = [torch.zeros_like(p) for p in parameters]

@@ -6,7 +6,6 @@ import pytest
 from torch import nn
 
 from passk_guard.mitigation.engines import untraced
-from passk_guard.utils.errors import GuardError
 
 
 class Coordinator:
@@ -22,12 +21,8 @@ class Coordinator:
 
 
 def engine(coordinator):
-    return SimpleNamespace(optimizer=SimpleNamespace(parameter_offload=Sharder(coordinator)))
-
-
-class Sharder:
-    def __init__(self, coordinator):
-        self.get_param_coordinator = lambda: coordinator
+    sharder = SimpleNamespace(get_param_coordinator=lambda: coordinator)
+    return SimpleNamespace(optimizer=SimpleNamespace(parameter_offload=sharder))
 
 
 def test_what_the_body_recorded_is_forgotten_also_when_it_raises():
@@ -49,8 +44,3 @@ def test_what_the_body_recorded_is_forgotten_also_when_it_raises():
 def test_without_such_an_order_nothing_is_done(wrapped):
     with untraced(wrapped):
         pass
-
-
-def test_a_deepspeed_without_the_names_is_told_of_before_the_probe_runs():
-    with pytest.raises(GuardError, match="is_invalid_trace"), untraced(engine(object())):
-        pytest.fail("the probe must not run")

@@ -16,97 +16,23 @@ from passk_guard.mitigation.engines.inner_products import local_inner_products
 from passk_guard.mitigation.engines.protocol import Batch, Parts
 from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.patching import Method, MethodPatch
-from passk_guard.utils.private_api import Seam, check, seams
-
-# The moment before DeepSpeed's step.
-
-
-class StepHook:
-    """Calls a function before each optimizer step of one `DeepSpeedEngine`, by a patch of that instance's `step`.
-
-    DeepSpeed clips, steps and clears the gradient inside `engine.step`, which accelerate calls from within backward:
-    by `on_pre_optimizer_step` the gradient is gone. `step` may be called on every micro-batch; only the last one of a
-    window counts.
-
-    Attributes:
-        inside: True while the function runs.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        self.inside = False
-        self._engine = engine
-        self._patch: MethodPatch | None = None
-
-    def install(self, before_step: Callable[[], None]) -> None:
-        """Raises GuardError when a hook is installed on this engine."""
-
-        def make(step: Method) -> Method:
-            def stepping(*args: Any, **kwargs: Any) -> Any:
-                if self._engine.is_gradient_accumulation_boundary():
-                    self.inside = True
-                    try:
-                        before_step()
-                    finally:
-                        self.inside = False
-                return step(*args, **kwargs)
-
-            return stepping
-
-        self._patch = MethodPatch(self._engine, "step", make, owner="passk_guard.mitigation.engines").install()
-
-    def remove(self) -> None:
-        """Does nothing when none is installed."""
-        if self._patch is not None:
-            self._patch.remove()
-            self._patch = None
-
-
-# Backward passes of a probe loss through a DeepSpeed engine, as one accumulation window.
-
+from passk_guard.utils.private_api import REWEIGHT, Requires, requires
 
 Loss = Callable[[nn.Module, Batch], Tensor]
-
-
-def accumulate(engine: Any, batches: Sequence[Batch], loss: Loss[Batch], on_any_rank: Callable[[bool], bool]) -> None:
-    """Leave in `engine` the gradient of the sum over batches of loss(engine, batch), times its loss scale.
-
-    Forwards go through the engine: under ZeRO-3 it counts micro-batches there, and a forward through `engine.module`
-    would overwrite what the batches before have left. Reduced over ranks at the latest with the last batch.
-
-    Args:
-        on_any_rank: whether something is true on any rank, collectively.
-
-    Raises:
-        Whatever `loss` raises; GuardError where it is no scalar with a gradient; FailedRefresh where it raised on
-        another rank, which would otherwise leave this one waiting in backward.
-    """
-    for index, batch in enumerate(batches):
-        engine.set_gradient_accumulation_boundary(is_boundary=index == len(batches) - 1)
-        engine.backward(_agreed(engine, batch, loss, on_any_rank), scale_wrt_gas=False)
-
-
-def _agreed(engine: Any, batch: Batch, loss: Loss[Batch], on_any_rank: Callable[[bool], bool]) -> Tensor:
-    try:
-        with torch.enable_grad():
-            value = loss(engine, batch)
-        if value.numel() != 1 or not value.requires_grad:
-            raise GuardError(
-                "Expected `loss` to return a scalar that depends on the trained parameters; found shape "
-                f"{tuple(value.shape)}, requires_grad={value.requires_grad}."
-            )
-    except Exception:
-        on_any_rank(True)
-        raise
-    if on_any_rank(False):
-        raise FailedRefresh("the probe loss failed on another rank")
-    return value
-
-
 Take = Callable[[], Sequence[Tensor]]
+_RESTORED = "put back after a probe"
 
 
 class DeepSpeedGradient(ABC):
     """A `GradientEngine` over one `DeepSpeedEngine`.
+
+    DeepSpeed clips, steps and clears the gradient inside `engine.step`, which accelerate calls from within backward:
+    by `on_pre_optimizer_step` the gradient is gone. `before_step` therefore runs in a patch of that engine's `step`.
+    `step` may be called on every micro-batch; only the last one of a window counts.
+
+    Attributes:
+        sharded: whether each rank holds another part of the gradient.
+        needs: private names of the optimizer.
 
     Args:
         engine: a `DeepSpeedEngine` whose optimizer is of the kind that the subclass serves.
@@ -116,15 +42,31 @@ class DeepSpeedGradient(ABC):
     """
 
     sharded: ClassVar[bool] = True
-    needs: ClassVar[tuple[Seam, ...]] = ()
+    needs: ClassVar[Requires | None] = None
+    engine_needs = requires(
+        "deepspeed",
+        "DeepSpeedEngine",
+        "projecting gradients under DeepSpeed",
+        REWEIGHT,
+        step="the gradient is complete just before it",
+        backward="probe gradients",
+        module="the model",
+        device="where scalars of all ranks are summed",
+        is_gradient_accumulation_boundary="the last micro-batch of a step",
+        set_gradient_accumulation_boundary="a probe is one accumulation window",
+        optimizer="holds the gradient",
+        timers=_RESTORED,
+        tput_timer=_RESTORED,
+    )
 
     def __init__(self, engine: Any) -> None:
-        check(seams.ENGINE, engine)
-        for seam in self.needs:
-            check(seam, engine.optimizer)
+        self.engine_needs.check(engine)
+        if self.needs is not None:
+            self.needs.check(engine.optimizer)
         self._engine, self._optimizer = engine, engine.optimizer
         self.name = self._describe()
-        self._hook = StepHook(engine)
+        self._patch: MethodPatch | None = None
+        self._inside = False  # whether `before_step` runs
 
     @abstractmethod
     def _describe(self) -> str:
@@ -140,7 +82,7 @@ class DeepSpeedGradient(ABC):
 
     @abstractmethod
     def _lend(self) -> AbstractContextManager[Take]:
-        """Room for one probe gradient. `take` returns it in storage of its own; on exit the engine is as it was."""
+        """Room for one probe gradient. `take` returns it in separate storage; on exit the engine is as it was."""
 
     def _clear(self) -> None:
         """Drop what backward accumulated, also where it was interrupted, as after a step."""
@@ -157,12 +99,24 @@ class DeepSpeedGradient(ABC):
         """Bring up to date what the engine derived from the gradient."""
 
     def install(self, before_step: Callable[[], None]) -> None:
-        """See `GradientEngine.install`."""
-        self._hook.install(before_step)
+        def make(step: Method) -> Method:
+            def stepping(*args: Any, **kwargs: Any) -> Any:
+                if self._engine.is_gradient_accumulation_boundary():
+                    self._inside = True
+                    try:
+                        before_step()
+                    finally:
+                        self._inside = False
+                return step(*args, **kwargs)
+
+            return stepping
+
+        self._patch = MethodPatch(self._engine, "step", make, owner="passk_guard.mitigation.engines").install()
 
     def remove(self) -> None:
-        """See `GradientEngine.remove`."""
-        self._hook.remove()
+        if self._patch is not None:
+            self._patch.remove()
+            self._patch = None
 
     def gradient(self) -> list[Tensor]:
         """See `GradientEngine.gradient`.
@@ -170,7 +124,7 @@ class DeepSpeedGradient(ABC):
         Raises:
             GuardError: outside `before_step`, where DeepSpeed holds no gradient, or an old one.
         """
-        if not self._hook.inside:
+        if not self._inside:
             raise GuardError(
                 f"`gradient` of {self.name} was asked for outside `before_step`; DeepSpeed holds no gradient then, or "
                 "that of an earlier step. Call it from the function passed to `install`."
@@ -178,11 +132,9 @@ class DeepSpeedGradient(ABC):
         return self._parts()
 
     def loss_scale(self) -> float:
-        """See `GradientEngine.loss_scale`."""
         return float(getattr(self._optimizer, "loss_scale", 1.0))
 
     def inner_products(self, pairs: Sequence[tuple[Parts, Parts]]) -> list[float]:
-        """See `GradientEngine.inner_products`."""
         scalars = local_inner_products(pairs, self._engine.device)
         if self.sharded:
             dist.all_reduce(scalars, group=self._group())
@@ -204,41 +156,63 @@ class DeepSpeedGradient(ABC):
             part.add_(change.to(part.device), alpha=coefficient)
         self._after_edit()
 
-    def probe_gradient(
-        self, batches: Sequence[Batch], loss: Callable[[nn.Module, Batch], Tensor], dtype: Any = None
-    ) -> list[Tensor]:
+    def probe_gradient(self, batches: Sequence[Batch], loss: Loss[Batch], dtype: Any = None) -> list[Tensor]:
         """See `GradientEngine.probe_gradient`. `loss` is given the DeepSpeed engine and forwards through it.
 
         Raises:
-            GuardError: no batches, unequal numbers of them, or gradients of training already accumulated.
-            FailedRefresh: `loss` failed on another rank.
+            GuardError: no batches, unequal numbers of them, gradients of training already accumulated, or a loss that
+                is no scalar with a gradient.
+            FailedRefresh: `loss` failed on another rank, which would otherwise leave this one waiting in backward.
         """
         self._check(len(batches))
         scale = self.loss_scale()
         with self._back_to_rest(), self._lend() as take, engine_untouched(self._engine):
-            accumulate(self._engine, batches, loss, self._on_any_rank)
+            for index, batch in enumerate(batches):  # one accumulation window, reduced over ranks with its last batch
+                self._engine.set_gradient_accumulation_boundary(is_boundary=index == len(batches) - 1)
+                self._engine.backward(self._agreed(batch, loss), scale_wrt_gas=False)
             taken = take()
         return [_finished(part, scale, dtype or torch.float32) for part in taken]
 
+    def _agreed(self, batch: Batch, loss: Loss[Batch]) -> Tensor:
+        """The loss of one batch, once no rank has failed.
+
+        It goes through the engine: under ZeRO-3 that counts micro-batches in its forward, and a forward through
+        `engine.module` would overwrite what the batches before have left.
+        """
+        try:
+            with torch.enable_grad():
+                value = loss(self._engine, batch)
+            if value.numel() != 1 or not value.requires_grad:
+                raise GuardError(
+                    "Expected `loss` to return a scalar that depends on the trained parameters; found shape "
+                    f"{tuple(value.shape)}, requires_grad={value.requires_grad}."
+                )
+        except Exception:
+            self._on_any_rank(True)
+            raise
+        if self._on_any_rank(False):
+            raise FailedRefresh("the probe loss failed on another rank")
+        return value
+
     def _check(self, count: int) -> None:
-        most, least = self._reduce([count, -count], dist.ReduceOp.MAX).tolist()
+        most, least = self._max([count, -count])
         if most != -least or not count:
             raise GuardError(f"Expected equally many probe batches on each rank, at least one; found {count} here.")
-        if self._hook.inside or not self._at_boundary():
+        if self._inside or not self._at_boundary():
             raise GuardError(
                 f"The probe gradient of {self.name} was asked for with training gradients accumulated, which it would "
                 "destroy. Call `probe_gradient` between a step and the next micro-batch (on_step_begin)."
             )
 
     def _on_any_rank(self, flag: bool) -> bool:
-        return bool(self._reduce([float(flag)], dist.ReduceOp.MAX).item())
+        return bool(self._max([float(flag)])[0])
 
-    def _reduce(self, values: Sequence[float], operation: Any) -> Tensor:
-        """Scalars of all ranks combined, float64, in one all_reduce."""
+    def _max(self, values: Sequence[float]) -> list[float]:
+        """Largest of each value over the ranks, in one all_reduce."""
         scalars = torch.tensor(values, dtype=torch.float64, device=self._engine.device)
         if dist.is_initialized():
-            dist.all_reduce(scalars, op=operation, group=self._group())
-        return scalars
+            dist.all_reduce(scalars, op=dist.ReduceOp.MAX, group=self._group())
+        return scalars.tolist()
 
     def _group(self) -> Any:
         """The ranks that share the data; None stands for all, which is what data parallelism alone means."""

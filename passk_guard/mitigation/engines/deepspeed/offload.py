@@ -13,7 +13,11 @@ from torch import Tensor
 from passk_guard.mitigation.engines.deepspeed.base import DeepSpeedGradient, Take, synchronize
 from passk_guard.mitigation.engines.deepspeed.restore import Lent
 from passk_guard.mitigation.engines.deepspeed.stages import Zero3, Zero12
-from passk_guard.utils.private_api import seams
+
+_CLIPPING = {
+    "norm_for_param_grads": "norms to clip by, taken again after an edit",
+    "grad_position": "where the gradients of those norms lie",
+}
 
 
 class _Offloaded(DeepSpeedGradient):
@@ -66,7 +70,11 @@ class _Offloaded(DeepSpeedGradient):
 class Zero12Offload(_Offloaded, Zero12):
     """ZeRO-1 and ZeRO-2 with the optimizer on the CPU."""
 
-    needs = (*Zero12.needs, seams.ZERO12_OFFLOAD)
+    needs = Zero12.needs.also(
+        single_partition_of_fp32_groups="hold the gradient",
+        accumulated_grads_in_cpu="sums of micro-batches",
+        **_CLIPPING,
+    )
 
     def _describe(self) -> str:
         return f"{Zero12._describe(self)}, optimizer offloaded"
@@ -85,7 +93,7 @@ class Zero12Offload(_Offloaded, Zero12):
 class Zero3Offload(_Offloaded, Zero3):
     """ZeRO-3 with the optimizer on the CPU, and the parameters too when they are offloaded."""
 
-    needs = (*Zero3.needs, seams.ZERO3_OFFLOAD)
+    needs = Zero3.needs.also(fp32_partitioned_groups_flat="hold the gradient", **_CLIPPING)
 
     def _describe(self) -> str:
         return f"{Zero3._describe(self)}, optimizer offloaded"

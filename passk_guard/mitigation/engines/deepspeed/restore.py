@@ -1,4 +1,4 @@
-"""Putting back what a backward pass outside training changes in a DeepSpeed engine and its optimizer."""
+"""Putting back what a forward and backward pass outside training changes in a DeepSpeed engine and its optimizer."""
 
 from __future__ import annotations
 
@@ -6,18 +6,56 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from passk_guard.utils.private_api import requires
+
 _CONTAINERS = (dict, list, set, deque)
 _SCALARS = (bool, int, float, str, type(None))
+_BLOCK = 1 << 22  # elements that are exchanged at a time
+_requires = partial(requires, "deepspeed", applies="any trainer under ZeRO-3", instead="use ZeRO-2")
+TRACER_NEEDS = _requires("DeepSpeedZeRoOffload", get_param_coordinator="the order it gathers weights in")
+TRACE_NEEDS = _requires(
+    "PartitionedParameterCoordinator",
+    is_invalid_trace="whether there is an order",
+    _invalidate_trace="the order of a probe is forgotten",
+)
+
+
+@contextmanager
+def untraced(wrapped: Any) -> Iterator[None]:
+    """Let ZeRO-3 forget the order of modules that it recorded in the body, or before it; nothing on other engines.
+
+    ZeRO-3 gathers weights ahead by the order of the last pass it recorded. A probe's pass calls the head; the training
+    pass of a TRL trainer reads the head's weight without a call. By the probe's order that weight is there ahead of
+    time, is not noted as one that the backward needs as well, and is empty when its gradient arrives. TRL forgets the
+    order after generation for the same reason. The next pass of training records it again.
+
+    Args:
+        wrapped: the model as training calls it; a DeepSpeedEngine of stage 3, or anything else.
+
+    Raises:
+        GuardError: before the body, where this DeepSpeed has no such order to forget.
+    """
+    sharder, coordinator = getattr(getattr(wrapped, "optimizer", None), "parameter_offload", None), None
+    if sharder is not None:
+        TRACER_NEEDS.check(sharder)
+        coordinator = sharder.get_param_coordinator()
+        TRACE_NEEDS.check(coordinator)
+    try:
+        yield
+    finally:
+        if coordinator is not None and not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
 
 @contextmanager
 def engine_untouched(engine: Any) -> Iterator[None]:
-    """Counters, accumulation flags, hook state, buckets and timers of `engine` and its optimizer are put back on exit.
+    """Put back on exit the counters, accumulation flags, hook state, buckets and timers of `engine` and its optimizer.
 
     Attributes get back the object they named, and dicts, lists and sets among them their contents (not their
     contents' contents). Tensors are not copied: what is written into them in place stays written.
@@ -62,26 +100,11 @@ def _contents(container: Any) -> Callable[[], None]:
     return refill
 
 
-# Buffers of an engine that a probe borrows: their contents come back, and the result needs no copy of its own.
-
-
-_BLOCK = 1 << 22
-"""Elements held aside at a time."""
-
-
-@torch.no_grad()
-def swap_(left: Tensor, right: Tensor) -> None:
-    """Exchange the contents of two tensors of one shape and dtype, block by block."""
-    for x, y in zip(left.view(-1).split(_BLOCK), right.view(-1).split(_BLOCK), strict=True):
-        held = x.clone()
-        x.copy_(y)
-        y.copy_(held)
-
-
 class Lent:
     """Persistent buffers of an engine that a probe writes into, and that get their contents back.
 
-    One copy is made, of what the buffers held; `take` exchanges the two, so that the copy becomes the result.
+    One copy is made, of what the buffers held; `take` exchanges the two block by block, so that the copy becomes the
+    result.
     """
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
@@ -89,10 +112,14 @@ class Lent:
         self._copies = [buffer.detach().clone() for buffer in self._buffers]
         self._taken = False
 
+    @torch.no_grad()
     def take(self) -> list[Tensor]:
-        """What the buffers hold now, in storage of its own; the buffers hold again what they did at first."""
+        """What the buffers hold now, in separate storage; the buffers hold again what they did at first."""
         for buffer, kept in zip(self._buffers, self._copies, strict=True):
-            swap_(buffer, kept)
+            for x, y in zip(buffer.view(-1).split(_BLOCK), kept.view(-1).split(_BLOCK), strict=True):
+                held = x.clone()
+                x.copy_(y)
+                y.copy_(held)
         self._taken = True
         return self._copies
 

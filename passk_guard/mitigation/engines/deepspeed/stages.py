@@ -1,36 +1,57 @@
-"""BF16_Optimizer: ZeRO-1 in bf16 with fp32 accumulation, whose gradient is replicated although its state is sharded."""
+"""The stages of DeepSpeed without offload: where each holds the gradient, and what a probe must put back there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from passk_guard.mitigation.engines.deepspeed.base import DeepSpeedGradient, Take
 from passk_guard.mitigation.engines.deepspeed.restore import Lent
 from passk_guard.utils.errors import GuardError
-from passk_guard.utils.private_api import Seam, check, seams
+from passk_guard.utils.private_api import REWEIGHT, Requires, requires
 
-# ZeRO-0: plain data parallelism; every rank holds the whole averaged gradient in `.grad`.
+_requires = partial(requires, "deepspeed", instead=REWEIGHT)
+_ZERO3 = "projecting gradients under ZeRO-3"
+_NO_MICRO_STEP = -1
+_REFUSED = "what was never measured is refused"
+_RESTORED = "put back after a probe"
+_OF_ALL = {
+    "_backward_hook_state": _RESTORED,
+    "optimizer": "Muon is refused",
+    "torch_autocast_gradscaler": _REFUSED,
+    "dp_process_group": "the ranks that share the data",
+    "zero_grad": "clears a probe",
+}
+_OF_ZERO = _OF_ALL | {
+    "ipg_buckets": _RESTORED,
+    "sequence_parallel_size": _REFUSED,
+    "master_weights_and_grads_dtype": _REFUSED,
+    "averaged_gradients": "the gradient",
+    "micro_step_id": "whether anything was accumulated",
+    "loss_scale": "is in every gradient of fp16",
+}
 
 
 class Zero0(DeepSpeedGradient):
-    """Gradient parts: `.grad` of each trained parameter, in the model's order. The optimizer is torch's own."""
+    """ZeRO-0, plain data parallelism: every rank holds the whole averaged gradient.
+
+    Gradient parts: `.grad` of each trained parameter, in the model's order. The optimizer is torch's own.
+    """
 
     sharded = False
 
     def _describe(self) -> str:
         return "DeepSpeed ZeRO-0"
 
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for p in self._engine.module.parameters() if p.requires_grad and p.numel()]
-
     def _parts(self) -> list[Tensor]:
         # At a boundary DeepSpeed has filled in zeros where there was no gradient.
-        return [p.grad for p in self._trained() if p.grad is not None]
+        trained = (p for p in self._engine.module.parameters() if p.requires_grad and p.numel())
+        return [p.grad for p in trained if p.grad is not None]
 
     def _at_boundary(self) -> bool:
         return all(p.grad is None for p in self._engine.module.parameters())
@@ -44,20 +65,22 @@ class Zero0(DeepSpeedGradient):
                 parameter.grad = None
 
 
-# ZeRO-1 and ZeRO-2: each rank holds the averaged gradient of its slice of every parameter group.
-
-
-_NO_MICRO_STEP = -1
-
-
 class Zero12(DeepSpeedGradient):
-    """Gradient parts: `averaged_gradients`, one list of tensors per parameter group, of which a step makes a flat one.
+    """ZeRO-1 and ZeRO-2: each rank holds the averaged gradient of its slice of every parameter group.
 
-    The flat partition is built from these tensors inside the step, so writing to them reaches the optimizer, the
-    overflow check and the clipping norm. Alignment padding that DeepSpeed marks as such is left out.
+    Gradient parts: `averaged_gradients`, one list of tensors per parameter group. The flat partition is built from them
+    inside the step, so writing to them reaches the optimizer, the overflow check and the clipping norm. Alignment
+    padding that DeepSpeed marks as such is left out.
     """
 
-    needs: ClassVar[tuple[Seam, ...]] = (seams.ZERO12,)
+    needs: ClassVar[Requires] = _requires(
+        "DeepSpeedZeroOptimizer",
+        "projecting gradients under ZeRO-1 and ZeRO-2",
+        bit16_groups="the parameters",
+        partition_gradients="stage 1 or 2",
+        cpu_offload="where the gradient lies",
+        **_OF_ZERO,
+    )
 
     def _describe(self) -> str:
         return f"DeepSpeed ZeRO-{2 if self._optimizer.partition_gradients else 1}"
@@ -80,23 +103,38 @@ class Zero12(DeepSpeedGradient):
             self._clear()
 
 
-# ZeRO-3: parameters and gradients are sharded, the gradient in one persistent buffer per rank.
-
-
 class Zero3(DeepSpeedGradient):
-    """Gradient part: the flat buffer that the tensors in `averaged_gradients` are views of.
+    """ZeRO-3: parameters and gradients are sharded, the gradient in one persistent buffer per rank.
 
-    The buffer is not cleared by a step: the first micro-batch writes over it. Parameters that training leaves unused
-    keep what it holds, so a probe gives it its contents back.
+    Gradient part: the flat buffer that the tensors in `averaged_gradients` are views of. It is not cleared by a step:
+    the first micro-batch writes over it. Parameters that training leaves unused keep what it holds, so a probe gives
+    it its contents back.
     """
 
-    needs: ClassVar[tuple[Seam, ...]] = (seams.ZERO3,)
+    needs: ClassVar[Requires] = _requires(
+        "DeepSpeedZeroOptimizer_Stage3",
+        _ZERO3,
+        grad_partitions_flat_buffer="the gradient",
+        fp16_groups="the parameters",
+        parameter_offload="shards parameters again",
+        persistent_parameters="gathered at rest",
+        offload_optimizer="where the gradient lies",
+        _epilogue_ran_this_backward="whether anything was accumulated",
+        **_OF_ZERO,
+    )
+    sharder_needs = _requires("DeepSpeedZeRoOffload", _ZERO3, partition_all_parameters="after an interrupted probe")
+    parameter_needs = _requires(
+        "sharded parameter",
+        _ZERO3,
+        ds_status="whether it is gathered at rest",
+        all_gather="after an interrupted probe",
+    )
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        check(seams.ZERO3_SHARDER, self._optimizer.parameter_offload)
+        self.sharder_needs.check(self._optimizer.parameter_offload)
         for parameter in islice(engine.module.parameters(), 1):
-            check(seams.ZERO3_PARAMETER, parameter)
+            self.parameter_needs.check(parameter)
 
     def _describe(self) -> str:
         return "DeepSpeed ZeRO-3"
@@ -110,8 +148,8 @@ class Zero3(DeepSpeedGradient):
             v.numel() and v.untyped_storage().data_ptr() != storage for v in views
         ):
             raise GuardError(
-                "Expected ZeRO-3's averaged_gradients to be views of grad_partitions_flat_buffer; found tensors of "
-                "their own. Train all parameters that the optimizer holds (requires_grad), or mitigate by `reweight`."
+                "Expected ZeRO-3's averaged_gradients to be views of grad_partitions_flat_buffer; found separate "
+                "tensors. Train all parameters that the optimizer holds (requires_grad), or mitigate by `reweight`."
             )
         return [flat]
 
@@ -144,13 +182,20 @@ class Zero3(DeepSpeedGradient):
 
 
 class Bf16(DeepSpeedGradient):
-    """Gradient parts: `fp32_groups_gradients_flat`, one flat fp32 tensor per parameter group, the same on each rank.
+    """BF16_Optimizer: ZeRO-1 in bf16 with fp32 accumulation; the gradient is replicated although the state is sharded.
 
-    Each rank clips by the norm of its own whole copy and steps on its partition of it: the whole copy is edited.
+    Gradient parts: `fp32_groups_gradients_flat`, one flat fp32 tensor per parameter group, the same on each rank. Each
+    rank clips by the norm of its whole copy and steps on its partition of it: the whole copy is edited.
     """
 
     sharded = False
-    needs = (seams.BF16,)
+    needs: ClassVar[Requires] = _requires(
+        "BF16_Optimizer",
+        "projecting gradients under DeepSpeed's BF16_Optimizer",
+        fp32_groups_gradients_flat="the gradient",
+        fp32_groups_has_gradients="whether anything was accumulated",
+        **_OF_ALL,
+    )
 
     def _describe(self) -> str:
         return "DeepSpeed ZeRO-1 (BF16_Optimizer)"
