@@ -49,22 +49,16 @@ def test_the_verifier_is_reasoning_gyms():
     assert reward(word["answer"].upper(), word) == 1.0
 
 
-def test_what_cannot_be_scored_is_wrong(monkeypatch):
+def test_partial_credit_and_what_cannot_be_scored_are_wrong(monkeypatch):
     row = tasks.make_rows("test", 1, 0)[0]
-
-    class Broken:
-        def score_answer(self, answer: str, entry: dict) -> float:
-            raise ZeroDivisionError
-
     assert reward(row["answer"], {**row, "entry": "{}"}) == 0.0  # an entry without an answer
-    monkeypatch.setattr(tasks, "scorer", lambda kind: Broken())
-    assert reward(row["answer"], row) == 0.0
 
+    def raises(*_):
+        raise ZeroDivisionError
 
-def test_partial_credit_just_below_full_marks_is_wrong(monkeypatch):
-    row = tasks.make_rows("test", 1, 0)[0]
-    monkeypatch.setattr(tasks, "scorer", lambda kind: type("Lenient", (), {"score_answer": lambda *_: 0.99})())
-    assert reward(row["answer"], row) == 0.0
+    for score in (raises, lambda *_: 0.99):
+        monkeypatch.setattr(tasks, "scorer", lambda kind, score=score: type("S", (), {"score_answer": score})())
+        assert reward(row["answer"], row) == 0.0
 
 
 def test_splits_share_no_prompt(splits):
