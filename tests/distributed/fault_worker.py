@@ -1,7 +1,7 @@
 """One rank of many runs with a fault each: `python -m tests.distributed.fault_worker ENGINE[:NAME,NAME] FOLDER`.
 
 One start of the processes serves all runs. Each is compared with an unguarded run of the same settings. A fault strikes
-rank 1 alone where nothing else is said. There is one for each way in which ranks could fall out of step: the full list
+rank 1 alone unless stated otherwise. There is one for each way in which ranks could fall out of step: the full list
 of faults is tested in one process, in tests/faults.
 """
 
@@ -106,7 +106,7 @@ def estimate_raises(stack, trainer, given):
 
 
 def gradient_is_infinite(stack, trainer, given=None):
-    """Make the loss on rank 1 infinite, and with it the average on both. The probe has a loss of its own."""
+    """Make the loss on rank 1 infinite, and with it the average on both. The probe uses another loss."""
     compute = trainer.compute_loss
     if RANK == 1:
         trainer.compute_loss = lambda *args, **kwargs: compute(*args, **kwargs) * float("inf")
@@ -161,24 +161,6 @@ def memory_for_half_a_batch(stack, trainer, given):
         return sketch(self, input_ids, *args, **kwargs)
 
     stack.enter_context(patch.object(ScoreSketcher, "sketch", limited))
-
-
-@fault(mitigation="off", gives_up=False)
-def memory_for_few_samples(stack, trainer, given):
-    sampler = given["sampler"]
-    sampler.size, sample, given["sizes"] = 64, sampler.sample, []
-
-    def limited(*args):
-        given["sizes"].append(sampler.size)
-        if RANK == 1 and sampler.size > 20:
-            no_room()
-        return sample(*args)
-
-    def fewer():
-        sampler.size //= 2
-        return sampler.size > 0
-
-    sampler.sample, sampler.sample_fewer = limited, fewer
 
 
 @fault(failed_refresh_alert=1)
@@ -259,12 +241,11 @@ def guarded(engine, folder, prepare, config, more):
     events = [json.loads(line) for line in journal.read_text().splitlines()] if journal.is_file() else []
     return result | {
         "seconds": time.monotonic() - began,
-        "voids": guard.memory.voids,
+        "failures": guard.memory.voids,
         "refreshes": len(guard.memory.history),
         "reasons": [e["reason"] for e in events if e["event"] == "void"],
         "logged": logged,
         "passes": given.get("passes", []),
-        "sizes": given.get("sizes", []),
         "mitigated": [r["passk_guard/mitigated"] for r in trainer.state.log_history if "passk_guard/mitigated" in r],
         "gram": guard.memory.history[0].gram.tolist() if guard.memory.history else None,
     }

@@ -97,7 +97,7 @@ def run(engine, variant, folder):
         "weights": weights(trainer),
         "mitigated": [row["passk_guard/mitigated"] for row in rows],
         "train_cosine": [row["passk_guard/train_cosine"] for row in rows],
-        "voids": guard.memory.voids if guard else 0,
+        "failures": guard.memory.voids if guard else 0,
         "gram": guard.memory.history[0].gram.tolist() if guard and guard.memory.history else None,
         "newest_gram": newest and newest.gram.tolist(),
         "misses": newest.misses.tolist() if newest and newest.reused else None,

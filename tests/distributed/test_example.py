@@ -15,7 +15,7 @@ TIMES = ("probe_seconds", "step_seconds", "mitigation_seconds")
 
 
 def free_port():
-    """One for the ranks to meet at: the launcher of accelerate 1.4 looks for none itself, and waits at port 0."""
+    """A port for the ranks. The launcher of accelerate 1.4 chooses none itself and waits at port 0."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return str(found.getsockname()[1])

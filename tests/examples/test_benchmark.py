@@ -68,9 +68,7 @@ def test_changes_and_their_intervals():
     means = torch.cartesian_prod(values, values, values, values).mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.013)
-
-
-def test_the_gain_kept_is_compared_on_the_same_seeds():
+    # The gain that is kept is compared on the same seeds.
     runs = [record(seed=s, many=(0.8, 0.8 + gain)) for s, gain in ((12, 0.1), (13, 0.5))]
     runs += [record(arm="floor", seed=12, many=(0.8, 0.85))]
     assert comparison.kept(runs, "main", "floor") == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""Any sequence of looks: the state of a decision and the evidence of a run stay what they are said to be."""
+"""Any sequence of checks keeps the state of a decision and the evidence of a run consistent."""
 
 import dataclasses
 import math
@@ -21,14 +21,14 @@ def estimate(status, cosine):
     return ConflictEstimate(4, status, "", 0.95, 0.0, 8, 8, 1, cosine=cosine)
 
 
-LOOKS = st.lists(st.tuples(STATUS, st.one_of(st.none(), st.floats(-1, 1)), SCORE, st.booleans()), max_size=40)
+CHECKS = st.lists(st.tuples(STATUS, st.one_of(st.none(), st.floats(-1, 1)), SCORE, st.booleans()), max_size=40)
 
 
-@given(RULE, LOOKS)
-def test_any_sequence_of_looks(rule, looks):
+@given(RULE, CHECKS)
+def test_any_sequence_of_checks(rule, checks):
     state, evidence, before = DecisionState(), RunEvidence(), "undetermined"
     counted = 0
-    for status, cosine, score, fresh in looks:
+    for status, cosine, score, fresh in checks:
         given_state = dataclasses.asdict(state)
         new, grown, verdict = decide(state, evidence, estimate(status, cosine), score, rule, fresh=fresh)
         assert dataclasses.asdict(state) == given_state
@@ -54,8 +54,8 @@ def test_any_sequence_of_looks(rule, looks):
 @example([-1e12], 0)
 @example([-1e8, 3.0], 0)
 @example([-math.inf, 1.0], 0)
-def test_the_evidence_of_scores_against_a_conflict_is_none(scores, before):
-    """However far scores lie on the other side, rounding makes no p-value of them."""
+def test_scores_against_a_conflict_are_no_evidence(scores, before):
+    """Rounding gives no small p-value, however far the scores lie on the other side."""
     evidence = RunEvidence((), before)
     for score in scores:
         evidence = evidence.with_score(score)
