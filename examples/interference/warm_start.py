@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -75,5 +76,8 @@ def warm_start(cache_dir: str | Path, seed: int) -> Path:
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.rename(target)
+    if target.exists():  # another process was faster
+        shutil.rmtree(partial)
+    else:
+        partial.rename(target)
     return target

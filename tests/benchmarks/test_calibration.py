@@ -1,4 +1,4 @@
-"""The quick form of the calibration: the guard's numbers, and those of others, where the truth is known."""
+"""The quick form of the calibration, on populations whose truth is known."""
 
 import math
 

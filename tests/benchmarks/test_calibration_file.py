@@ -1,4 +1,4 @@
-"""What a file of results holds is kept and not measured again."""
+"""A measurement in the file of results is kept and not repeated."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def measurement(m, calls, records=2):
     return Measurement({"part": "cells", "seed": 0, "m": m}, take)
 
 
-def test_what_is_there_is_kept_and_what_is_missing_added(tmp_path):
+def test_missing_measurements_are_added_and_others_kept(tmp_path):
     path, calls = tmp_path / "new" / "found.jsonl", []
     assert take_missing([measurement(m, calls) for m in (1, 2)], path) == 2
     before = path.read_text()

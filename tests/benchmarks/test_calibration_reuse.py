@@ -1,4 +1,4 @@
-"""The quick form of the calibration of kept rollouts: where the policy moves, and what the guard pools."""
+"""The quick form of the calibration of kept rollouts, under a moving policy."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_the_exact_gradients_are_finite_differences_of_the_pass_rates():
     assert abs(cosine_of(population.products(NOW)) + 0.4) < 1e-6
 
 
-def test_a_draw_serves_its_looks_and_each_is_pooled_by_its_newest():
+def test_kept_rollouts_serve_their_refreshes_and_are_pooled_once():
     population, generator = with_cosine(0.0), torch.Generator().manual_seed(0)
     run, policy = Observed(population, 3, generator), path(population, 0.02)
     for time in range(7):
@@ -64,19 +64,3 @@ def test_a_pool_lags_no_more_behind_a_fast_policy_where_draws_serve_longer():
     assert found["effective_samples"] < 0.93
     assert abs(found["lag"]) < 0.01, "0.20 where as many draws were pooled, however old"
     assert found["covered_95"] >= 0.95 - furthest(0.95, 10)
-
-
-def test_the_report_has_a_table_of_each_kind(capsys):
-    records = [{"cosine": 0.0, "shift": 0.1}, {"cosine": 0.0, "step": 0.1}, {"cosine": -0.4, "step": 0.1}]
-    calibration_reuse.report(records)
-    assert capsys.readouterr().out.split("\n")[1:] == [
-        "| cosine | shift |",
-        "|---|---|",
-        "| 0 | 0.1 |",
-        "",
-        "| cosine | step |",
-        "|---|---|",
-        "| 0 | 0.1 |",
-        "| -0.4 | 0.1 |",
-        "",
-    ]

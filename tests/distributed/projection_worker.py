@@ -48,14 +48,19 @@ def arguments(engine):
     return common | {"per_device_train_batch_size": 4 // RANKS}
 
 
-def weights(trainer):
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
-        import deepspeed
+def gathered(parameters):
+    """A context in which every rank holds the whole parameters, also under ZeRO-3."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            return {name: p.detach().double().tolist() for name, p in model.named_parameters()}
-    return {name: p.detach().double().tolist() for name, p in model.named_parameters()}
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def weights(trainer):
+    parameters = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    with gathered(list(parameters.values())):
+        return {name: p.detach().double().tolist() for name, p in parameters.items()}
 
 
 @contextmanager
@@ -76,7 +81,7 @@ def harvest_failing_on_rank_1():
 
 
 def run(engine, variant, folder):
-    """Train once; what it came to."""
+    """Train once and describe the result."""
     trainer = tiny_lm_trainer(folder / f"rank{RANK}", model=tiny_model(initializer_range=0.1), **arguments(engine))
     guard = None
     if variant != "without":
@@ -92,7 +97,7 @@ def run(engine, variant, folder):
         "weights": weights(trainer),
         "mitigated": [row["passk_guard/mitigated"] for row in rows],
         "train_cosine": [row["passk_guard/train_cosine"] for row in rows],
-        "voids": guard.memory.failures if guard else 0,
+        "failures": guard.memory.failures if guard else 0,
         "gram": guard.memory.history[0].gram.tolist() if guard and guard.memory.history else None,
         "newest_gram": newest and newest.gram.tolist(),
         "misses": newest.misses.tolist() if newest and newest.reused else None,

@@ -1,7 +1,7 @@
 """Runs on two processes, whole and killed: `python -m tests.distributed.resume_worker ENGINE FOLDER`.
 
-Started as one process: it imports everything once and forks two ranks for each attempt. What each mode came to is left
-in FOLDER/found.pt.
+Started as one process, it imports everything once and forks two ranks for each attempt. The results of all modes are in
+FOLDER/found.pt.
 """
 
 import sys
@@ -26,9 +26,9 @@ def both_runs(engine, mode, folder):
     seed = f"{engine}/{mode}"
     kills = draws(seed, CASES[mode], STEPS, places, RANKS)
     cut, begins = killed_and_resumed(train, folder / "cut", RANKS, kills, STEPS)
-    said = {} if MODES[mode] is None else {name: events(folder / name) for name in ("whole", "cut")}
-    torn = [] if MODES[mode] is None else raw_lines(folder / "cut")
-    return {"whole": whole, "cut": cut, "begins": begins, "events": said, "lines": len(torn)}
+    heard = {} if MODES[mode] is None else {name: events(folder / name) for name in ("whole", "cut")}
+    lines = [] if MODES[mode] is None else raw_lines(folder / "cut")
+    return {"whole": whole, "cut": cut, "begins": begins, "events": heard, "lines": len(lines)}
 
 
 if __name__ == "__main__":

@@ -1,71 +1,52 @@
-"""Several ranks: nothing changes, all decide the same, and one that fails leaves nobody waiting."""
-
-import json
-from pathlib import Path
+"""Several ranks of DDP: observing changes nothing, and all ranks together see what one process sees."""
 
 import pytest
 import torch
 
 from tests.distributed.launch import launch
-from tests.distributed.worker import SCENARIOS, same_everywhere
+from tests.distributed.worker import SCENARIOS
 
 pytestmark = pytest.mark.distributed
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What each of two ranks found in every scenario. To start the processes takes longer than a scenario."""
+    return launch("without,with,with_training_batch,resampled", tmp_path_factory.mktemp("two"), 2)
+
+
 @pytest.mark.parametrize("guarded", ["with", "with_training_batch"])
-def test_training_on_two_ranks_is_bit_for_bit_the_same(guarded, tmp_path):
-    without = launch("without", tmp_path / "without", 2)
-    found = launch(guarded, tmp_path / "with", 2)
-    for rank in range(2):
+def test_training_on_two_ranks_is_bit_for_bit_the_same(guarded, two_ranks):
+    for rank in two_ranks:
         for what in ("weights", "rows", "rng"):
-            assert without[rank][what] == found[rank][what]
-    assert found[0]["gram"] is not None
+            assert rank["without"][what] == rank[guarded][what]
+    first, second = (rank[guarded] for rank in two_ranks)
+    assert first["gram"] is not None
     for what in ("status", "gram", "num_correct", "inner_product"):
-        assert found[0][what] == found[1][what], "ranks must decide the same"
+        assert first[what] == second[what], "ranks must decide the same"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_together_see_what_one_process_sees(ranks, tmp_path):
-    """11 prompts do not divide by 2 or 3: fillers must count nowhere."""
-    single = same_everywhere(tmp_path / "single")
-    found = launch("same_everywhere", tmp_path / "many", ranks)
-    expected = torch.tensor(single["gram"])
-    assert expected.abs().max() > 0
-    for rank in range(ranks):
-        assert found[rank]["num_correct"] == single["num_correct"]
-        assert torch.allclose(
-            torch.tensor(found[rank]["gram"]), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
-        )
-        assert found[rank]["gram"] == found[0]["gram"]
+def test_three_ranks_together_see_what_one_process_sees(tmp_path):
+    """11 prompts do not divide by 3: fillers must not count. Two ranks are compared in test_projection.py."""
+    compare("same_everywhere", launch("same_everywhere", tmp_path / "three", 3), tmp_path)
 
 
-@pytest.mark.parametrize("scenario", ["reused_everywhere", "resampled_everywhere"])
-def test_ranks_together_see_what_one_process_sees_in_kept_rollouts(scenario, tmp_path):
-    single = SCENARIOS[scenario](tmp_path / "single")
-    found = launch(scenario, tmp_path / "many", 2)
-    reused = scenario == "reused_everywhere"
-    assert (single["misses"] is not None) == reused
-    assert (single["kept"]["resampled_at"] is None) == reused
-    size = float(torch.tensor(single["gram"]).abs().max())
-    for rank in range(2):
-        assert found[rank]["gram"] == found[0]["gram"]
-        assert torch.allclose(
-            torch.tensor(found[rank]["gram"]), torch.tensor(single["gram"]), rtol=1e-3, atol=1e-3 * size
-        )
-        assert found[rank]["kept"] == found[0]["kept"]
+def test_ranks_sample_again_together(two_ranks, tmp_path):
+    """Rollouts of an earlier policy are given up on all ranks by the effective sample size over all of them."""
+    single = compare("resampled", two_ranks, tmp_path)
+    assert single["kept"]["resampled_at"] is not None
+    for rank in two_ranks:
         for name, value in single["kept"].items():
-            assert found[rank]["kept"][name] == (None if value is None else pytest.approx(value, abs=1e-3))
-        if reused:
-            assert torch.allclose(torch.tensor(found[rank]["misses"]), torch.tensor(single["misses"]), rtol=1e-3)
+            assert rank["resampled"]["kept"][name] == (None if value is None else pytest.approx(value, abs=1e-3))
 
 
-@pytest.mark.parametrize(
-    ("scenario", "words"), [("verifier_fails", "lost its sandbox"), ("sketch_fails", "out of memory")]
-)
-def test_a_failure_on_one_rank_voids_the_refresh_on_all(scenario, words, tmp_path):
-    found = launch(scenario, tmp_path, 2)
-    assert [(r["steps"], r["voids"], r["gram"]) for r in found] == [(3, 3, None)] * 2
-    events = [json.loads(line) for line in (Path(tmp_path) / "run" / "passk_guard.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events] == ["start"] + ["void"] * 3
-    assert words in events[1]["reason"]
-    assert "rank 1" in events[1]["reason"]
+def compare(scenario, ranks, tmp_path):
+    """Assert that every rank found what one process finds, which is returned."""
+    single = SCENARIOS[scenario](tmp_path / "single")
+    gram = torch.tensor(single["gram"])
+    assert gram.abs().max() > 0
+    for rank in (each[scenario] for each in ranks):
+        assert rank["gram"] == ranks[0][scenario]["gram"]
+        assert torch.allclose(torch.tensor(rank["gram"]), gram, rtol=1e-3, atol=1e-4 * float(gram.abs().max()))
+        assert rank["num_correct"] == single["num_correct"]
+    return single

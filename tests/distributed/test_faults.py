@@ -1,4 +1,4 @@
-"""Faults on one of two ranks: no rank waits, all decide the same, and training is that of no guard, bit for bit."""
+"""Faults on one of two ranks: no rank waits, all decide the same, and training is bit for bit that without a guard."""
 
 import pytest
 import torch
@@ -7,31 +7,18 @@ from tests.distributed.fault_worker import FAULTS
 from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.distributed
-WORDS = {
+REASONS = {
     "verifier_raises": "rank 1: `raises` raised on each of",
     "verifier_hangs": "was still running after 1 s",
-    "verifier_hangs_everywhere": "rank 0: `<lambda>` was still running after 1 s",
-    "verifier_exits": "SystemExit",
-    "verifier_returns_texts": "of type str",
-    "verifier_returns_nan": "no prompt has 4 samples with a verdict",
-    "generation_returns_nothing": "rank 1: the sampler returned no token",
-    "generation_returns_overlong_text": "positions for 64",
-    "generation_raises": "rank 1: AttributeError",
+    "generation_raises": "rank 1: ConnectionError: the server is gone",
     "logits_are_nan": "rank 1: ",
-    "memory_for_nothing": "out of memory on rank 1",
-    "memory_for_no_harvest": "out of memory on rank 1",
     "sketch_raises": "rank 1: ArithmeticError",
-    "gram_raises": "rank 1: OutOfMemoryError",
     "estimate_raises": "rank 1: ArithmeticError",
-    "log_handler_raises": "rank 1: `raises` raised on each of",
-    "sigterm_between_probe_and_step": "rank 1: `raises` raised on each of",
 }
-TOLD = {
-    "journal_on_a_full_disk": "takes no more events, metrics go to the log only: [Errno 28]",
-    "checkpoint_on_a_full_disk": "the checkpoint holds no memory of the guard: RuntimeError: PytorchStreamWriter",
-    "tracker_takes_no_pictures": "trackio did not take the pictures of the kernel: ConnectionError",
-    "tracker_takes_no_alerts": "trackio did not take the alert: ConnectionError",
-    "gradient_is_infinite_in_training": "steps stay unchanged where",
+LOGGED = {
+    "no_report_gets_out": ["takes no more events, metrics go to the log only: [Errno 28]", "trackio did not take the"],
+    "checkpoint_on_a_full_disk": ["the checkpoint holds no memory of the guard: RuntimeError: PytorchStreamWriter"],
+    "gradient_is_infinite_in_training": ["steps stay unchanged where"],
 }
 CASES = [(engine, name) for name, (_, engines, _) in FAULTS.items() for engine in engines]
 
@@ -57,22 +44,23 @@ def outcomes(request, tmp_path_factory):
 def test_a_fault(engine, name, outcomes):
     ranks = [rank[name] for rank in outcomes(engine)]
     for rank in ranks:
-        assert rank["same"] == dict.fromkeys(("weights", "losses", "errors", "steps"), True)
+        assert rank["same"] == dict.fromkeys(("weights", "losses", "steps"), True)
         assert rank["seconds"] < 200
-        assert (rank["voids"], rank["refreshes"]) == (ranks[0]["voids"], ranks[0]["refreshes"]), "all decide the same"
+        for what in ("failures", "refreshes"):
+            assert rank[what] == ranks[0][what], "all decide the same"
         if rank["gives_up"]:
-            assert rank["voids"] == 2
+            assert rank["failures"] == 2
             assert rank["mitigated"] == []
         else:
-            assert rank["voids"] == 0
+            assert rank["failures"] == 0
             assert rank["refreshes"] >= 1
             assert not any(rank["mitigated"])
     if name == "probe_smaller_than_a_refresh":
         assert [len(rank["gram"]) for rank in ranks] == [6, 6], "each of the three prompts once"
-    if name in WORDS:
-        assert WORDS[name] in ranks[0]["reasons"][0]
-    if name in TOLD:
-        assert TOLD[name] in "\n".join(ranks[0]["told"])
+    if name in REASONS:
+        assert REASONS[name] in ranks[0]["reasons"][0]
+    for words in LOGGED.get(name, ()):
+        assert words in "\n".join(ranks[0]["logged"])
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
@@ -84,12 +72,7 @@ def test_less_memory_on_one_rank_is_less_on_all(engine, outcomes):
     assert smaller == [0, 1], "tried twice, and never again in the second refresh"
     assert first["gram"] == second["gram"]
     if engine == "ddp":
-        whole = torch.tensor(outcomes(engine)[0]["callback_added_twice"]["gram"])
+        whole = torch.tensor(outcomes(engine)[0]["checkpoint_on_a_full_disk"]["gram"])
         found = torch.tensor(first["gram"])
         assert float(whole.abs().max()) > 0
         assert torch.allclose(found, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
-
-
-def test_samples_in_smaller_batches_on_all_ranks(outcomes):
-    for rank in outcomes("ddp"):
-        assert rank["memory_for_few_samples"]["sizes"] == [64, 32, 16, 16]

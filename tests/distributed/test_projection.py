@@ -26,9 +26,9 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reusing(tmp_path_factory):
-    """The run of one plain process that takes its directions from kept rollouts at all but the first of four looks."""
+    """The run of one plain process that reuses its rollouts in all but the first of four refreshes."""
     found = run("plain", "reuse", tmp_path_factory.mktemp("reusing"))
-    assert 0.01 < found["kept"]["effective_samples"] < 1, "the newest look of the fixture must reuse its samples"
+    assert 0.01 < found["kept"]["effective_samples"] < 1, "the newest refresh of the fixture must reuse its samples"
     return found
 
 
@@ -57,13 +57,13 @@ def test_a_guarded_run_is_that_of_one_plain_process(engine, plain):
 def test_observing_is_bit_for_bit_no_guard(engine):
     for rank in engine:
         assert rank["observe"]["weights"] == rank["without"]["weights"]
-        assert (rank["observe"]["voids"], rank["observe"]["steps"]) == (0, 4)
+        assert (rank["observe"]["failures"], rank["observe"]["steps"]) == (0, 4)
 
 
 def test_kept_rollouts_are_reweighted_and_projected_as_in_one_plain_process(engine, reusing, plain):
     first, second = (rank["reuse"] for rank in engine)
     assert first["weights"] == second["weights"]
-    assert first["voids"] == 0
+    assert first["failures"] == 0
     assert float((flat(first["weights"]) - flat(reusing["weights"])).norm() / plain["moved"]) < 2e-5
     assert first["mitigated"] == reusing["mitigated"]
     assert first["kept"]["effective_samples"] == pytest.approx(reusing["kept"]["effective_samples"], abs=1e-4)
@@ -72,12 +72,12 @@ def test_kept_rollouts_are_reweighted_and_projected_as_in_one_plain_process(engi
     assert torch.allclose(torch.tensor(first["newest_gram"]), gram, rtol=1e-4, atol=1e-4 * float(gram.max()))
     for rank in engine:
         assert rank["observe_reuse"]["weights"] == rank["without"]["weights"]
-        assert rank["observe_reuse"]["voids"] == 0
+        assert rank["observe_reuse"]["failures"] == 0
         assert rank["observe_reuse"]["misses"] is not None
 
 
 def test_a_harvest_that_fails_on_one_rank_leaves_all_steps_unguarded(engine):
     for rank in engine:
-        assert rank["rank_1_fails"]["voids"] == 2
+        assert rank["rank_1_fails"]["failures"] == 2
         assert rank["rank_1_fails"]["mitigated"] == []
         assert rank["rank_1_fails"]["weights"] == rank["without"]["weights"]

@@ -1,4 +1,4 @@
-"""Two ranks on ZeRO-2 and ZeRO-3, killed at drawn moments and resumed: the run that nobody interrupted."""
+"""Two ranks of DDP, ZeRO-2 and ZeRO-3, killed at random moments and resumed, equal the uninterrupted run."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.resume
 
 @pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
 def found(request, tmp_path_factory):
-    """What every mode came to on one engine."""
+    """The results of every mode on one engine."""
     folder = tmp_path_factory.mktemp(request.param)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"DS_ACCELERATOR": "cpu", "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}  # ninja
@@ -35,7 +35,7 @@ def equal(mode):
 
 
 def test_a_run_without_a_guard_resumes_exactly(found):
-    """What equality rests on: the trainer and the engine, without which there is nothing to claim."""
+    """The trainer and the engine resume exactly themselves: all other equalities rest on this."""
     equal(found["unguarded"])
 
 
@@ -48,7 +48,7 @@ def test_a_killed_run_is_the_uninterrupted_one(found, mode):
     for whole, cut in zip(run["whole"], run["cut"], strict=True):
         assert cut["memory"] == whole["memory"]
         assert same_steps(whole, cut)
-    assert run["lines"] > len(run["events"]["whole"]), "the journal tells of the killed attempts too"
+    assert run["lines"] > len(run["events"]["whole"]), "the journal holds the killed attempts too"
 
 
 def test_the_fixtures_put_the_guard_to_work(found):

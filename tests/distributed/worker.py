@@ -1,4 +1,4 @@
-"""One rank of a distributed test: `python -m tests.distributed.worker SCENARIO FOLDER`."""
+"""One rank of several runs: `python -m tests.distributed.worker SCENARIO[,SCENARIO] FOLDER`."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ CONFIG = {"k": 4, "num_samples": 8, "probe_prompts": 11, "refresh_steps": 1, "pa
 
 
 class SameEverywhere:
-    """Completions that depend on the prompt alone, so that any number of ranks draws the same ones."""
+    """Completions that depend on the prompt alone, so that any number of ranks samples the same ones."""
 
     temperature = 1.0
 
@@ -46,8 +46,6 @@ def weights(trainer):
 def report(guard, trainer):
     estimate = guard.estimate
     return {
-        "steps": trainer.state.global_step,
-        "voids": guard.memory.failures,
         "status": estimate and estimate.status,
         "inner_product": estimate and estimate.inner_product,
         "gram": guard.memory.history[-1].gram.tolist() if guard.memory.history else None,
@@ -88,35 +86,7 @@ def same_everywhere(folder, moving=False, **config):
     if moving:
         trainer.add_callback(Shift())
     trainer.train()
-    newest = guard.memory.history[-1]
-    misses = newest.misses.tolist() if newest.reused else None
-    return report(guard, trainer) | {"misses": misses, "kept": guard._keeper.metrics()}
-
-
-def reused_everywhere(folder, least=0.01):
-    return same_everywhere(folder, moving=True, resample_refreshes=3, min_effective_samples=least)
-
-
-def one_rank_fails(folder, where):
-    def verifier(completions, **_):
-        if RANK == 1 and where == "verifier":
-            raise ValueError("rank 1 lost its sandbox")
-        return digit_reward(completions)
-
-    trainer = tiny_lm_trainer(folder, max_steps=3, learning_rate=0.0)
-    sampler = SameEverywhere(trainer.processing_class)
-    guard = PassKGuardCallback(trainer, probe_rows(), verifier, GuardConfig(**CONFIG), sampler)
-    trainer.add_callback(guard)
-    if where == "sketch" and RANK == 1:
-        sketch = type(guard._sketcher).sketch
-
-        def broken(self, *args, **kwargs):
-            sketch(self, *args, **kwargs)
-            raise RuntimeError("out of memory on rank 1")
-
-        type(guard._sketcher).sketch = broken
-    trainer.train()
-    return report(guard, trainer)
+    return report(guard, trainer) | {"kept": guard._keeper.metrics()}
 
 
 SCENARIOS = {
@@ -124,15 +94,12 @@ SCENARIOS = {
     "with": lambda folder: bit_for_bit(folder, True),
     "with_training_batch": lambda folder: bit_for_bit(folder, True, source="training_batch", num_samples=4),
     "same_everywhere": same_everywhere,
-    "reused_everywhere": reused_everywhere,
-    "resampled_everywhere": lambda folder: reused_everywhere(folder, least=1.0),
-    "verifier_fails": lambda folder: one_rank_fails(folder, "verifier"),
-    "sketch_fails": lambda folder: one_rank_fails(folder, "sketch"),
+    "resampled": lambda folder: same_everywhere(folder, moving=True, resample_refreshes=3, min_effective_samples=1.0),
 }
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[2])
-    result = SCENARIOS[sys.argv[1]](folder / "run")
-    (folder / f"rank{RANK}.json").write_text(json.dumps(result))
+    found = {name: SCENARIOS[name](folder / name) for name in sys.argv[1].split(",")}
+    (folder / f"rank{RANK}.json").write_text(json.dumps(found))
     leave()

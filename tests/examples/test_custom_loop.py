@@ -1,4 +1,4 @@
-"""The hand-written loop: probing changes nothing, and each mitigation does to the step what it says."""
+"""The hand-written loop: probing changes nothing, and each mitigation changes the step as stated."""
 
 from __future__ import annotations
 
@@ -16,18 +16,8 @@ from examples.interference.tokenizer import make_tokenizer
 from passk_guard import ScoreSketcher, passk_advantages
 from passk_guard.mitigation import FloorSolution
 
-SMALL = Settings(
-    steps=3,
-    seed=1,
-    k=3,
-    prompts=4,
-    samples=6,
-    learning_rate=0.05,
-    probe_prompts=10,
-    refresh_steps=2,
-    sketch_dim=256,
-    test_prompts=20,
-)
+SMALL = Settings(steps=3, seed=1, k=3, prompts=4, samples=6, learning_rate=0.05)
+SMALL = replace(SMALL, probe_prompts=10, refresh_steps=2, sketch_dim=256, test_prompts=20)
 TOKENIZER = make_tokenizer()
 
 
@@ -87,37 +77,32 @@ def test_observing_leaves_the_run_bit_for_bit():
     assert not same(watched, list(tiny().parameters()))
 
 
-def test_reweight_trains_with_the_solved_floor(monkeypatch):
-    monkeypatch.setattr(custom_loop, "solve_floor", lambda *_, **__: FloorSolution("solved", "", 0.7, 0.0))
-    reweighted = run(mitigation="reweight")[0]
-    assert same(reweighted, run_without_probe(floor=0.7))
-    assert not same(reweighted, run_without_probe())
-
-
-def test_reweight_hands_the_probe_and_its_bounds_to_the_solver(monkeypatch):
+def test_reweight_trains_with_the_floor_solved_from_the_probe(monkeypatch):
     asked = []
 
     def solve(probes, k, *, gamma, largest):
         asked.append((len(probes), k, gamma, largest))
-        return FloorSolution("undetermined", "none")
+        return FloorSolution("solved", "", 0.7, 0.0)
 
     monkeypatch.setattr(custom_loop, "solve_floor", solve)
-    run(mitigation="reweight", gamma=0.3, largest_floor=0.9)
+    reweighted = run(mitigation="reweight", gamma=0.3, largest_floor=0.9)[0]
     assert asked == [(1, 3, 0.3, 0.9), (2, 3, 0.3, 0.9)]
+    assert same(reweighted, run_without_probe(floor=0.7))
+    assert not same(reweighted, run_without_probe())
 
 
 def flat(tensors):
     return torch.cat([t.detach().flatten() for t in tensors]).double()
 
 
-def test_project_keeps_the_margin_and_the_step_is_the_turned_gradient(monkeypatch):
-    turned, before = [], []
+def test_project_keeps_the_constraint_and_the_step_is_the_projected_gradient(monkeypatch):
+    projected, before = [], []
     project, step = custom_loop.project_gradient, torch.optim.SGD.step
 
     def watch(gradients, protected, gamma):
         original = flat(gradients)
         result = project(gradients, protected, gamma)
-        turned.append((original, flat(gradients), flat(protected), result))
+        projected.append((original, flat(gradients), flat(protected), result))
         return result
 
     def watch_step(optimizer, *args):
@@ -129,17 +114,17 @@ def test_project_keeps_the_margin_and_the_step_is_the_turned_gradient(monkeypatc
 
     monkeypatch.setattr(custom_loop, "project_gradient", watch)
     monkeypatch.setattr(torch.optim.SGD, "step", watch_step)
-    gamma = 0.9  # on a random model the two gradients nearly agree: a margin that has to be made
+    gamma = 0.9  # on a random model the two gradients nearly agree, so that a lower constraint would hold
     run(mitigation="project", gamma=gamma)
-    assert len(turned) == SMALL.steps
-    assert any(result.coefficient > 0 for *_, result in turned)
-    for (original, after, protected, _), taken in zip(turned, before, strict=True):
+    assert len(projected) == SMALL.steps
+    assert any(result.coefficient > 0 for *_, result in projected)
+    for (original, after, protected, _), taken in zip(projected, before, strict=True):
         cosine = after @ protected / after.norm() / protected.norm()
         assert cosine >= gamma / math.sqrt(1 + gamma**2) - 1e-6
         assert after @ protected >= gamma * original.norm() * protected.norm() * (1 - 1e-6)
         assert torch.allclose(taken, after, rtol=1e-3, atol=1e-5)
-    assert torch.equal(turned[0][2], turned[1][2]), "the direction stays until the next refresh"
-    assert not torch.equal(turned[1][2], turned[2][2])
+    assert torch.equal(projected[0][2], projected[1][2]), "the direction stays until the next refresh"
+    assert not torch.equal(projected[1][2], projected[2][2])
 
 
 def samples_of(model, prompts=3, samples=4, seed=0):

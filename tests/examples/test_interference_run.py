@@ -1,4 +1,4 @@
-"""A GRPO run on the interference task and its report: evaluating leaves no trace, and the claim is checked."""
+"""A GRPO run on the interference task and its report: evaluating changes nothing, and the claim is checked."""
 
 from __future__ import annotations
 
@@ -68,31 +68,15 @@ def alarm(step: int) -> dict:
     return {"event": "state", "step": step, "from": "undetermined", "to": "conflict", "message": ""}
 
 
+def refresh(step: int, status: str, cosine: float | None, low: float | None, high: float | None) -> dict:
+    bounds = {"cosine": cosine, "cosine_ci_low": low, "cosine_ci_high": high}
+    return {"event": "refresh", "step": step, "status": status} | bounds
+
+
 REFRESHES = [
-    {
-        "event": "refresh",
-        "step": 0,
-        "status": "undetermined",
-        "cosine": None,
-        "cosine_ci_low": None,
-        "cosine_ci_high": None,
-    },
-    {
-        "event": "refresh",
-        "step": 5,
-        "status": "conflict",
-        "cosine": -0.5,
-        "cosine_ci_low": -0.8,
-        "cosine_ci_high": -0.2,
-    },
-    {
-        "event": "refresh",
-        "step": 15,
-        "status": "conflict",
-        "cosine": -0.3,
-        "cosine_ci_low": -0.6,
-        "cosine_ci_high": -0.1,
-    },
+    refresh(0, "undetermined", None, None, None),
+    refresh(5, "conflict", -0.5, -0.8, -0.2),
+    refresh(15, "conflict", -0.3, -0.6, -0.1),
 ]
 
 
@@ -107,13 +91,11 @@ REFRESHES = [
     ],
 )
 def test_claim_of_the_demo_is_checked(pass_1, pass_8, events, failure):
-    failures = report.summarise(records(pass_1, pass_8), events, k=8).failures()
+    summary = report.summarise(records(pass_1, pass_8), events, k=8)
+    failures = summary.failures()
+    if failure is None:
+        assert (summary.first_conflict, summary.fall_to_come) == (5, pytest.approx(0.75))
     assert [failure in text for text in failures] == ([True] if failure else [])
-
-
-def test_share_of_the_fall_still_to_come():
-    summary = report.summarise(records([0.6, 0.5, 0.4], [0.7, 0.8, 0.9]), [alarm(5)], k=8)
-    assert (summary.first_conflict, summary.fall_to_come) == (5, pytest.approx(0.75))
 
 
 def test_files_of_a_report(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""examples/paper_toy.py reproduces the paper's printed numbers, and would say so if it did not."""
+"""examples/paper_toy.py reproduces the paper's printed numbers, and reports a mismatch."""
 
 from __future__ import annotations
 

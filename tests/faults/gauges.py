@@ -1,4 +1,4 @@
-"""What a process holds, read every so many steps of a run, and how fast it grows."""
+"""What a process holds during a run, and how fast it grows."""
 
 import ctypes
 import gc
@@ -37,17 +37,17 @@ def hooks(model):
 
 
 def replaced(*things):
-    """Names of the methods that these objects have of their own, over those of their class."""
+    """Names of the methods that are replaced on these objects alone."""
     return {
         f"{type(t).__name__}.{n}" for t in things for n, v in vars(t).items() if callable(v) and hasattr(type(t), n)
     }
 
 
 class Gauges(TrainerCallback):
-    """Reads all gauges every `every` steps; between the readings the collector comes when it likes.
+    """Read all gauges every `every` steps. Between the readings the garbage collector runs as usual.
 
     Attributes:
-        readings: of each gauge, in order; `lingering` are the tensors before the collector was called.
+        readings: of each gauge, in order. `lingering` counts the tensors before the collector was called.
     """
 
     def __init__(self, every):
@@ -70,7 +70,7 @@ class Gauges(TrainerCallback):
             self.readings[name].append(value)
 
     def slope(self, name, after):
-        """Growth per 1000 steps from step `after` on: the median of the slopes of all pairs of readings."""
+        """Growth per 1000 steps from step `after` on: the median slope of all pairs of readings."""
         points = [(s, v) for s, v in zip(self.steps, self.readings[name], strict=True) if s >= after]
         return 1000 * median((v - u) / (t - s) for i, (s, u) in enumerate(points) for t, v in points[i + 1 :])
 
@@ -81,7 +81,7 @@ class Gauges(TrainerCallback):
 
 
 def threads():
-    """Names of the threads that run, once those which were told to end had time to."""
+    """Names of the threads that run, after those that are ending had time to."""
     for thread in threading.enumerate():
         if thread.name.startswith("passk-guard"):
             thread.join(5)

@@ -1,7 +1,10 @@
-"""A training run with or without a guard, and what must be the same in both, bit for bit."""
+"""Training runs with and without a guard, what must be the same in both, and the faults that are put into them."""
 
+import asyncio
 import json
-from dataclasses import dataclass, field
+import time
+import types
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,10 @@ KINDS = ["lm", pytest.param("grpo", marks=pytest.mark.slow)]
 
 @dataclass
 class Run:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        trainer, guard: after it; guard is None without one.
+        trainer, guard: after the run; guard is None without one.
         weights: bits of each parameter.
         rows: loss, gradient norm and reward of each log row, as text, so that NaN equals NaN.
         error: what train() raised.
@@ -51,8 +54,18 @@ class Run:
         path = Path(self.trainer.args.output_dir) / "passk_guard.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
-    def of(self, kind):
-        return [event for event in self.events if event["event"] == kind]
+    def of(self, *kinds):
+        return [event for event in self.events if event["event"] in kinds]
+
+    @property
+    def refreshes(self):
+        """Step and event, "refresh" or "void", of each refresh."""
+        return [(event["step"], event["event"]) for event in self.of("refresh", "void")]
+
+    @property
+    def failed(self):
+        """Whether each refresh failed, in order."""
+        return [event == "void" for _, event in self.refreshes]
 
 
 def make(kind, folder, **args):
@@ -80,7 +93,7 @@ def train(trainer, guard=None, **how):
 
 
 class References:
-    """Unguarded runs, one for each configuration."""
+    """Unguarded runs, one for each configuration of the trainer."""
 
     def __init__(self, folder):
         self._folder, self._runs = folder, {}
@@ -104,7 +117,7 @@ def assert_same(found, expected):
 
 
 class Texts:
-    """A sampler that returns the same completions of every prompt, or whatever else `change` makes of them."""
+    """A sampler that returns the same completions for every prompt, passed through `change`."""
 
     temperature = 1.0
 
@@ -122,7 +135,7 @@ class Texts:
 
 
 class At(TrainerCallback):
-    """Does something at an event of a step."""
+    """Calls `action` at one event of one step."""
 
     def __init__(self, event, step, action):
         self.step, self.action = step, action
@@ -131,3 +144,119 @@ class At(TrainerCallback):
     def _on_event(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             self.action()
+
+
+class Broken(types.ModuleType):
+    """A tracker that raises on every call, where `down` says so."""
+
+    AlertLevel = types.SimpleNamespace(WARN="warn")
+    run = object()
+
+    def __init__(self, name, down=lambda: True):
+        super().__init__(name)
+        self._down = down
+
+    def alert(self, *_, **__):
+        if self._down():
+            raise ConnectionError("the tracker is down")
+
+    log = Image = alert
+
+
+class FullFile:
+    """A file on a disk that has room for half a line."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def write(self, text):
+        self._file.write(text[:20])
+        self._file.flush()
+        raise OSError(28, "No space left on device")
+
+
+def fill_the_disk(monkeypatch, full=lambda: True):
+    """Let what is appended to a journal meet a full disk, where `full` says so."""
+    opened = Path.open
+
+    def open_on_full_disk(path, mode="r", **kwargs):
+        file = opened(path, mode, **kwargs)
+        return FullFile(file) if path.name == "passk_guard.jsonl" and mode == "a" and full() else file
+
+    monkeypatch.setattr(Path, "open", open_on_full_disk)
+
+
+def raises(completions, **_):
+    torch.rand(3)
+    raise ValueError("no verdict today")
+
+
+def exits(completions, **_):
+    raise SystemExit("the model wrote exit()")
+
+
+def hangs(completions, **_):
+    torch.rand(3)
+    time.sleep(60)
+
+
+def hangs_busily(completions, **_):
+    while True:
+        torch.rand(3)
+
+
+async def hangs_later(completions, **_):
+    await asyncio.sleep(60)
+
+
+def texts(completions, **_):
+    torch.rand(3)
+    return ["correct"] * len(completions)
+
+
+def nothing(completions, **_):
+    return None
+
+
+def not_numbers(completions, **_):
+    return [float("nan")] * len(completions)
+
+
+VERIFIERS = {
+    raises: "`raises` raised on each of 96 samples, first ValueError: no verdict today",
+    exits: "SystemExit: the model wrote exit()",
+    hangs: "`hangs` was still running after 0.2 s",
+    hangs_busily: "`hangs_busily` was still running after 0.2 s",
+    hangs_later: "`hangs_later` was still running after 0.2 s",
+    texts: "a reward 'correct' of type str",
+    nothing: "returned NoneType None",
+    not_numbers: "no prompt has 4 samples with a verdict",
+}
+"""Verifiers that give no verdict, and the reason that a refresh of 96 samples then fails with."""
+
+
+def changed(**fields):
+    return lambda samples: replace(samples, **{k: change(samples) for k, change in fields.items()})
+
+
+def no_sampler(samples):
+    raise ConnectionError("the server for generation is gone")
+
+
+SAMPLERS = {
+    "no completions": (changed(completion_ids=lambda s: [], completions=lambda s: []), "96 prompts, 0 completions"),
+    "one short": (changed(completions=lambda s: s.completions[:-1]), "95 completions"),
+    "no tokens": (changed(completion_ids=lambda s: [[] for _ in s.completion_ids]), "no token in any of 96"),
+    "overlong": (changed(completion_ids=lambda s: [[7] * 100] * len(s)), "positions for 64"),
+    "token id above": (changed(completion_ids=lambda s: [[7, 76]] * len(s)), "token id 76; the model has ids from 0"),
+    "token id below": (changed(completion_ids=lambda s: [[-1, 7]] * len(s)), "token id -1"),
+    "no samples": (lambda samples: None, "AttributeError"),
+    "raises": (no_sampler, "ConnectionError: the server for generation is gone"),
+}
+"""What a sampler can make of 96 samples, and the reason that the refresh then fails with."""

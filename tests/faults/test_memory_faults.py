@@ -1,17 +1,21 @@
-"""Out of memory in the probe: the same in smaller pieces, which is remembered; void where one sample is too much."""
+"""Out of memory in the probe: smaller batches, also later; a failed refresh where one sample is too much."""
+
+import gc
+import weakref
 
 import pytest
 import torch
 
+from passk_guard.mitigation.engines.inner_products import local_inner_products
 from passk_guard.mitigation.gradient_guard import StepGuard
 from passk_guard.mitigation.protected_direction import Pass1Loss
 from passk_guard.probe.out_of_memory import halved, out_of_memory, until_it_fits
 from passk_guard.probe.samplers import GenerateSampler
-from passk_guard.sketch import ScoreSketcher, filler_batch, token_batches
+from passk_guard.sketch import ScoreSketcher, token_batches
 from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
-from tests.faults.harness import PROJECT, Texts, add_guard, assert_same, make, train
-from tests.helpers.tiny import tiny_grpo_trainer, tiny_model, tiny_tokenizer
+from tests.faults.harness import PROJECT, At, Texts, add_guard, assert_same, make, train
+from tests.helpers.tiny import tiny_grpo_trainer
 from tests.mitigation.test_gradient_guard import Engine
 
 ALONE = Ranks(torch.device("cpu"))
@@ -21,8 +25,8 @@ def no_room(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
-def with_room_for(monkeypatch, tokens, seen):
-    """A sketcher whose device holds batches of so many tokens, padding included."""
+def limit_sketches(monkeypatch, tokens, seen):
+    """Let the sketcher run out of memory on batches of more tokens, padding included."""
     sketch = ScoreSketcher.sketch
 
     def limited(self, input_ids, *args, **kwargs):
@@ -39,11 +43,11 @@ def test_a_smaller_budget_gives_the_same_estimate_and_is_remembered(references, 
     for room in (10**9, 100):
         seen = []
         with monkeypatch.context() as patch:
-            with_room_for(patch, room, seen)
+            limit_sketches(patch, room, seen)
             trainer = make("lm", tmp_path / str(room))
             runs.append(train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class))))
     whole, pieces = runs
-    assert [e["event"] for e in pieces.events if e["event"] in ("refresh", "void")] == ["refresh", "refresh"]
+    assert pieces.failed == [False, False]
     for a, b in zip(whole.guard.memory.history, pieces.guard.memory.history, strict=True):
         assert torch.allclose(a.gram, b.gram, rtol=1e-4, atol=1e-5 * float(a.gram.abs().max()))
         assert float(a.gram.abs().max()) > 0
@@ -56,12 +60,12 @@ def test_a_smaller_budget_gives_the_same_estimate_and_is_remembered(references, 
     assert_same(whole, references.of("lm"))
 
 
-def test_a_sample_that_does_not_fit_alone_voids_the_refresh(references, tmp_path, monkeypatch):
+def test_a_sample_that_does_not_fit_alone_fails_the_refresh(references, tmp_path, monkeypatch):
     seen = []
-    with_room_for(monkeypatch, 1, seen)
+    limit_sketches(monkeypatch, 1, seen)
     trainer = make("lm", tmp_path)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
-    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["void", "void"]
+    assert run.failed == [True, True]
     assert "CUDA out of memory" in run.of("void")[0]["reason"]
     assert len(seen) < 20, "halved, and not lowered one by one"
     assert_same(run, references.of("lm"))
@@ -78,41 +82,25 @@ def test_the_harvest(room, references, tmp_path, monkeypatch):
                 no_room()
         return original(self, model, batch)
 
-    monkeypatch.setattr(Pass1Loss, "__call__", limited)
-    trainer = make("lm", tmp_path)
-    run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
+    def projected(folder):
+        trainer, protected = make("lm", folder), []
+        guard = add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT)
+        trainer.add_callback(At("on_step_end", 4, lambda: protected.extend(guard._mitigator.steps.protected or ())))
+        return train(trainer, guard), protected
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pass1Loss, "__call__", limited)
+        run, protected = projected(tmp_path)
     assert max(sizes) > 10
     if room == 0:
-        assert len(run.of("void")) == 2
+        assert run.failed == [True, True]
         assert_same(run, references.of("lm"))
         return
-    assert len(run.of("refresh")) == 2
-    assert [size for size in sizes if size > room] == [96, 48, 24, 12], "the second refresh knows"
-    protected = [part.clone() for part in run.guard._harvested]
-    monkeypatch.setattr(Pass1Loss, "__call__", original)
-    trainer = make("lm", tmp_path / "whole")
-    whole = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
-    assert_close(protected, whole.guard._harvested)
-
-
-def assert_close(left, right):
-    for a, b in zip(left, right, strict=True):
+    assert run.failed == [False, False]
+    assert [size for size in sizes if size > room] == [96, 48, 24, 12], "the second refresh begins with what fitted"
+    _, expected = projected(tmp_path / "whole")
+    for a, b in zip(protected, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-8)
-
-
-@pytest.fixture(autouse=True)
-def harvested(monkeypatch):
-    """Keep the direction that a guard protects beyond the end of its run."""
-    from passk_guard.callback.guard import PassKGuardCallback
-
-    detach = PassKGuardCallback.detach
-
-    def keep(self):
-        if self._mitigator.steps is not None:
-            self._harvested = self._mitigator.steps.protected
-        detach(self)
-
-    monkeypatch.setattr(PassKGuardCallback, "detach", keep)
 
 
 def test_generation_in_smaller_batches(references, tmp_path, monkeypatch):
@@ -128,7 +116,7 @@ def test_generation_in_smaller_batches(references, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(trainer.model), "generate", limited)
     run = train(trainer, add_guard(trainer, sampler=sampler))
-    assert len(run.of("refresh")) == 2
+    assert run.failed == [False, False]
     assert sizes[:3] == [64, 32, 16]
     assert max(sizes[3:]) == 16, "remembered"
     assert_same(run, references.of("lm"))
@@ -137,9 +125,10 @@ def test_generation_in_smaller_batches(references, tmp_path, monkeypatch):
 def test_generation_that_never_fits(references, tmp_path, monkeypatch):
     trainer = make("lm", tmp_path)
     guard = add_guard(trainer, **PROJECT)
+    assert GenerateSampler(trainer.model, trainer.processing_class, batch_size=1).sample_fewer() is False
     monkeypatch.setattr(type(trainer.model), "generate", no_room)
     run = train(trainer, guard)
-    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["void", "void"]
+    assert run.failed == [True, True]
     assert_same(run, references.of("lm"))
 
 
@@ -157,7 +146,7 @@ def test_the_trainers_own_generation_in_smaller_batches(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sampler, "_generate", limited)
     run = train(trainer, guard)
-    assert len(run.of("refresh")) == 1
+    assert run.failed == [False]
     assert sizes == [8] + [4] * 24
 
 
@@ -194,9 +183,6 @@ def test_another_failure_is_not_tried_again():
 
 
 def test_the_tensors_of_a_failed_attempt_are_gone_before_the_next():
-    import gc
-    import weakref
-
     kept = []
 
     def attempt():
@@ -231,9 +217,7 @@ def test_halves_hold_the_same_samples():
     assert [int(b.slots[0]) for b in eighths].count(-1) == 4, "the other half of one sample is a filler"
 
 
-def test_a_rank_that_cannot_compute_its_inner_products_says_so_to_all():
-    from passk_guard.mitigation.engines.inner_products import local_inner_products
-
+def test_a_rank_that_cannot_compute_its_inner_products_leaves_the_step_unchanged_on_all():
     class NoRoom(torch.Tensor):
         def detach(self):
             no_room()
@@ -241,16 +225,11 @@ def test_a_rank_that_cannot_compute_its_inner_products_says_so_to_all():
     part = [torch.ones(2)]
     broken = [torch.ones(2).as_subclass(NoRoom)]
     assert bool(local_inner_products([(part, part), (broken, part)], torch.device("cpu")).isnan().all())
-    engine, told = Engine([1.0, -2.0]), []
+    engine, logged = Engine([1.0, -2.0]), []
     engine.inner_products = lambda pairs: [float("nan")] * len(pairs)
-    guard = StepGuard(engine, ALONE, gamma=0.2, average=0.0, dtype=torch.float32, on_failure=told.append)
+    guard = StepGuard(engine, ALONE, gamma=0.2, average=0.0, dtype=torch.float32, on_failure=logged.append)
     guard.install()
     guard.open, guard.protected = True, [torch.tensor([0.0, 3.0])]
     engine.before_step()
     assert engine.parts[0].tolist() == [1.0, -2.0]
-    assert len(told) == 1
-
-
-def test_fillers_are_what_ranks_without_samples_run():
-    assert int(filler_batch(pad_token_id=0, device="cpu").slots[0]) == -1
-    assert GenerateSampler(tiny_model(), tiny_tokenizer(), batch_size=1).sample_fewer() is False
+    assert len(logged) == 1

@@ -1,4 +1,4 @@
-"""What a refresh held is gone when it is over, and not when the garbage collector comes, which can take hours.
+"""A refresh frees what it held when it ends. It does not wait for the garbage collector, which can take hours.
 
 On a GPU that is memory: the collector counts objects and not their bytes.
 """
@@ -16,9 +16,7 @@ from passk_guard.probe.timeouts import Aside
 from passk_guard.reporting.reporter import quietly
 from passk_guard.sketch import ScoreSketcher, TokenBatch
 from passk_guard.utils.patching import MethodPatch
-from passk_guard.utils.text import Once
-from tests.faults.harness import PROJECT, Texts, add_guard, make, train
-from tests.faults.test_probe_faults import SAMPLERS, raises
+from tests.faults.harness import PROJECT, SAMPLERS, Texts, add_guard, make, raises, train
 from tests.helpers.tiny import digit_reward
 
 
@@ -37,28 +35,22 @@ def fails_after(original):
     return failing
 
 
-class Before(TrainerCallback):
-    """Counts before each step's refresh, from which on the collector has no say until the next."""
+class Count(TrainerCallback):
+    """Count what is alive before or after the refresh of each step. In between the collector is off."""
 
-    def __init__(self, counts):
-        self.counts = counts
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        gc.collect()
-        gc.disable()
-        self.counts.append([alive()])
-
-
-class After(TrainerCallback):
-    def __init__(self, counts):
-        self.counts = counts
+    def __init__(self, counts, before):
+        self.counts, self.before = counts, before
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.counts[-1].append(alive())
-        gc.enable()
+        if self.before:
+            gc.collect()
+            gc.disable()
+        self.counts.append(alive())
+        if not self.before:
+            gc.enable()
 
 
-FAULTS = ["none", "sketch", "harvest", "verifier", *SAMPLERS]
+FAULTS = ["none", "sketch", "harvest", "verifier", "overlong", "raises"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -69,19 +61,19 @@ def test_a_refresh_leaves_nothing_to_the_collector(fault, tmp_path, monkeypatch)
         monkeypatch.setattr(Pass1Loss, "__call__", fails_after(Pass1Loss.__call__))
     counts = []
     trainer = make("lm", tmp_path, gradient_accumulation_steps=1, max_steps=3)
-    trainer.add_callback(Before(counts))
+    trainer.add_callback(Count(counts, before=True))
     change = SAMPLERS[fault][0] if fault in SAMPLERS else None
     sampler = Texts(trainer.processing_class, change=change)
     correct = raises if fault == "verifier" else digit_reward
     small = {"probe_prompts": 3, "refresh_steps": 1, "pool_refreshes": 1, "image_refreshes": 0, "sketch_dim": 256}
     guard = add_guard(trainer, correct=correct, sampler=sampler, **PROJECT, **small)
-    trainer.add_callback(After(counts))
+    trainer.add_callback(Count(counts, before=False))
     try:
         run = train(trainer, guard)
     finally:
         gc.enable()
-    assert len(run.of("refresh" if fault == "none" else "void")) == 3
-    before, after = counts[-1]
+    assert run.failed == [fault != "none"] * 3
+    before, after = counts[-2:]
     assert after == before
 
 
@@ -127,12 +119,7 @@ def test_a_call_that_raised_lets_go_at_once():
         gc.enable()
 
 
-def test_each_text_once_and_not_without_end():
-    once = Once(most=3)
-    assert [once.new(text) for text in "aabacdeb"] == [True, False, True, False, True, False, False, False]
-
-
-def test_a_report_that_fails_each_time_in_other_words_is_not_told_for_ever(caplog):
+def test_a_report_that_fails_with_a_new_text_each_time_is_logged_a_hundred_times(caplog):
     class Part:
         @quietly
         def tell(self, step):

@@ -1,111 +1,49 @@
-"""Faults of the probe: the refresh is void, the reason is said, and training is that of no guard, bit for bit."""
+"""Faults of the probe: the refresh fails with a reason, and training is bit for bit that without a guard."""
 
-import asyncio
-import dataclasses
 import time
 
 import pytest
 import torch
 
-from passk_guard.mitigation.protected_direction import Pass1Loss
+from passk_guard import PassKObjective
 from passk_guard.sketch import ScoreSketcher
-from tests.faults.harness import KINDS, PROJECT, Texts, add_guard, assert_same, make, train
+from tests.faults.harness import (
+    KINDS,
+    PROJECT,
+    SAMPLERS,
+    VERIFIERS,
+    Texts,
+    add_guard,
+    assert_same,
+    hangs,
+    make,
+    raises,
+    train,
+)
 from tests.helpers.tiny import digit_reward
 
 
-def raises(completions, **_):
-    torch.rand(3)
-    raise ValueError("no verdict today")
-
-
-def exits(completions, **_):
-    raise SystemExit("the model wrote exit()")
-
-
-def hangs(completions, **_):
-    torch.rand(3)
-    time.sleep(60)
-
-
-def hangs_busily(completions, **_):
-    while True:
-        torch.rand(3)
-
-
-async def hangs_later(completions, **_):
-    await asyncio.sleep(60)
-
-
-def texts(completions, **_):
-    torch.rand(3)
-    return ["correct"] * len(completions)
-
-
-def nothing(completions, **_):
-    return None
-
-
-def not_numbers(completions, **_):
-    return [float("nan")] * len(completions)
-
-
-VERIFIERS = {
-    raises: "`raises` raised on each of 96 samples, first ValueError: no verdict today",
-    exits: "SystemExit: the model wrote exit()",
-    hangs: "`hangs` was still running after 0.2 s",
-    hangs_busily: "`hangs_busily` was still running after 0.2 s",
-    hangs_later: "`hangs_later` was still running after 0.2 s",
-    texts: "a reward 'correct' of type str",
-    nothing: "returned NoneType None",
-    not_numbers: "no prompt has 4 samples with a verdict",
-}
-
-
-def changed(**fields):
-    return lambda samples: dataclasses.replace(samples, **{k: change(samples) for k, change in fields.items()})
-
-
-def no_sampler(samples):
-    raise ConnectionError("the server for generation is gone")
-
-
-SAMPLERS = {
-    "no completions": (changed(completion_ids=lambda s: [], completions=lambda s: []), "96 prompts, 0 completions"),
-    "one short": (changed(completions=lambda s: s.completions[:-1]), "95 completions"),
-    "no tokens": (changed(completion_ids=lambda s: [[] for _ in s.completion_ids]), "no token in any of 96"),
-    "overlong": (changed(completion_ids=lambda s: [[7] * 100] * len(s)), "positions for 64"),
-    "token id above": (changed(completion_ids=lambda s: [[7, 76]] * len(s)), "token id 76; the model has ids from 0"),
-    "token id below": (changed(completion_ids=lambda s: [[-1, 7]] * len(s)), "token id -1"),
-    "no samples": (lambda samples: None, "AttributeError"),
-    "raises": (no_sampler, "ConnectionError: the server for generation is gone"),
-}
-
-
-def expect_failed_refresh(run, words, refreshes=2):
-    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["void"] * refreshes, run.events
+def expect_failure(run, words, refreshes=2):
+    assert run.failed == [True] * refreshes, run.events
     assert words in run.of("void")[0]["reason"]
     assert run.guard.memory.failures == refreshes
+
+
+def guarded(tmp_path, *, change=None, prepare=lambda trainer: None, **config):
+    """A run with projection on fixed completions."""
+    trainer = make("lm", tmp_path)
+    prepare(trainer)
+    sampler = Texts(trainer.processing_class, change=change)
+    return train(trainer, add_guard(trainer, **(PROJECT | {"sampler": sampler} | config)))
 
 
 @pytest.mark.parametrize(
     ("verifier", "mitigation"), [*((f, "project") for f in VERIFIERS), (raises, "off"), (hangs, "off")]
 )
 def test_verifiers(verifier, mitigation, references, tmp_path):
-    trainer = make("lm", tmp_path)
-    more = PROJECT if mitigation == "project" else {}
-    sampler = Texts(trainer.processing_class)
-    run = train(trainer, add_guard(trainer, correct=verifier, sampler=sampler, verifier_timeout=0.2, **more))
-    expect_failed_refresh(run, VERIFIERS[verifier])
+    run = guarded(tmp_path, correct=verifier, verifier_timeout=0.2, mitigation=mitigation)
+    expect_failure(run, VERIFIERS[verifier])
     assert_same(run, references.of("lm"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("verifier", [raises, hangs], ids=lambda f: f.__name__)
-def test_verifiers_beside_grpo(verifier, references, tmp_path):
-    trainer = make("grpo", tmp_path)
-    run = train(trainer, add_guard(trainer, correct=verifier, verifier_timeout=0.2))
-    expect_failed_refresh(run, VERIFIERS[verifier])
-    assert_same(run, references.of("grpo"))
 
 
 def test_a_hang_on_the_training_batch(references, tmp_path):
@@ -119,9 +57,7 @@ def test_a_hang_on_the_training_batch(references, tmp_path):
 @pytest.mark.parametrize("fault", SAMPLERS)
 def test_generation(fault, references, tmp_path):
     change, words = SAMPLERS[fault]
-    trainer = make("lm", tmp_path)
-    run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class, change=change), **PROJECT))
-    expect_failed_refresh(run, words)
+    expect_failure(run := guarded(tmp_path, change=change), words)
     assert_same(run, references.of("lm"))
 
 
@@ -137,18 +73,14 @@ def infinite_weights(trainer):
 
 @pytest.mark.parametrize("damage", [nan_weights, infinite_weights])
 def test_logits_that_are_not_finite(damage, references, tmp_path):
-    trainer = make("lm", tmp_path)
-    damage(trainer)
-    run = train(trainer, add_guard(trainer, **PROJECT))
-    expect_failed_refresh(run, "the model's logits are not finite")
+    run = guarded(tmp_path, prepare=damage, sampler=None)
+    expect_failure(run, "the model's logits are not finite")
     assert_same(run, references.of("lm", damage))
 
 
 def test_logits_that_are_not_finite_in_the_sketch(references, tmp_path):
-    trainer = make("lm", tmp_path)
-    nan_weights(trainer)
-    run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
-    expect_failed_refresh(run, "The sketched score vectors hold NaN or infinity")
+    run = guarded(tmp_path, prepare=nan_weights)
+    expect_failure(run, "The sketched score vectors hold NaN or infinity")
     assert_same(run, references.of("lm", nan_weights))
 
 
@@ -157,10 +89,8 @@ def test_scores_whose_sum_over_batches_overflows(references, tmp_path, monkeypat
     monkeypatch.setattr(
         ScoreSketcher, "sketch", lambda self, *args, **kwargs: torch.full_like(sketch(self, *args, **kwargs), 3e38)
     )
-    trainer = make("lm", tmp_path)
-    sampler = Texts(trainer.processing_class)
-    run = train(trainer, add_guard(trainer, sampler=sampler, max_probe_tokens=50, **PROJECT))
-    expect_failed_refresh(run, "the inner products of the score vectors are not finite")
+    run = guarded(tmp_path, max_probe_tokens=50)
+    expect_failure(run, "the inner products of the score vectors are not finite")
     assert_same(run, references.of("lm"))
 
 
@@ -174,76 +104,56 @@ def infinite_gradients(trainer):
     trainer.accelerator.backward = overflowing
 
 
-def test_training_gradients_that_are_not_finite_are_left_to_the_optimizer(references, tmp_path, caplog):
-    trainer = make("lm", tmp_path)
-    infinite_gradients(trainer)
-    run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), refresh_steps=10, **PROJECT))
-    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["refresh"]
-    assert "steps stay unchanged where" in caplog.text
+def test_training_gradients_that_are_not_finite_stay_unchanged(references, tmp_path, caplog):
+    run = guarded(tmp_path, prepare=infinite_gradients, refresh_steps=10)
+    assert run.failed == [False]
+    assert "steps are left to the optimizer as they are" in caplog.text
     assert_same(run, references.of("lm", infinite_gradients))
 
 
-# Parts of our own that fail in ways nobody foresaw
+@pytest.mark.parametrize(
+    "part",
+    [
+        "sketch.ScoreSketcher.sketch",
+        "callback.guard.estimate_pooled",
+        "mitigation.protected_direction.Pass1Loss.__call__",
+        "callback.state.Memory.with_refresh",
+    ],
+)
+def test_an_error_that_nobody_foresaw(part, references, tmp_path, monkeypatch):
+    """In each stage of a refresh, and around the stages."""
 
-
-@pytest.mark.parametrize("where", ["sketch", "estimate", "harvest"])
-def test_an_error_in_any_stage(where, references, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         torch.rand(3)
         raise ArithmeticError("not foreseen")
 
-    if where == "sketch":
-        monkeypatch.setattr(ScoreSketcher, "sketch", broken)
-    elif where == "estimate":
-        monkeypatch.setattr("passk_guard.callback.guard.estimate_pooled", broken)
-    else:
-        monkeypatch.setattr(Pass1Loss, "__call__", broken)
-    trainer = make("lm", tmp_path)
-    run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
-    expect_failed_refresh(run, "ArithmeticError: not foreseen")
+    monkeypatch.setattr(f"passk_guard.{part}", broken)
+    expect_failure(run := guarded(tmp_path), "ArithmeticError: not foreseen")
     assert_same(run, references.of("lm"))
 
 
 def test_an_error_in_solving_for_the_floor(tmp_path, monkeypatch):
-    from passk_guard import PassKObjective
-
     def broken(*args, **kwargs):
         raise ArithmeticError("not foreseen")
 
     monkeypatch.setattr("passk_guard.mitigation.floor_guard.solve_floor", broken)
     runs = []
-    for guarded in (False, True):
-        trainer = make("grpo", tmp_path / str(guarded), scale_rewards="none", loss_type="dr_grpo")
+    for is_guarded in (False, True):
+        trainer = make("grpo", tmp_path / str(is_guarded), scale_rewards="none", loss_type="dr_grpo")
         with PassKObjective(trainer, k=4):
-            runs.append(train(trainer, add_guard(trainer, mitigation="reweight") if guarded else None))
-    expect_failed_refresh(runs[1], "ArithmeticError: not foreseen")
+            runs.append(train(trainer, add_guard(trainer, mitigation="reweight") if is_guarded else None))
+    expect_failure(runs[1], "ArithmeticError: not foreseen")
     assert_same(runs[1], runs[0])
 
 
-def test_the_restoring_of_state_that_fails(references, tmp_path, monkeypatch):
-    """Whatever leaves the refresh is void, also what comes from around its stages."""
-
-    def broken(memory, *args, **kwargs):
-        raise ZeroDivisionError("after the stages")
-
-    monkeypatch.setattr("passk_guard.callback.state.Memory.with_refresh", broken)
-    trainer = make("lm", tmp_path)
-    run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
-    expect_failed_refresh(run, "ZeroDivisionError: after the stages")
-    assert_same(run, references.of("lm"))
-
-
 def test_a_probe_smaller_than_a_refresh(references, tmp_path):
-    rows = [{"prompt": f"{i}!"} for i in range(3)]
-    trainer = make("lm", tmp_path)
-    run = train(trainer, add_guard(trainer, probe=rows, sampler=Texts(trainer.processing_class), probe_prompts=64))
-    assert len(run.of("refresh")) == 2
-    assert {e["prompts"] for e in run.of("refresh")} == {3, 6}
+    run = guarded(tmp_path, probe=[{"prompt": f"{i}!"} for i in range(3)], probe_prompts=64, mitigation="off")
+    assert [e["prompts"] for e in run.of("refresh")] == [3, 6]
     assert_same(run, references.of("lm"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_refresh_that_is_void_in_the_middle_leaves_later_ones_whole(kind, references, tmp_path):
+def test_a_failed_refresh_in_the_middle_leaves_later_ones_whole(kind, references, tmp_path):
     calls = []
 
     def sometimes(completions, **_):
@@ -254,10 +164,5 @@ def test_a_refresh_that_is_void_in_the_middle_leaves_later_ones_whole(kind, refe
 
     trainer = make(kind, tmp_path)
     run = train(trainer, add_guard(trainer, correct=sometimes, refresh_steps=1, verifier_timeout=0.5))
-    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == [
-        "refresh",
-        "void",
-        "refresh",
-        "refresh",
-    ]
+    assert run.failed == [False, True, False, False]
     assert_same(run, references.of(kind))

@@ -1,4 +1,4 @@
-"""2,000 steps with faults all the way: nothing grows, nothing is left, and training is that of no guard to the bit."""
+"""2,000 steps with faults all the way: nothing grows, nothing is left, and training is bit for bit unguarded."""
 
 import gc
 import json
@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 
 from tests.faults.gauges import Gauges, files, hooks, replaced, threads
 from tests.faults.harness import PROJECT, add_guard, assert_same, make, train
-from tests.faults.random_faults import OTHERS, PARTS, SAMPLED, VERIFIERS, RandomFaults
+from tests.faults.random_faults import FAULTS, RandomFaults
 
 LONG = {"gradient_accumulation_steps": 1, "logging_steps": 20}
 CHEAP = {"k": 2, "probe_prompts": 3, "num_samples": 4, "refresh_steps": 2, "sketch_dim": 256, "verifier_timeout": 0.05}
@@ -58,7 +58,7 @@ class Soak:
 
 
 def assert_nothing_grows(gauges, after):
-    """Tolerances: a tensor or a file kept by one refresh in a hundred is seen, and so are 8 kB kept by each."""
+    """Assert it with tolerances that see a tensor kept by one refresh in a hundred, and 8 kB kept by each."""
     assert len([step for step in gauges.steps if step >= after]) >= 10, "too few readings for a slope"
     assert gauges.spread("files", after) == 0
     assert gauges.spread("hooks", after) == 0
@@ -74,19 +74,25 @@ def assert_nothing_is_left(soak, control):
     assert soak.replaced == control.replaced
 
 
-def assert_told(soak, refreshes):
-    """The journal reads whole and holds nearly every refresh, and each fault had its turn and its words."""
+def assert_reported(soak, refreshes):
+    """Every line of the journal is JSON, nearly every refresh has one, and every fault occurred and gave its reason."""
     lines = (Path(soak.run.trainer.args.output_dir) / "passk_guard.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    looks = [event["step"] for event in events if event["event"] in ("refresh", "void")]
-    assert looks == sorted(set(looks))
-    untold = soak.faults.seen["disk is full"] + soak.faults.seen["report"]
-    assert len(looks) == refreshes - untold
-    names = [*VERIFIERS, *SAMPLED, *PARTS, *OTHERS]
-    assert all(soak.faults.seen[name] > 0 for name in names), soak.faults.seen
+    steps = [event["step"] for event in events if event["event"] in ("refresh", "void")]
+    assert steps == sorted(set(steps))
+    assert len(steps) == refreshes - soak.faults.seen["disk is full"] - soak.faults.seen["report"]
+    assert all(soak.faults.seen[name] > 0 for name in FAULTS), soak.faults.seen
     reasons = " ".join(event["reason"] for event in events if event["event"] == "void")
-    for words in ("raised on each", "still running", "strings", "NoneType", "positions", "not finite", "not foreseen"):
-        assert words.replace("strings", "of type str") in reasons, words
+    for words in (
+        "raised on each",
+        "still running",
+        "of type str",
+        "NoneType",
+        "positions",
+        "not finite",
+        "not foreseen",
+    ):
+        assert words in reasons, words
     assert {event["event"] for event in events} >= {"start", "refresh", "void"}
 
 
@@ -97,7 +103,7 @@ def test_observing(tmp_path, monkeypatch):
     shown(control, soak)
     assert_same(soak.run, control.run)
     assert_nothing_is_left(soak, control)
-    assert_told(soak, refreshes=1000)
+    assert_reported(soak, refreshes=1000)
     assert_nothing_grows(soak.gauges, after=500)
 
 
@@ -107,20 +113,13 @@ def test_projecting(tmp_path, monkeypatch):
     monkeypatch.undo()
     shown(control, soak)
     assert_nothing_is_left(soak, control)
-    assert_told(soak, refreshes=300)
+    assert_reported(soak, refreshes=300)
     assert_nothing_grows(soak.gauges, after=300)
-    turned = [event["mitigated"] for event in soak.run.of("steps")]
-    assert max(turned) > 0, "no step was turned"
+    assert max(event["mitigated"] for event in soak.run.of("steps")) > 0, "no step was projected"
     assert all(math.isfinite(row["loss"]) for row in soak.run.trainer.state.log_history if "loss" in row)
 
 
 def shown(*soaks):
-    """The figures, for `pytest -s`."""
+    """Print the gauges, for `pytest -s`."""
     for soak in soaks:
-        gauges = soak.gauges
-        if len(gauges.steps) > 10:
-            half = gauges.steps[len(gauges.steps) // 4]
-            slopes = {name: round(gauges.slope(name, half), 1) for name in gauges.readings}
-            print(
-                "guarded" if soak.faults else "control", {n: (v[0], v[-1]) for n, v in gauges.readings.items()}, slopes
-            )
+        print("guarded" if soak.faults else "control", {n: (v[0], v[-1]) for n, v in soak.gauges.readings.items()})

@@ -1,4 +1,4 @@
-"""What files, users and other programs may hand over: odd numbers, texts, objects and damaged bytes."""
+"""Odd numbers, texts, objects and damaged bytes, as files, users and other programs may pass them."""
 
 from __future__ import annotations
 

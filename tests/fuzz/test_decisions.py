@@ -1,4 +1,4 @@
-"""Any sequence of looks: the state of a decision and the evidence of a run stay what they are said to be."""
+"""Any sequence of checks keeps the state of a decision and the evidence of a run consistent."""
 
 import dataclasses
 import math
@@ -23,14 +23,14 @@ def estimate(status, cosine):
     return ConflictEstimate(4, status, "", 0.95, 0.0, 8, 8, 1, cosine=cosine)
 
 
-LOOKS = st.lists(st.tuples(STATUS, st.one_of(st.none(), st.floats(-1, 1)), CHECK, st.booleans()), max_size=40)
+CHECKS = st.lists(st.tuples(STATUS, st.one_of(st.none(), st.floats(-1, 1)), CHECK, st.booleans()), max_size=40)
 
 
-@given(RULE, LOOKS)
-def test_any_sequence_of_looks(rule, looks):
+@given(RULE, CHECKS)
+def test_any_sequence_of_checks(rule, checks):
     state, evidence, before = DecisionState(), RunEvidence(), "undetermined"
     counted = 0
-    for status, cosine, check, fresh in looks:
+    for status, cosine, check, fresh in checks:
         given_state = dataclasses.asdict(state)
         new, grown, verdict = decide(state, evidence, estimate(status, cosine), check, rule, fresh=fresh)
         assert dataclasses.asdict(state) == given_state

@@ -1,4 +1,4 @@
-"""The projection at any scale: the margin holds, the change is the smallest, or the gradient stays as it was."""
+"""The projection at any scale: the constraint holds and the change is small, or the gradient stays unchanged."""
 
 import math
 
@@ -18,7 +18,7 @@ DTYPE = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
 
 @st.composite
 def vectors(draw):
-    """The same shapes twice: a gradient and a protected direction, each at a scale of its own."""
+    """The same shapes twice: a gradient and a protected direction, each at its own scale."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 200)))
     shapes = draw(st.lists(st.sampled_from([(), (0,), (3,), (2, 5), (1, 1)]), max_size=4))
     dtype = draw(DTYPE)
@@ -54,7 +54,7 @@ def test_any_two_vectors(pair, gamma):
 
 
 @given(vectors(), st.integers(0, 30), ODD, st.booleans())
-def test_a_number_that_is_none(pair, place, value, in_gradient):
+def test_numbers_that_are_not_finite(pair, place, value, in_gradient):
     grads, protected = pair
     spoilt = [part for part in (grads if in_gradient else protected) if part.numel()]
     if not spoilt:
@@ -95,7 +95,7 @@ LISTS = st.one_of(
 
 @given(LISTS, LISTS)
 @example([torch.ones(2, dtype=torch.int64)], [-torch.ones(2)])
-def test_what_are_no_gradients(grads, protected):
+def test_inputs_that_are_no_gradients(grads, protected):
     try:
         project_gradient(grads, protected)
     except GuardError:
@@ -103,18 +103,16 @@ def test_what_are_no_gradients(grads, protected):
     assert all(isinstance(part, torch.Tensor) and part.is_floating_point() for part in (*grads, *protected))
 
 
-@given(
-    st.one_of(
-        st.lists(
-            st.one_of(NUMBER.filter(lambda v: not isinstance(v, int) or abs(v) < 2**63)), min_size=4, max_size=4
-        ).map(lambda values: torch.tensor([float(v) for v in values], dtype=torch.float64).view(2, 2)),
-        SCALAR,
-        st.sampled_from(
-            [torch.zeros(2, 2), torch.eye(3), torch.full((2, 2), math.nan), torch.eye(2).to(torch.complex64)]
-        ),
-    ),
-    st.one_of(st.sampled_from(["mgda", "imtl-g", "aligned-mtl", "pcd", "pcgrad", "nothing"]), SCALAR),
+FLOATS = NUMBER.filter(lambda v: not isinstance(v, int) or abs(v) < 2**63).map(float)
+GRAMIANS = st.one_of(
+    st.lists(FLOATS, min_size=4, max_size=4).map(lambda values: torch.tensor(values, dtype=torch.float64).view(2, 2)),
+    SCALAR,
+    st.sampled_from([torch.zeros(2, 2), torch.eye(3), torch.full((2, 2), math.nan), torch.eye(2).to(torch.complex64)]),
 )
+METHODS = st.one_of(st.sampled_from(["mgda", "imtl-g", "aligned-mtl", "pcd", "pcgrad", "nothing"]), SCALAR)
+
+
+@given(GRAMIANS, METHODS)
 @example(torch.tensor([[1e308, 0.0], [0.0, 1e308]], dtype=torch.float64), "mgda")
 @example(torch.tensor([[1.0, 9.0], [9.0, 1.0]], dtype=torch.float64), "mgda")
 def test_any_two_objectives(gramian, method):
@@ -128,7 +126,7 @@ def test_any_two_objectives(gramian, method):
     assert abs(float(gramian[0, 1] / g / p)) <= 1.01
 
 
-def test_a_weighting_of_the_users_own_that_is_none():
+def test_a_users_weighting_that_returns_no_weights():
     for wrong in (lambda matrix: [1.0, 0.0], lambda matrix: torch.ones(3), lambda matrix: None):
         with pytest.raises((GuardError, FailedRefresh)):
             combine(torch.eye(2), wrong)

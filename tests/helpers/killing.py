@@ -1,7 +1,6 @@
-"""Processes that are killed (SIGKILL) at a drawn moment of a run, and go on from the checkpoint before it.
+"""Kill processes (SIGKILL) at random moments of a run, and resume them from the checkpoint before.
 
-Every attempt is a forked child, or one child for each rank: nothing is imported twice, nothing of an attempt outlives
-it, and what is left of a killed one is what lies on the disk.
+Every attempt is a forked child, or one child for each rank. Nothing is imported twice, and only files outlive a child.
 """
 
 import logging
@@ -34,13 +33,13 @@ PLACES = (
     "while the memory is written",
     "after the checkpoint",
 )
-"""Moments at which a process can be killed; the guard's own work lies between the first and the fourth."""
+"""Moments at which a process can be killed. The guard works between the first and the fourth."""
 UNGUARDED = tuple(p for p in PLACES if p.startswith(("step", "within", "before", "after the o", "after the c")))
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One rank ends at the first such place from optimizer step `step` on, and the others with it."""
+    """Kill `rank` at the first such place from optimizer step `step` on, and the others with it."""
 
     step: int
     place: str
@@ -48,28 +47,21 @@ class Kill:
 
 
 class Executioner(TrainerCallback):
-    """Kills this process at the moment given; two of them stand around the guard in the list of callbacks.
-
-    Args:
-        kill: when and where, or None.
-        rank: of this process.
-    """
+    """Kill this process at the moment given, or never. `Last` stands behind the guard in the list of callbacks."""
 
     def __init__(self, kill, rank):
         self.kill, self.rank, self.trainer = kill, rank, None
 
     def due(self, place):
-        """Whether this is the moment."""
         chosen = self.kill is not None and (self.kill.rank, self.kill.place) == (self.rank, place)
         return chosen and self.trainer.state.global_step >= self.kill.step
 
     def here(self, place):
-        """The end, if this is the moment."""
         if self.due(place):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def visit(self, reward):
-        """The same verifier, in which this process can be killed."""
+        """The same verifier as a place to be killed at."""
 
         def visited(completions, **columns):
             self.here("in the verifier")
@@ -78,7 +70,7 @@ class Executioner(TrainerCallback):
         return visited
 
     def watch(self, trainer):
-        """Stand at the places that are no event of a callback; in a child that ends, so nothing is undone."""
+        """Patch the places that are no event of a callback. The child ends, so nothing is undone."""
         self.trainer = trainer
         training_step = trainer.training_step
 
@@ -119,7 +111,7 @@ class Executioner(TrainerCallback):
 
 
 class Last(TrainerCallback):
-    """Behind the guard in the list of callbacks: says that a checkpoint is whole on this rank."""
+    """Mark a checkpoint as whole on this rank, from behind the guard in the list of callbacks."""
 
     def __init__(self, executioner):
         self.executioner = executioner
@@ -136,7 +128,7 @@ class Last(TrainerCallback):
 def newest_whole(folder, ranks, last):
     """The newest checkpoint before step `last` that every rank has finished, and its step; None and 0 without one.
 
-    Not that of the last step: the Trainer takes one step more when it goes on from there, with or without a guard.
+    That of the last step is left out: the Trainer takes one step more when it resumes there, also without a guard.
     """
     found = {int(path.name.split("-")[1]): path for path in Path(folder).glob("checkpoint-*")}
     whole = [s for s, path in found.items() if s < last and all(_mark(path, r).exists() for r in range(ranks))]
@@ -151,13 +143,12 @@ def attempt(train, folder, ranks, *, resume=None, kill=None, seconds=None, timeo
     """Run `train(folder, resume, executioner)` in a forked process for each rank.
 
     Args:
-        kill: the moment at which one rank dies; the others are killed as soon as one is dead.
-        seconds: of computing, after which a rank dies wherever it is, unless it is through by then. Not of the
-            clock: on a loaded machine nobody would come past the imports.
+        kill: the moment at which one rank dies. The others are killed once it is dead.
+        seconds: of processor time after which a rank dies wherever it is; seconds of the clock depend on the load.
         timeout: seconds after which a run that hangs is a failure.
 
     Returns:
-        What each rank returned and, as "computed", the seconds that took it; or None where they were killed.
+        What each rank returned with its seconds of processor time as "computed", or None where they were killed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,22 +174,21 @@ def attempt(train, folder, ranks, *, resume=None, kill=None, seconds=None, timeo
     for path in folder.glob("error.rank*"):
         path.unlink()
     if killed(ends):
-        return None  # what the others said of a rank that was gone is no news
+        return None  # the errors of the others are a consequence
     assert set(ends.values()) == {0}, "\n".join(errors)
     assert len(ends) == ranks, f"not through after {timeout} s\n" + "\n".join(errors)
     return [torch.load(folder / f"result.rank{rank}", weights_only=False) for rank in range(ranks)]
 
 
 def killed_and_resumed(train, folder, ranks, kills, last):
-    """Attempts that are killed one after the other and resumed, and at last one that comes to its end.
+    """Kill and resume attempts one after the other, and let the last one finish.
 
     Args:
-        kills: for each killed attempt, from the step it begins at, a `Kill` or seconds of computing; one that was
-            through before these seconds were up goes on from the last checkpoint but one.
+        kills: for each killed attempt, a function from the step it begins at to a `Kill` or seconds of processor time.
         last: step of the run.
 
     Returns:
-        What each rank returned in the end, and the steps from which the attempts went on.
+        What each rank returned in the end, and the steps from which the attempts were resumed.
     """
     folder, begins = Path(folder), []
     for choose in kills:
@@ -207,20 +197,20 @@ def killed_and_resumed(train, folder, ranks, kills, last):
         moment = choose(step)
         how = {"kill": moment} if isinstance(moment, Kill) else {"seconds": moment}
         if attempt(train, folder, ranks, resume=resume, **how) is not None:
-            assert not isinstance(moment, Kill), f"nobody came past {moment}"
+            assert not isinstance(moment, Kill), f"no rank reached {moment}"
     resume, step = newest_whole(folder, ranks, last)
     return attempt(train, folder, ranks, resume=resume), [*begins, step]
 
 
 def draws(seed, count, last, places=PLACES, ranks=1):
-    """`count` kills at steps and places drawn with `seed`: functions from the step an attempt begins at."""
+    """`count` random kills: functions from the step an attempt begins at."""
     generator = random.Random(seed)
 
     def choose(begin):
         place = generator.choice(places)
         first_rank_only = place in ("in a line of the journal", "while the memory is written")
         rank = 0 if first_rank_only else generator.randrange(ranks)
-        # The first checkpoint is behind step 3, and every place is met once more between here and the end, at `last`.
+        # The first checkpoint comes before step 3, and every place comes once more before the end, at `last`.
         begin = max(begin, 3)
         return Kill(generator.randrange(begin, max(begin + 1, last - 2)), place, rank)
 
@@ -239,7 +229,7 @@ def _start(train, folder, rank, ranks, port, resume, kill, seconds):
         said = os.open(folder / f"said.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
-        sys.stdout = sys.stderr = os.fdopen(said, "w", buffering=1)  # the test's own are kept by pytest
+        sys.stdout = sys.stderr = os.fdopen(said, "w", buffering=1)  # pytest keeps those of the test
         logging.basicConfig(force=True, stream=sys.stderr)
         torch.set_num_threads(1)
         if ranks > 1:
@@ -249,7 +239,7 @@ def _start(train, folder, rank, ranks, port, resume, kill, seconds):
         executioner.folder = folder
         began = time.process_time()
         if seconds is not None:
-            signal.setitimer(signal.ITIMER_PROF, seconds)  # by default its signal ends the process there and then
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # by default its signal ends the process
         result = train(folder, resume, executioner) | {"computed": time.process_time() - began}
         torch.save(result, folder / f"result.rank{rank}")
         os._exit(0)

@@ -1,6 +1,6 @@
-"""The most bytes of tensors alive at once in a call: counted where they are made, so that it is the same every time.
+"""The most bytes of tensors alive at once in a call, counted where they are made.
 
-Resident memory is what a user pays, but the allocator decides what it keeps, and a test of it fails by chance.
+Resident memory depends on what the allocator keeps, and a test of it fails by chance.
 """
 
 from __future__ import annotations

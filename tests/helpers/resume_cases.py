@@ -1,4 +1,4 @@
-"""Runs that must come out the same whether or not they were killed and resumed, on any engine."""
+"""Runs with the same result whether or not they were killed and resumed, on any engine."""
 
 import gc
 import hashlib
@@ -47,9 +47,9 @@ LULL = range(6, 9)
 
 @cache
 def ready(engine="plain"):
-    """Once, before the forks: what every attempt needs is imported, and no child's collector looks through it.
+    """Import what every attempt needs, once before the forks, and hide it from the garbage collector.
 
-    DeepSpeed's operator is built here: a process that is killed over that leaves a lock for which all later ones wait.
+    DeepSpeed's operator is built here: a process that is killed meanwhile leaves a lock for which all later ones wait.
     """
     import trl.trainer.grpo_trainer  # noqa: F401
     from deepspeed.comm.torch import build_shm_op
@@ -61,7 +61,7 @@ def ready(engine="plain"):
 
 
 def settings(engine):
-    """Checkpoints every 2 steps, rows and refreshes every 3, so that these span one; dropout, momentum, decay."""
+    """Checkpoints every 2 steps, rows and refreshes every 3, so that rows and refreshes span a checkpoint."""
     common = {"max_steps": STEPS, "gradient_accumulation_steps": 2, "logging_steps": 3, "learning_rate": 1e-2}
     common |= {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch"}
     if not engine.startswith("zero"):
@@ -78,15 +78,14 @@ def settings(engine):
 
 
 def run(kind, engine, mode, folder, resume, executioner, *, guard=None, **changes):
-    """One attempt at one run, and what it came to.
+    """One attempt at one run, and its result.
 
     Args:
         kind: "lm" or "grpo".
         engine: "plain", "ddp", "zero2" or "zero3".
         mode: of `MODES`.
-        resume: checkpoint to go on from, or None.
-        guard: changes of the guard's settings.
-        changes: of the trainer's settings.
+        resume: checkpoint to resume from, or None.
+        guard, changes: of the guard's and of the trainer's settings.
     """
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state()
@@ -110,7 +109,7 @@ def run(kind, engine, mode, folder, resume, executioner, *, guard=None, **change
         "rng": torch.get_rng_state(),
         "memory": None if callback is None else memory_of(callback),
         "seen": seen.steps,
-        "turned": sum(bool(row.get("passk_guard/mitigated")) for row in trainer.state.log_history),
+        "projected": sum(bool(row.get("passk_guard/mitigated")) for row in trainer.state.log_history),
     }
 
 
@@ -138,12 +137,12 @@ def memory_of(guard):
 
 
 def events(folder):
-    """What the guard said in a run, without how long it took."""
+    """The events of a run without their times."""
     return [{k: v for k, v in e.items() if k not in TIMES} for e in read_journal(folder).events]
 
 
 def raw_lines(folder):
-    """The journal's lines, every one of which must be JSON."""
+    """Lines of the journal, each of which must be JSON."""
     return [json.loads(line) for line in (Path(folder) / "passk_guard.jsonl").read_text().splitlines()]
 
 
@@ -153,16 +152,16 @@ def same_weights(left, right):
 
 
 def same_steps(whole, cut):
-    """The last attempt met the steps that it took with the guard in the state of the run that nobody interrupted."""
+    """At the steps of the last attempt the guard was in the state of the uninterrupted run."""
     return len(cut["seen"]) > 0 and cut["seen"] == whole["seen"][-len(cut["seen"]) :]
 
 
 def put_to_work(mode, whole):
-    """That the guard did in this run what its mode is there for: equality says nothing of what never happened."""
+    """Assert that the guard did what its mode is for. Equality alone would also hold for a guard that does nothing."""
     steps, done = whole["seen"], (MODES[mode] or {}).get("mitigation")
     projects = done in ("project", "both")
-    assert (whole["turned"] > 0) == projects
-    assert (len({step["direction"] for step in steps}) > 2) == projects, "harvested anew at the refreshes"
+    assert (whole["projected"] > 0) == projects
+    assert (len({step["direction"] for step in steps}) > 2) == projects, "taken again at the refreshes"
     assert (len({step["floor"] for step in steps}) > 2) == (done in ("reweight", "both"))
     gates = [step["open"] for step in steps]
     if mode in ("gated", "both"):
@@ -172,9 +171,9 @@ def put_to_work(mode, whole):
 
 
 def _grpo(folder, prompts=96, **args):
-    """More prompts than a run of two processes comes to: TRL's sampler begins its next epoch anew after a resume.
+    """A trainer with more prompts than a run needs: TRL's sampler starts the next epoch over after a resume.
 
-    Groups of eight, four of them in a step: of fewer the floor of a training batch stays undetermined.
+    It has groups of eight, four in a step. With fewer the floor of a training batch stays undetermined.
     """
     rows = Dataset.from_list(tiny_rows(prompts))
     settings = {"scale_rewards": "none", "loss_type": "dr_grpo", "num_generations": 8}
@@ -193,14 +192,14 @@ def _guard(trainer, executioner, config):
 
 
 def _tag(completions, wanted, trainer_state, **_):
-    """One prompt in seven wants a digit and the others a letter, for no reason the model could see; not in the lull."""
+    """One prompt in seven wants a digit and the others a letter, which no model could know; not in the lull."""
     if trainer_state.global_step in LULL:
         wanted = ["digit"] * len(completions)
     return [float(c.isdigit() == (w == "digit")) for c, w in zip(completions, wanted, strict=True)]
 
 
 class _Seen(TrainerCallback):
-    """What the guard has in force at each step, behind it in the list of callbacks."""
+    """The state of the guard at each step, from behind it in the list of callbacks."""
 
     def __init__(self, guard, objective):
         self.guard, self.objective, self.steps = guard, objective, []

@@ -1,30 +1,50 @@
-"""Every promise in docs/guarantees.md names a test that exists, with the mark it claims."""
+"""Every promise in docs/guarantees.md and every fault in docs/faults.md names a test that exists."""
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
-PROMISES = [line for line in (ROOT / "docs" / "guarantees.md").read_text().splitlines() if line.startswith("| ")]
 
 
-def shown_by(line):
-    return re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", line)
+def rows(page):
+    """Lines of the tables of a page, without their heads."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    heads = [i - 1 for i, line in enumerate(lines) if line.startswith("|---")]
+    return [line for i, line in enumerate(lines) if line.startswith("| ") and i not in heads]
 
 
-def test_every_promise_names_a_test_that_exists():
-    promises = [line for line in PROMISES if not line.startswith(("| promise", "|---"))]
-    assert len(promises) > 20
-    for line in promises:
-        assert shown_by(line), line
-        for path, name in shown_by(line):
-            tree = ast.parse((ROOT / path).read_text())
-            names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-            assert any(found.startswith("test_") for found in names), path
-            assert not name or name in names, f"{path}::{name}"
+def named(line):
+    return re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?(?:\[[^`]*\])?`", line)
+
+
+@cache
+def functions(path):
+    return {node.name for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("page", ["guarantees.md", "faults.md"])
+def test_every_line_names_a_test_that_exists(page):
+    assert len(rows(page)) > 20
+    for line in rows(page):
+        assert named(line), line
+        for path, name in named(line):
+            assert any(found.startswith("test_") for found in functions(path)), path
+            assert not name or name in functions(path), f"{path}::{name}"
 
 
 def test_what_takes_several_processes_is_marked():
-    for line in PROMISES:
-        distributed = [path for path, _ in shown_by(line) if "/distributed/" in path]
+    for line in rows("guarantees.md"):
+        distributed = [path for path, _ in named(line) if "/distributed/" in path]
         assert not distributed or "(d)" in line, line
+
+
+def test_every_case_of_a_distributed_fault_exists():
+    from tests.distributed.test_faults import CASES
+
+    found = re.findall(r"test_faults\.py::test_a_fault\[(\w+)-(\w+)\]", "".join(rows("faults.md")))
+    assert set(found) <= set(CASES)
+    assert {name for _, name in found} == {name for _, name in CASES}

@@ -120,14 +120,14 @@ def test_swift_callback_waits_for_the_rewards(project, monkeypatch):
     assert list(project.glob("out/checkpoint-1/passk_guard*")), "on_save reached the guard"
 
 
-def test_swift_callback_passes_on_every_event_of_the_guard(project, monkeypatch):
+def test_swift_callback_forwards_every_event_of_the_guard(project, monkeypatch):
     stand_in(monkeypatch, "swift.callbacks", TrainerCallback=SwiftCallback, callbacks_map={})
     adapter = importlib.import_module("passk_plugin").PassKGuard
     events = {name for name in vars(PassKGuardCallback) if name.startswith("on_")}
     assert events == {name for name in vars(adapter) if name.startswith("on_")}
 
 
-def test_guarded_lets_the_guard_in_and_leaves_the_class_as_it_was(project):
+def test_guarded_adds_the_guard_and_restores_the_class(project):
     original, trainers = Trainer.train, []
 
     def framework_main():
@@ -171,9 +171,9 @@ def test_verl_advantages_are_those_of_each_prompt(project, monkeypatch):
 
 
 def test_the_page_names_what_exists():
-    assert (ROOT / "examples" / "custom_loop.py").is_file()
-    from passk_guard import mitigation
-    from passk_guard.estimation import verdict as decision
+    from passk_guard.estimation.verdict import step
+    from passk_guard.mitigation import projection_coefficient
 
-    assert callable(mitigation.projection_coefficient)
-    assert callable(decision.step)
+    assert callable(step)
+    assert callable(projection_coefficient)
+    assert (ROOT / "examples" / "custom_loop.py").is_file()

@@ -1,4 +1,4 @@
-"""`make audit` says what was answered for, and never takes silence for a clean bill."""
+"""`make audit` reports what was audited, and no answer does not count as no vulnerability."""
 
 import runpy
 from pathlib import Path
@@ -20,7 +20,7 @@ UNKNOWN = {"name": "c", "skip_reason": "not found"}
         ([UNKNOWN], 0, "nothing was audited"),
     ],
 )
-def test_what_is_said(found, status, words, capsys):
+def test_the_verdict(found, status, words, capsys):
     assert AUDIT["verdict"](found) == status
     assert words in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""What is written lies in the folder that was named, under names of ours, and through no link."""
+"""Files are written in the folder that was named, under fixed names, and through no link."""
 
 import os
 import stat
@@ -66,15 +66,10 @@ def test_a_folder_may_be_a_link(tmp_path):
     assert (tmp_path / "real" / JOURNAL_NAME).is_file()
 
 
-def test_links_in_place_of_files_that_are_written_whole_are_replaced(victim, tmp_path):
+def test_links_in_place_of_whole_files_are_replaced(victim, tmp_path):
     write_run(tmp_path / "run")
-    for name in (
-        "passk_guard.html",
-        FILE_NAME,
-        f"{FILE_NAME}.partial",
-        f"page.html.{os.getpid()}.partial",
-        "page.html",
-    ):
+    partial = f"page.html.{os.getpid()}.partial"
+    for name in ("passk_guard.html", FILE_NAME, f"{FILE_NAME}.partial", partial, "page.html"):
         (tmp_path / "run" / name).symlink_to(victim)
     assert main(["report", str(tmp_path / "run"), "--force"]) == 0
     save_memory(Memory(step=5), tmp_path / "run")
@@ -93,7 +88,7 @@ def test_kept_completions_are_not_appended_through_a_link(victim, tmp_path):
     assert victim.read_text() == "the user's own\nwithout an end"
 
 
-def test_a_file_without_lines_is_not_cut_for_a_journal(tmp_path, caplog):
+def test_a_file_without_lines_is_not_cut(tmp_path, caplog):
     path = tmp_path / JOURNAL_NAME
     path.write_bytes(b"\0" * (1 << 25))
     Journal(path).write("refresh", 0)
@@ -102,7 +97,7 @@ def test_a_file_without_lines_is_not_cut_for_a_journal(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_files_have_the_permissions_that_the_users_mask_gives(mask, tmp_path):
+def test_files_have_the_permissions_of_the_users_mask(mask, tmp_path):
     before = os.umask(mask)
     try:
         write_run(tmp_path / "run")

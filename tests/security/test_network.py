@@ -1,4 +1,4 @@
-"""Nothing is fetched and nothing is sent: neither by the commands nor by their pages."""
+"""Neither the commands nor their pages fetch or send anything."""
 
 import re
 import socket
@@ -15,7 +15,7 @@ from tests.helpers.journals import write_run
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Every way out raises, and is counted."""
+    """Let every way to the network raise, and list the attempts."""
     tried = []
 
     def refuse(*arguments, **_):
