@@ -46,7 +46,7 @@ def plan(part: str, quick: bool, cache: Path, seed: int) -> Iterator[Measurement
         for i, course in enumerate([c for c in courses if not quick or c.looks <= 60]):
             take = partial(calibration_runs.measure, course, runs, seed + i)
             yield Measurement(asked | {"course": course.name, "runs": runs}, take)
-        runs, lengths = (200, (40,)) if quick else (2000, (40, 400))
+        runs, lengths = (200, (40,)) if quick else (1000, (40, 400))
         for i, quiet in enumerate(calibration_runs.QUIET[:2] if quick else calibration_runs.QUIET):
             take = partial(calibration_runs.measure_quiet, quiet, runs, lengths, seed + i)
             yield Measurement(asked | {"course": quiet.name, "runs": runs}, take)

@@ -117,7 +117,9 @@ class RarestAgree(RareAgree):
 
 
 class TwoKinds(ThreeKinds):
-    bracket = (-0.03, 0.0)
+    """Easy and half-hard prompts whose gradients nearly cancel in grad J_1."""
+
+    bracket = (-0.3, -1.0)
     share = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
     rate = torch.tensor([0.9, 0.2, 0.5], dtype=torch.float64)
     aside = 0.1

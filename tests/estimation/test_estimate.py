@@ -11,7 +11,7 @@ import torch
 from passk_guard import GuardError, ProbeGram, estimate_conflict, estimate_pooled, named_weighting, passk_advantages
 from passk_guard.estimation import ustatistics
 from passk_guard.estimation.agreement import weight_and_agreement
-from passk_guard.estimation.evidence import conflict_score
+from passk_guard.estimation.evidence import conflict_check
 from passk_guard.estimation.jackknife import jackknife_overshoot
 from passk_guard.estimation.noise import measure_noise
 from passk_guard.estimation.ustatistics import (
@@ -83,7 +83,7 @@ def test_a_refresh_computes_its_moments_once(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     probes = [draw(population(-0.4), 256, 16, generator) for _ in range(2)]
     assert estimate_pooled(probes[:1], 8).curve is not None
-    assert conflict_score(probes[0], 8) is not None
+    assert conflict_check(probes[0], 8) is not None
     assert measure_noise(probes[0], 8) is not None
     assert calls == [1, 16]
     pooled = estimate_pooled(probes, 8)
