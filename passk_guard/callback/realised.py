@@ -345,7 +345,7 @@ def _concluded(
     sums = memory.sums.with_window(estimate)
     evidence = memory.evidence
     if estimate is not None:
-        evidence = evidence.with_check(Check(-estimate.pass_at_1, estimate.pass_at_1_se**2, estimate.degrees))
+        evidence = evidence.with_check(_check(estimate))
     run = sums.change(rule.confidence)
     begins = memory.outcome.falling.windows == 0
     outcome, verdict = judge(memory.outcome, estimate, run, evidence.p_value, rule)
@@ -366,6 +366,12 @@ def _concluded(
         else before,
     )
     return WindowResult(window.step, step, estimate, reason, keys, rates, after, run, verdict)
+
+
+def _check(found: ChangeEstimate) -> Check:
+    """A window as a check for a loss; its count is Kish's, of the squared deviations of the prompts' changes."""
+    m, degrees = found.num_prompts, found.degrees
+    return Check(-found.pass_at_1, found.pass_at_1_se**2, max(1.0, m * degrees / (degrees + 2 * m)))
 
 
 def _plus(total: tuple[float, float], rate: RateChange) -> tuple[float, float]:
