@@ -1,5 +1,7 @@
 """The guard before a step, on an engine of two numbers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -155,6 +157,15 @@ def test_a_checkpoint_holds_it(tmp_path):
         assert "cannot be read" in guard(Engine([1.0, 1.0])).load(tmp_path)
     assert "no protected direction" in guard(Engine([1.0])).load(tmp_path / "elsewhere")
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_up():
+    engine = Engine([1.0, 1.0])
+    engine.name = "plain"
+    made = guard(engine)
+    assert made.load(Path(__file__).parents[1] / "data" / "earlier") is None
+    assert len(made.protected) == 27
+    assert not made.open
 
 
 def test_an_engine_that_breaks_does_not_break_training():
