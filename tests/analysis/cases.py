@@ -8,7 +8,7 @@ import json
 import torch
 
 from passk_guard.analysis import Settings, analyze
-from passk_guard.analysis.analyze import Measured, conclude
+from passk_guard.analysis.run import Measured, conclude
 from passk_guard.analysis.results import Sketch
 from passk_guard.cli import main
 from passk_guard.estimation.records import ProbeGram

@@ -35,7 +35,7 @@ from passk_guard.utils.ranks import Ranks
 # The prompts of an analysis, checked before a model is loaded.
 
 
-def drawn_probe(probe: Any, verifier: Verifier, settings: Settings) -> ProbeSet:
+def choose_prompts(probe: Any, verifier: Verifier, settings: Settings) -> ProbeSet:
     """The prompts that the settings ask for, with all that the verifier needs.
 
     Raises:
@@ -183,7 +183,7 @@ def analyze(
     """
     chosen = Settings(**settings)
     verifier = resolve_verifier(correct, threshold=chosen.correct_threshold)
-    prompts = drawn_probe(probe, verifier, chosen)
+    prompts = choose_prompts(probe, verifier, chosen)
     sampler = sampler or _sampler(model, tokenizer, chosen)
     sampler.check_lengths(prompts.rows)
     if chosen.last_layer or chosen.protocol:
