@@ -41,10 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _one_value(list(sys.argv[1:] if argv is None else argv))
     try:
-        typer.main.get_command(app)(args=arguments, prog_name="passk-guard")
+        _parser()(args=arguments, prog_name="passk-guard")
     except SystemExit as left:
         return int(left.code or 0)
     return 0
+
+
+@functools.cache
+def _parser() -> Callable[..., Any]:
+    return typer.main.get_command(app)
 
 
 def _one_value(arguments: list[str]) -> list[str]:
@@ -183,8 +188,8 @@ def _analyze(
 
     from passk_guard.analysis import Settings
     from passk_guard.analysis import analyze as analyze_model
-    from passk_guard.analysis.run import choose_prompts
     from passk_guard.analysis.load import import_function, load_model, load_tokenizer
+    from passk_guard.analysis.run import choose_prompts
     from passk_guard.analysis.store import JSON_NAME, PAGE_NAME
     from passk_guard.analysis.terminal import print_analysis
     from passk_guard.probe.prompts import ProbeSet

@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from passk_guard.analysis.run import analyze
     from passk_guard.analysis.results import Analysis
+    from passk_guard.analysis.run import analyze
     from passk_guard.analysis.settings import Settings
 
 __all__ = ["Analysis", "Settings", "analyze"]

@@ -8,20 +8,20 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from passk_guard.reporting.html import page_kind
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import cut_unfinished, write_whole
-from passk_guard.utils.text import one_line
-
-# The output folder: nothing of the user's in it is overwritten unasked, and nothing is ever left half written.
-
+from passk_guard.utils.text import describe_invalid, one_line
 
 JSON_NAME, PAGE_NAME, ROLLOUTS_NAME = "analysis.json", "analysis.html", "rollouts"
+PAGE_KIND = "analysis"
+_SETTINGS = "settings.json"
 
 
 def check_folder(folder: Path, fingerprint: str, settings: dict[str, Any], *, force: bool) -> None:
@@ -75,9 +75,6 @@ def _check_finished(path: Path, fingerprint: str, settings: dict[str, Any]) -> N
         )
 
 
-# Whether two runs looked at the same model and the same prompts.
-
-
 def model_fingerprint(model: nn.Module) -> str:
     """32 hexadecimal digits from the model's config and from every parameter and buffer: name, dtype, shape, bytes.
 
@@ -114,7 +111,8 @@ def _bytes(tensor: Tensor) -> Any:
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-_SETTINGS = "settings.json"
+Token = Annotated[int, Field(strict=True)]
+Text = Annotated[str, Field(strict=True)]
 
 
 @dataclass(frozen=True)
@@ -128,10 +126,19 @@ class PromptRollouts:
         completions: n decoded completions, texts or lists of messages.
     """
 
-    place: int
-    prompt_ids: list[int]
-    completion_ids: list[list[int]]
-    completions: list[Any]
+    place: Token
+    prompt_ids: list[Token]
+    completion_ids: list[list[Token]]
+    completions: list[Text | list[dict[str, Any]]]
+
+
+def _as_many_texts(kept: PromptRollouts) -> PromptRollouts:
+    if len(kept.completion_ids) != len(kept.completions):
+        raise ValueError("counts that do not fit")
+    return kept
+
+
+_ROLLOUTS = TypeAdapter(Annotated[PromptRollouts, AfterValidator(_as_many_texts)])
 
 
 class RolloutStore:
@@ -214,36 +221,14 @@ def _difference(name: str, kept: Any, wanted: Any) -> str:
     return f"{name} {kept} and not {wanted}"
 
 
-def _check(kept: PromptRollouts) -> None:
-    """Raises ValueError for what was never written; the ids themselves are checked against the model."""
-    lists = (kept.prompt_ids, kept.completion_ids, kept.completions)
-    if type(kept.place) is not int or not all(isinstance(one, list) for one in lists):
-        raise ValueError("values of another kind")
-    if len(kept.completion_ids) != len(kept.completions):
-        raise ValueError("counts that do not fit")
-    for ids in (kept.prompt_ids, *kept.completion_ids):
-        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-            raise ValueError("tokens that are no whole numbers")
-    if not all(isinstance(text, str) or _is_a_message(text) for text in kept.completions):
-        raise ValueError("completions that are no texts")
-
-
-def _is_a_message(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(message, dict) for message in value)
-
-
 def _read(path: Path) -> Iterator[PromptRollouts]:
     data = path.read_bytes()
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
-            kept = PromptRollouts(**json.loads(line))
-            _check(kept)
-        except (ValueError, TypeError, RecursionError) as error:
+            yield _ROLLOUTS.validate_python(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            reason = describe_invalid(error) if isinstance(error, ValidationError) else one_line(str(error), 200)
             raise GuardError(
-                f"Expected one prompt's completions a line; found a damaged line {number} in {str(path)!r}: "
-                f"{one_line(str(error), 200)}. Remove the line (its prompt is sampled again), or the file."
+                f"Expected one prompt's completions on each line; found a damaged line {number} in {str(path)!r}: "
+                f"{reason}. Remove the line (its prompt is sampled again), or the file."
             ) from None
-        yield kept
-
-
-PAGE_KIND = "analysis"

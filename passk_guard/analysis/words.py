@@ -55,15 +55,15 @@ def verdict(data: Data) -> tuple[str, str]:
         return "Only k = 1 was asked for, which has nothing to conflict with.", ""
     if at["cosine"]["value"] is None:
         return f"Undetermined at k = {k}: {at['reason']}.", ""
-    said = f"cos(∇J_{k}, ∇J_1) = {value(at['cosine'], 2)}, {level(data)} interval {interval(at['cosine'], 2)}."
+    sentence = f"cos(∇J_{k}, ∇J_1) = {value(at['cosine'], 2)}, {level(data)} interval {interval(at['cosine'], 2)}."
     if status == "conflict":
         return (
-            f"Conflict: a pass@{k} step lowers pass@1 on prompts like these. {said} {k_star(data)}",
+            f"Conflict: a pass@{k} step lowers pass@1 on prompts like these. {sentence} {k_star(data)}",
             "bad",
         )
     if status == "clear":
-        return f"Clear: a pass@{k} step raises pass@1 too. {said}", "good"
-    return f"Undetermined: the probe cannot tell whether pass@{k} and pass@1 conflict. {said} {k_star(data)}", ""
+        return f"Clear: a pass@{k} step raises pass@1 too. {sentence}", "good"
+    return f"Undetermined: the probe cannot tell whether pass@{k} and pass@1 conflict. {sentence} {k_star(data)}", ""
 
 
 def k_star(data: Data) -> str:
@@ -79,7 +79,7 @@ def k_star(data: Data) -> str:
 def hurt(prompt: Data, texts: Mapping[int, str], length: int = 40, most: int = 3) -> str:
     """The prompts this one hurts most, with the inner products."""
     worst = prompt["hurts"][:most]
-    return "; ".join(f"{one_line(texts.get(place, f'#{place}'), length)} ({_short(v)})" for place, v in worst)
+    return "; ".join(f"{excerpt(texts.get(place, f'#{place}'), length)} ({_short(v)})" for place, v in worst)
 
 
 def most_negative(data: Data, count: int) -> list[Data]:
@@ -88,8 +88,8 @@ def most_negative(data: Data, count: int) -> list[Data]:
     return sorted(against, key=lambda p: -p["share"]["value"])[:count]
 
 
-def one_line(text: str, length: int) -> str:
-    """The text on one line, cut where it is longer."""
+def excerpt(text: str, length: int) -> str:
+    """The text on one line, cut after `length` characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= length else flat[: length - 1].rstrip() + "…"
 

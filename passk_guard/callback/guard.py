@@ -24,7 +24,7 @@ from passk_guard.estimation.evidence import conflict_score
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.verdict import DecisionRule, decide
 from passk_guard.mitigation.engines import untraced
-from passk_guard.planning import outlook, refresh_noise
+from passk_guard.planning import decision_rule, outlook, refresh_noise
 from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.progress import sampling_bar, wants_bar
 from passk_guard.probe.records import Outcomes, Rollouts
@@ -224,9 +224,7 @@ class PassKGuardCallback(TrainerCallback):
 
     @property
     def _rule(self) -> DecisionRule:
-        over_the_run = self.config.alert_rule == "whole_run"
-        allowed = 1 - self.config.confidence if over_the_run else None
-        return DecisionRule(self.config.patience, self.config.cooldown, allowed)
+        return decision_rule(self.config)
 
     def _action(self) -> str:
         return self._mitigator.action(self.memory) if self._mitigator is not None else "observe"

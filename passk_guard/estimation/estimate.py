@@ -74,8 +74,9 @@ def estimate_pooled(
     threshold: float = 0.0,
     confidence: float = 0.95,
     weighting: Weighting | None = None,
+    curve: bool = True,
 ) -> ConflictEstimate:
-    """`estimate_conflict` over a sequence of refreshes, the newest last.
+    """`estimate_conflict` over a sequence of refreshes, the newest last; `curve=False` leaves out the curve over k.
 
     Raises:
         GuardError: as `estimate_conflict`, or no refresh at all.
@@ -100,7 +101,7 @@ def estimate_pooled(
     if weighting is not None:
         return _with_cosine(estimate, moments)
     estimate = _with_cosine(replace(estimate, **weight_and_agreement(probes, k)), moments)
-    return estimate if estimate.cosine is None else _with_curve(estimate, probes)
+    return _with_curve(estimate, probes) if curve and estimate.cosine is not None else estimate
 
 
 def in_conflict(estimate: ConflictEstimate, confidence: float) -> bool:

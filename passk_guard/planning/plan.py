@@ -165,7 +165,7 @@ def make_plan(
 
         def within(size: float) -> int | None:
             look = look_of(noise, size, cosine, m, config.threshold)
-            return looks_until_called(look, _rule(config), power, confidence=config.confidence, pool=pooled)
+            return looks_until_called(look, decision_rule(config), power, confidence=config.confidence, pool=pooled)
 
         if signal.size is None:
             return Option(m, None, within(signal.most) if signal.most > 0 else None, None, None, seconds, share)
@@ -195,6 +195,7 @@ def _draws_pooled(config: GuardConfig) -> int:
     return 1 + math.ceil((config.pool_refreshes - 1) / config.resample_refreshes)
 
 
-def _rule(config: GuardConfig) -> DecisionRule:
+def decision_rule(config: GuardConfig) -> DecisionRule:
+    """The rule by which a run with these settings calls CONFLICT."""
     over_the_run = config.alert_rule == "whole_run"
     return DecisionRule(config.patience, config.cooldown, 1 - config.confidence if over_the_run else None)

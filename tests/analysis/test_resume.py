@@ -96,7 +96,7 @@ def test_samples_of_something_else_are_refused_by_name_unless_forced(change, wor
 def test_what_samples_do_not_depend_on_may_change(tmp_path):
     quick(out=tmp_path)
     again = PromptSampler()
-    analysis = quick(out=tmp_path, sampler=again, ks=(1, 8), protocol="paper", sketch_dim=256)
+    analysis = quick(out=tmp_path, sampler=again, ks=(1, 8), last_layer=True, sketch_dim=256)
     assert again.sampled == []
     assert analysis.settings["ks"] == [1, 8]
 

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 import passk_guard
 from passk_guard import PassKGuardCallback
 from passk_guard.config import GuardConfig
