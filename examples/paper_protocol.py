@@ -108,9 +108,12 @@ def paper_rows(probe: ProbeGram, settings: Settings, thresholds: Thresholds) -> 
     return rows
 
 
-def measure_both(model: Any, tokenizer: Any, probe: Any, correct: Any, **options: Any) -> dict[str, ProbeGram]:
+def measure_both(
+    model: Any, tokenizer: Any, probe: Any, correct: Any, settings: Settings, **options: Any
+) -> dict[str, ProbeGram]:
     """The Gram matrix by parameters: all trainable ones and the last hidden layer. Options as for `analyze`."""
-    runs = [measure(model, tokenizer, probe, correct, **options, last_layer=last) for last in (False, True)]
+    each = [Settings(**(settings.to_dict() | {"last_layer": last})) for last in (False, True)]
+    runs = [measure(model, tokenizer, probe, correct, one, **options) for one in each]
     return {run.sketch.parameters: run.refresh.probe for run in runs}
 
 
@@ -147,15 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if not 0 <= given.delta_1 < given.delta_2 <= 1:
         parser.error(f"expected 0 <= delta-1 < delta-2 <= 1; found {given.delta_1:g} and {given.delta_2:g}")
-    chosen = {
-        "ks": [int(k) for k in given.k.split(",")],
-        "num_samples": given.samples,
-        "max_new_tokens": given.max_new_tokens,
-    }
+    ks = [int(k) for k in given.k.split(",")]
+    settings = Settings(ks=ks, num_samples=given.samples, max_new_tokens=given.max_new_tokens)
     model, tokenizer = load_model(given.model), load_tokenizer(given.model)
     correct = import_function(given.correct)
-    probes = measure_both(model, tokenizer, given.probe, correct, out=given.out, **chosen)
-    print_table(probes, Settings(**chosen), Thresholds(given.delta_1, given.delta_2))
+    probes = measure_both(model, tokenizer, given.probe, correct, settings, out=given.out)
+    print_table(probes, settings, Thresholds(given.delta_1, given.delta_2))
 
 
 if __name__ == "__main__":

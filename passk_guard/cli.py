@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from itertools import takewhile
 from pathlib import Path
@@ -91,10 +90,7 @@ def _complain(text: str) -> int:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        try:
-            print("passk-guard", installed_version("passk-guard"))
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            print("passk-guard unknown")
+        print("passk-guard", installed_version("passk-guard"))
         raise typer.Exit
 
 
@@ -163,7 +159,7 @@ def analyze(
     from passk_guard.analysis.store import ROLLOUTS_NAME
 
     try:
-        _analyze(model, probe, correct, out, force, adapter, base, progress, settings)
+        _analyze(model, probe, correct, out, {"adapter": adapter, "base": base}, force, progress, settings)
     except KeyboardInterrupt:
         kept = out / ROLLOUTS_NAME
         print(f"\nStopped. Completions are kept in {kept}; the same command goes on from there.", file=sys.stderr)
@@ -172,15 +168,7 @@ def analyze(
 
 
 def _analyze(
-    model_dir: Path,
-    probe_file: Path,
-    correct: str,
-    out: Path,
-    force: bool,
-    adapter: Path | None,
-    base: Path | None,
-    progress: bool | None,
-    settings: dict[str, Any],
+    model_dir: Path, probe_file: Path, correct: str, out: Path, parts: Any, force: bool, progress: Any, settings: Any
 ) -> None:
     import torch
     from accelerate import PartialState
@@ -200,8 +188,8 @@ def _analyze(
     probe = ProbeSet.of(probe_file)
     choose_prompts(probe, verifier, checked)  # refused now and not after a large model is loaded
     state = PartialState(cpu=not torch.accelerator.is_available())  # also starts the process group, where there is one
-    model = load_model(model_dir, adapter=adapter, base=base)
-    tokenizer = load_tokenizer(model_dir, adapter=adapter, base=base)
+    model = load_model(model_dir, **parts)
+    tokenizer = load_tokenizer(model_dir, **parts)
     logging.set_verbosity_error()  # transformers would repeat a remark about minimal lengths with every batch
     analysis = analyze_model(
         model.to(state.device),
@@ -211,7 +199,7 @@ def _analyze(
         out=out,
         force=force,
         progress=progress,
-        name=" + ".join(str(path) for path in (model_dir, adapter) if path),
+        name=" + ".join(str(path) for path in (model_dir, parts["adapter"]) if path),
         **settings,
     )
     if state.is_main_process:

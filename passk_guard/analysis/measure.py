@@ -34,7 +34,7 @@ def estimate_each(probe: ProbeGram, settings: Settings) -> dict[int, ConflictEst
 
 
 def measure_at(probe: ProbeGram, k: int, estimate: ConflictEstimate | None, confidence: float) -> AtK:
-    """Pass rate, mean weight and conflict at one k; `estimate` is None at k = 1."""
+    """Pass rate, mean weight and conflict at one k. `estimate` is None at k = 1."""
     n, c = probe.num_samples, probe.num_correct
     rate = mean(pass_at_k(n, c, k), confidence, low=0.0, high=1.0)
     if estimate is None:

@@ -1,7 +1,7 @@
 """What each mitigation is predicted to do to this model's pass@k gradient, from the same Gram matrix.
 
-The training gradient is taken to be grad J_k, and the protected direction grad J_1, both as the probe sees them; a
-training batch has its own noise on top. What is kept of the gain is cos(mitigated gradient, grad J_k): the share of
+The training gradient is assumed to be grad J_k, and the protected direction grad J_1, both as the probe estimates them.
+A training batch adds noise. What is kept of the gain is cos(mitigated gradient, grad J_k): the share of
 the first-order gain in J_k that a step of the same length has left.
 """
 

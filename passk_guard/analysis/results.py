@@ -30,7 +30,7 @@ VERSION = 1
 _EARLIER = ("paper",)  # fields and settings of earlier versions, which are passed over
 _EARLIER_SETTINGS = ("protocol", "delta_1", "delta_2")
 _EXACT = ConfigDict(extra="forbid")
-# Numbers beyond 1e300 cannot be drawn, and the difference of two of them is infinite.
+# Numbers beyond 1e300 have no place on a chart, and the difference of two of them is infinite.
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e300, le=1e300)]
 Whole = Annotated[int, Field(strict=True, gt=-(2**53), lt=2**53)]
 Text = Annotated[str, Field(strict=True)]
@@ -43,7 +43,7 @@ class Number:
 
     Attributes:
         value: the estimate; None where undetermined.
-        standard_error: over prompts, by the jackknife unless said otherwise.
+        standard_error: over prompts, by the jackknife unless stated otherwise.
         low, high: two-sided interval at the settings' confidence; None where only the standard error is known.
     """
 
@@ -55,7 +55,7 @@ class Number:
 
 @dataclass(frozen=True, config=_EXACT)
 class AtK:
-    """What holds at one k.
+    """Pass rate, weight and conflict at one k.
 
     Attributes:
         k: of pass@k.
@@ -64,7 +64,7 @@ class AtK:
         cosine: cos(grad J_k, grad J_1); at k = 1 it is 1 by definition, and is left None.
         inner_product: <grad J_k, grad J_1> = E[w_k a], the U-statistic over pairs of different prompts.
         status: "clear", "conflict" or "undetermined", as in `ConflictEstimate`; None at k = 1.
-        reason: one sentence on the status.
+        reason: one sentence that explains the status.
     """
 
     k: Whole
@@ -145,7 +145,7 @@ class Kernel:
     Attributes:
         places: the prompts, from easy to hard.
         below: row i holds the i entries left of the diagonal, to four significant digits. The diagonal is left out:
-            with the noise of one prompt's own samples it says nothing about p.
+            the noise of one prompt's samples dominates it.
         negative_pairs: share of the entries below zero.
     """
 
@@ -170,7 +170,7 @@ class Prediction:
         cosine: cos(mitigated gradient, grad J_1) to expect.
         kept: cos(mitigated gradient, grad J_k): the share of the first-order pass@k gain that a step of the same
             length has left.
-        note: what to read with it, among others why there is no number.
+        note: a remark, e.g. why there is no number.
     """
 
     name: Text
@@ -182,7 +182,7 @@ class Prediction:
 
 @dataclass(frozen=True, config=_EXACT)
 class Sketch:
-    """How gradients were made small, and of which parameters.
+    """How gradients were projected, and of which parameters.
 
     Attributes:
         method, dim, seed: of the sketch.

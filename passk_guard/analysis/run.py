@@ -82,20 +82,8 @@ def analyze(
             fewer than k verdicts on every prompt.
         TypeError: a setting that does not exist.
     """
-    return conclude(
-        measure(
-            model,
-            tokenizer,
-            probe,
-            correct,
-            out=out,
-            force=force,
-            progress=progress,
-            name=name,
-            sampler=sampler,
-            **settings,
-        )
-    )
+    given = (model, tokenizer, probe, correct, Settings(**settings))
+    return conclude(measure(*given, out=out, force=force, progress=progress, name=name, sampler=sampler))
 
 
 @dataclass(frozen=True)
@@ -124,33 +112,32 @@ def measure(
     tokenizer: Any,
     probe: Any,
     correct: Any,
+    settings: Settings,
     *,
     out: str | Path | None = None,
     force: bool = False,
     progress: bool | None = None,
     name: str | None = None,
     sampler: Sampler | None = None,
-    **settings: Any,
 ) -> Measured:
     """Samples, verdicts and the Gram matrix of an analysis; arguments and errors as for `analyze`."""
-    chosen = Settings(**settings)
-    verifier = resolve_verifier(correct, threshold=chosen.correct_threshold)
-    prompts = choose_prompts(probe, verifier, chosen)
+    verifier = resolve_verifier(correct, threshold=settings.correct_threshold)
+    prompts = choose_prompts(probe, verifier, settings)
     sampler = sampler or GenerateSampler(
         model,
         tokenizer,
-        temperature=chosen.temperature,
-        max_new_tokens=chosen.max_new_tokens,
-        batch_size=chosen.batch_size,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
     )
     sampler.check_lengths(prompts.rows)
-    if chosen.last_layer:
+    if settings.last_layer:
         last_hidden_layer(model)  # refused now and not after an hour of sampling
     ranks = Ranks(next(model.parameters()).device)
     fingerprint = model_fingerprint(model)
     store = RolloutStore(None if out is None else Path(out) / ROLLOUTS_NAME, ranks.index)
-    _on_first(ranks, lambda: _prepare(store, fingerprint, prompts, chosen, force))
-    job = _Job(model, tokenizer, prompts, verifier, sampler, chosen, ranks, wanted(progress, ranks))
+    _on_first(ranks, lambda: _prepare(store, fingerprint, prompts, settings, force))
+    job = _Job(model, tokenizer, prompts, verifier, sampler, settings, ranks, wanted(progress, ranks))
     try:
         refresh, sketch = job.run(store)
     except FailedRefresh as error:
@@ -158,7 +145,7 @@ def measure(
             raise error.__cause__ from None
         raise GuardError(f"The samples hold no answer: {error}.") from error
     shown = name or getattr(getattr(model, "config", None), "_name_or_path", None) or type(model).__name__
-    return Measured(refresh, sketch, prompts, verifier.name, {"name": str(shown), "fingerprint": fingerprint}, chosen)
+    return Measured(refresh, sketch, prompts, verifier.name, {"name": str(shown), "fingerprint": fingerprint}, settings)
 
 
 def choose_prompts(probe: Any, verifier: Verifier, settings: Settings) -> ProbeSet:

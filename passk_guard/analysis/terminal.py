@@ -1,4 +1,4 @@
-"""The analysis in a terminal, as tables; prompts go through `plain_text` and never through markup."""
+"""The analysis as tables in a terminal. Prompts go through `plain_text` and never through markup."""
 
 from __future__ import annotations
 

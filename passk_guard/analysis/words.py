@@ -1,4 +1,4 @@
-"""How an analysis is put into words: numbers with their uncertainty, verdicts, what is undetermined."""
+"""The numbers of an analysis as text: with their uncertainty, as verdicts, as undetermined."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def value(number: Data, digits: int = 3) -> str:
 
 
 def interval(number: Data, digits: int = 3) -> str:
-    """[low, high], or the standard error where that is all there is, or nothing known."""
+    """[low, high], or the standard error where there is no interval."""
     if number["value"] is None:
         return UNDETERMINED
     if number["low"] is not None and number["high"] is not None:
@@ -34,7 +34,7 @@ def with_interval(number: Data, digits: int = 3) -> str:
 
 
 def scientific(number: Data) -> str:
-    """The same with two significant digits, for inner products of gradients, whose scale is the model's."""
+    """The estimate and its standard error with two significant digits, for inner products of gradients."""
     if number["value"] is None:
         return UNDETERMINED
     error = number["standard_error"]
@@ -67,7 +67,7 @@ def verdict(data: Data) -> tuple[str, str]:
 
 
 def k_star(data: Data) -> str:
-    """What k* is, in words."""
+    """k* as a sentence."""
     curve = data["curve"]
     if curve is None:
         return "k* is undetermined."
@@ -105,7 +105,7 @@ def settings_rows(data: Data) -> list[tuple[str, str]]:
         ("gradients with respect to", sketch["parameters"]),
         ("coverage", f"{100 * share:.4g}% of {sketch['total']:,} parameters{left}"),
         *((name.replace("_", " "), _plain(setting)) for name, setting in chosen.items() if name != "prompts"),
-        ("prompts", "all of the probe" if chosen["prompts"] is None else f"{chosen['prompts']} drawn from the probe"),
+        ("prompts", "all of the probe" if chosen["prompts"] is None else f"{chosen['prompts']} sampled from the probe"),
         ("model fingerprint", data["model"]["fingerprint"]),
     ]
 

@@ -1,4 +1,4 @@
-"""What a run or an analysis has left to plan from: its noise, its settings, its costs."""
+"""The noise, settings and costs of a run or an analysis, read back to plan from."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Past:
 
 
 def read_past(folder: Path, newest: int | None = None) -> Past:
-    """Of the output folder of a run or of an analysis, or of the file itself.
+    """Read the output folder of a run or of an analysis, or the file itself.
 
     Raises:
         GuardError: as `past_of` or `past_of_analysis`, or nothing there.
@@ -120,7 +120,7 @@ def past_of(journal: RunJournal, newest: int | None = None) -> Past:
 
     Args:
         journal: of the run.
-        newest: so many refreshes with noise, the last ones; all by default.
+        newest: how many of the last refreshes with noise to use; all by default.
 
     Raises:
         GuardError: no refresh with noise, and what to run; settings or noise that no run writes.
@@ -141,7 +141,7 @@ def past_of(journal: RunJournal, newest: int | None = None) -> Past:
 
 
 def past_of_analysis(path: Path) -> Past:
-    """Read `analysis.json` for a plan: of a run with the defaults of the guard, and of no known cost.
+    """Read `analysis.json` for a plan of a run with the guard's defaults and unknown cost.
 
     Raises:
         GuardError: no analysis that can be read, or one without noise, and what to run.
@@ -183,7 +183,7 @@ def _nothing(journal: RunJournal, events: Sequence[Event]) -> str:
 
 
 def _config(path: Path, settings: Mapping[str, Any]) -> GuardConfig:
-    """Those that this version knows."""
+    """The settings that this version knows."""
     try:
         return GuardConfig(**{name: settings[name] for name in GuardConfig.__dataclass_fields__ if name in settings})
     except ValidationError as error:

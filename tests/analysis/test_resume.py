@@ -122,7 +122,7 @@ def test_a_damaged_line_is_named(tmp_path):
 def test_samples_without_their_settings_are_refused(tmp_path):
     quick(out=tmp_path)
     (tmp_path / "rollouts" / "settings.json").unlink()
-    with pytest.raises(GuardError, match=r"settings\.json, which says what they are of, is missing"):
+    with pytest.raises(GuardError, match=r"settings\.json, which names what they are of, is missing"):
         quick(out=tmp_path)
 
 

@@ -72,10 +72,10 @@ def test_ours_beside_it_is_the_estimators(vectors):
 
 
 def test_both_sets_of_parameters_have_the_same_samples():
-    options = QUICK | {"sketch_method": "identity", "sampler": PromptSampler()}
+    settings = QUICK | {"sketch_method": "identity"}
     given = (tiny_model(), tiny_tokenizer(), probe_rows(13), digit_reward)
-    found = measure_both(*given, **options)
-    alone = measure(*given, **options, last_layer=True).refresh.probe
+    found = measure_both(*given, Settings(**settings), sampler=PromptSampler())
+    alone = measure(*given, Settings(**settings, last_layer=True), sampler=PromptSampler()).refresh.probe
     assert list(found) == [ALL, LAST]
     assert torch.equal(found[LAST].gram, alone.gram)
     assert torch.equal(found[ALL].num_correct, found[LAST].num_correct)
