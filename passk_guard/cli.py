@@ -188,8 +188,7 @@ def _analyze(
     probe = ProbeSet.of(probe_file)
     choose_prompts(probe, verifier, checked)  # refused now and not after a large model is loaded
     state = PartialState(cpu=not torch.accelerator.is_available())  # also starts the process group, where there is one
-    model = load_model(model_dir, **parts)
-    tokenizer = load_tokenizer(model_dir, **parts)
+    model, tokenizer = load_model(model_dir, **parts), load_tokenizer(model_dir, **parts)
     logging.set_verbosity_error()  # transformers would repeat a remark about minimal lengths with every batch
     analysis = analyze_model(
         model.to(state.device),
@@ -204,7 +203,7 @@ def _analyze(
     )
     if state.is_main_process:
         analysis.save(out, force=force)
-        _any_terminal()
+        _accept_any_terminal()
         print_analysis(analysis)
         print(f"Written: {out / JSON_NAME} and {out / PAGE_NAME}")
     state.wait_for_everyone()
@@ -212,10 +211,9 @@ def _analyze(
         state.destroy_process_group()
 
 
-def _any_terminal() -> None:
-    """Let a terminal that lacks a sign still get the table."""
+def _accept_any_terminal() -> None:
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign still gets the table
 
 
 @_command
@@ -270,7 +268,7 @@ def plan(
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
         return 0
-    _any_terminal()
+    _accept_any_terminal()
     for line in describe_plan(found, past.where):
         print(line)
     return 0

@@ -108,7 +108,7 @@ def test_only_refreshes_that_sample_count(run_dir, capsys):
     every, third = (make_plan(noise, GuardConfig(resample_refreshes=r)).options for r in (1, 3))
     assert [3 * option.steps for option in every] == [option.steps for option in third]
     page = call(capsys, run_dir(probes(6), {"resample_refreshes": 3}))[1]
-    assert "refreshes that sample, one in 3" in page
+    assert "refreshes that sample count, one in 3" in page
 
 
 @pytest.mark.parametrize("serves", [1, 2, 3, 5])
