@@ -48,7 +48,6 @@ def compare(
         out=out,
         progress=progress,
         name=str(model_dir),
-        protocol="paper",
     )
     analysis.save(out)
     ks = analysis.settings["ks"][1:]

@@ -1,52 +1,58 @@
 """passk_guard: is this step buying pass@k with pass@1?
 
-The mathematics (closed forms, estimates, decision, projection) needs torch alone and imports without the rest of the
-stack; the callback and its parts are imported when they are first used.
+Every name is imported when it is first used. The mathematics (closed forms, estimates, decision, projection) needs
+torch alone; the callback and `analyze` need the rest of the stack.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from passk_guard.estimation.estimate import estimate_conflict, estimate_pooled
-from passk_guard.estimation.evidence import run_p_value
-from passk_guard.estimation.records import ConflictEstimate, ProbeGram
-from passk_guard.mitigation import combine, project_gradient, smooth_floor, solve_floor
-from passk_guard.passk import Weighting, named_weighting
-from passk_guard.passk.closed_forms import pass_at_k, passk_advantages, passk_weight
-from passk_guard.passk.population import population_conflict
-from passk_guard.utils.errors import FailedRefresh, GuardError
-
 if TYPE_CHECKING:
     from passk_guard.analysis import Analysis, analyze
     from passk_guard.callback.guard import PassKGuardCallback
+    from passk_guard.change import ChangeEstimate, RunChange, cumulate, estimate_change
     from passk_guard.config import Advanced, GuardConfig
+    from passk_guard.estimation.estimate import estimate_conflict, estimate_pooled
+    from passk_guard.estimation.evidence import run_p_value
+    from passk_guard.estimation.records import ConflictEstimate, ProbeGram
+    from passk_guard.mitigation import combine, project_gradient, smooth_floor, solve_floor
     from passk_guard.mitigation.objective import PassKObjective
+    from passk_guard.passk import Weighting, named_weighting
+    from passk_guard.passk.closed_forms import pass_at_k, passk_advantages, passk_weight
+    from passk_guard.passk.population import population_conflict
     from passk_guard.probe.prompts import ProbeSet
     from passk_guard.probe.samplers import GenerateSampler, Sampler, TRLSampler
     from passk_guard.probe.verifier import Verifier
     from passk_guard.reporting.run_report import RunReport, report
     from passk_guard.sketch import ScoreSketcher
+    from passk_guard.utils.errors import FailedRefresh, GuardError
 
-_LAZY = {
-    "Analysis": "passk_guard.analysis",
-    "GenerateSampler": "passk_guard.probe.samplers",
-    "Advanced": "passk_guard.config",
-    "GuardConfig": "passk_guard.config",
-    "PassKGuardCallback": "passk_guard.callback.guard",
-    "PassKObjective": "passk_guard.mitigation.objective",
-    "ProbeSet": "passk_guard.probe.prompts",
-    "RunReport": "passk_guard.reporting.run_report",
-    "Sampler": "passk_guard.probe.samplers",
-    "ScoreSketcher": "passk_guard.sketch",
-    "TRLSampler": "passk_guard.probe.samplers",
-    "Verifier": "passk_guard.probe.verifier",
-    "analyze": "passk_guard.analysis",
-    "report": "passk_guard.reporting.run_report",
+_PLACES = {
+    "analysis": ("Analysis", "analyze"),
+    "callback.guard": ("PassKGuardCallback",),
+    "change": ("ChangeEstimate", "RunChange", "cumulate", "estimate_change"),
+    "config": ("Advanced", "GuardConfig"),
+    "estimation.estimate": ("estimate_conflict", "estimate_pooled"),
+    "estimation.evidence": ("run_p_value",),
+    "estimation.records": ("ConflictEstimate", "ProbeGram"),
+    "mitigation": ("combine", "project_gradient", "smooth_floor", "solve_floor"),
+    "mitigation.objective": ("PassKObjective",),
+    "passk": ("Weighting", "named_weighting"),
+    "passk.closed_forms": ("pass_at_k", "passk_advantages", "passk_weight"),
+    "passk.population": ("population_conflict",),
+    "probe.prompts": ("ProbeSet",),
+    "probe.samplers": ("GenerateSampler", "Sampler", "TRLSampler"),
+    "probe.verifier": ("Verifier",),
+    "reporting.run_report": ("RunReport", "report"),
+    "sketch": ("ScoreSketcher",),
+    "utils.errors": ("FailedRefresh", "GuardError"),
 }
+_MODULE_OF = {name: f"passk_guard.{place}" for place, names in _PLACES.items() for name in names}
 
 __all__ = [
     "Advanced",
     "Analysis",
+    "ChangeEstimate",
     "ConflictEstimate",
     "FailedRefresh",
     "GenerateSampler",
@@ -56,6 +62,7 @@ __all__ = [
     "PassKObjective",
     "ProbeGram",
     "ProbeSet",
+    "RunChange",
     "RunReport",
     "Sampler",
     "ScoreSketcher",
@@ -64,6 +71,8 @@ __all__ = [
     "Weighting",
     "analyze",
     "combine",
+    "cumulate",
+    "estimate_change",
     "estimate_conflict",
     "estimate_pooled",
     "named_weighting",
@@ -80,8 +89,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,20 +1,31 @@
-"""`passk-guard`: analyse a checkpoint, report a run, plan its probe, check settings."""
+"""`passk-guard`: analyse a checkpoint, report a run, plan its probe, check settings.
+
+Each command imports what it needs when it runs: `--help` loads neither torch nor transformers nor pydantic. The
+defaults of `analyze` are those of `analysis.Settings`, which a test compares.
+"""
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Sequence
+from importlib.metadata import version as installed_version
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import typer
 
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import one_line
 
 _INTERRUPTED, _NO_READER = 130, 141  # as a shell reports SIGINT and SIGPIPE
+_FILES = ("model", "probe", "correct", "out", "force", "adapter", "base", "progress")
+Option, Argument = typer.Option, typer.Argument
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,102 +35,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; those of the process by default.
 
     Returns:
-        0; 1 after an error of the user's, which stands in one line on standard error; 130 after Ctrl-C. Wrong usage
-        leaves with 2, as argparse does.
+        The exit status: 0; 1 after a user's error, which is one line on standard error; 2 for wrong usage; 130 after
+        Ctrl-C; 141 if the reader of the output has gone.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _one_value(list(sys.argv[1:] if argv is None else argv))
     try:
-        args = _parser(arguments).parse_args(arguments)
-        return int(args.func(args))
-    except GuardError as error:
-        return _complain(str(error))
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more when it closes the stream.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _NO_READER
-    except OSError as error:
-        return _complain(str(error))
-    except KeyboardInterrupt:
-        print("passk-guard: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-
-
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="passk-guard", description="Is a pass@k step bought with pass@1?")
-    parser.add_argument("--version", action="version", version=f"passk-guard {_version()}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_analyze(commands, arguments)
-    _add_report(commands)
-    _add_plan(commands, arguments)
-    schema = commands.add_parser("schema", help="print the JSON schema of the guard's settings")
-    schema.set_defaults(func=_schema)
-    check = commands.add_parser("check", help="validate a YAML or JSON file of settings")
-    check.add_argument("config", type=Path, metavar="CONFIG", help="settings, or a file with them under `passk_guard:`")
-    check.set_defaults(func=_check)
-    return parser
-
-
-def _add_analyze(commands: Any, arguments: Sequence[str]) -> None:
-    """The real parser only where it is asked for: it imports transformers, which takes seconds."""
-    if "analyze" not in arguments:
-        commands.add_parser("analyze", help="measure what pass@k training would do to a checkpoint", add_help=False)
-        return
-    from passk_guard.analysis.command import add_parser
-
-    add_parser(commands)
-
-
-def _add_report(commands: Any) -> None:
-    parser = commands.add_parser(
-        "report",
-        help="a page from the journal of a run, or of two over each other",
-        description="One self-contained HTML page from `passk_guard.jsonl`, also while the run goes on.",
-    )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="output folder of a guarded run")
-    parser.add_argument("other", type=Path, nargs="?", metavar="RUN_DIR_B", help="of a second one, to compare")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: passk_guard.html in RUN_DIR")
-    parser.add_argument("--force", action="store_true", help="write over a file that is not a report")
-    parser.set_defaults(func=_report)
-
-
-def _add_plan(commands: Any, arguments: Sequence[str]) -> None:
-    if "plan" not in arguments:
-        commands.add_parser("plan", help="how many prompts and refreshes it takes to see a conflict", add_help=False)
-        return
-    from passk_guard.planning.command import add_parser
-
-    add_parser(commands)
-
-
-def _report(args: argparse.Namespace) -> int:
-    from passk_guard.reporting.run_report import PAGE_NAME, report
-
-    found = report(args.run_dir, args.other)
-    out = args.out or found.journals[0].path.with_name(PAGE_NAME)
-    path = found.save(out, force=args.force)
-    for journal in found.journals:
-        if journal.unfinished:
-            print(f"{journal.path}: the last line is half written and was left out", file=sys.stderr)
-    print(path)
+        _parser()(args=arguments, prog_name="passk-guard")
+    except SystemExit as left:
+        return int(left.code or 0)
     return 0
 
 
-def _schema(args: argparse.Namespace) -> int:
-    from passk_guard.config import config_schema
-
-    print(json.dumps(config_schema(), indent=2))
-    return 0
+@functools.cache
+def _parser() -> Callable[..., Any]:
+    return typer.main.get_command(app)
 
 
-def _check(args: argparse.Namespace) -> int:
-    from passk_guard.config import config_problems
+def _one_value(arguments: list[str]) -> list[str]:
+    """`plan RUN_DIR --prompts 32 64` as typer takes it: `--prompts 32,64`."""
+    if arguments[:1] == ["plan"] and "--prompts" in arguments:
+        start = arguments.index("--prompts") + 1
+        sizes = list(takewhile(str.isdigit, arguments[start:]))
+        if len(sizes) > 1:
+            arguments[start : start + len(sizes)] = [",".join(sizes)]
+    return arguments
 
-    problems = config_problems(args.config)
-    for problem in problems:
-        _complain(f"{args.config}: {problem}")
-    if not problems:
-        print(f"{args.config}: valid")
-    return 1 if problems else 0
+
+def _command(run: Callable[..., int]) -> Callable[..., int]:
+    """Register a command whose errors become a line on standard error and an exit status."""
+
+    @functools.wraps(run)
+    def with_status(*args: Any, **options: Any) -> None:
+        try:
+            status = run(*args, **options)
+        except BrokenPipeError:
+            # Python would complain about the missing reader once more when it closes the stream.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = _NO_READER
+        except (GuardError, OSError) as error:
+            status = _complain(str(error))
+        except KeyboardInterrupt:
+            print("passk-guard: interrupted", file=sys.stderr)
+            status = _INTERRUPTED
+        raise typer.Exit(status)
+
+    app.command()(with_status)
+    return run
 
 
 def _complain(text: str) -> int:
@@ -127,8 +88,213 @@ def _complain(text: str) -> int:
     return 1
 
 
-def _version() -> str:
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print("passk-guard", installed_version("passk-guard"))
+        raise typer.Exit
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
     try:
-        return version("passk-guard")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"expected whole numbers such as 1,2,4,8; found {text!r}") from None
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Is a pass@k step bought with pass@1?"""
+
+
+@_command
+def analyze(
+    model: Annotated[Path, Argument(metavar="MODEL_DIR", help="A local model, or a PEFT adapter.")],
+    probe: Annotated[Path, Option(metavar="FILE", help="JSONL: on each line a `prompt` and the verifier's columns.")],
+    correct: Annotated[
+        str,
+        Option(
+            metavar="MODULE:FUNCTION",
+            help="The reward function that means correct, in TRL's signature, imported from the current directory.",
+        ),
+    ],
+    out: Annotated[Path, Option(metavar="DIR", help="Where samples and results go.")],
+    force: Annotated[bool, Option("--force", help="Write into DIR although it holds other content.")] = False,
+    adapter: Annotated[Path | None, Option(metavar="DIR", help="A PEFT adapter to put on MODEL_DIR.")] = None,
+    base: Annotated[Path | None, Option(metavar="DIR", help="Base of an adapter given as MODEL_DIR.")] = None,
+    progress: Annotated[
+        bool | None, Option("--progress/--no-progress", help="Progress bars; by default in a terminal only.")
+    ] = None,
+    num_samples: Annotated[int, Option("--samples", help="Completions of each prompt.")] = 32,
+    prompts: Annotated[
+        int | None, Option(metavar="M", help="Prompts sampled at random from the probe; all by default.")
+    ] = None,
+    temperature: Annotated[float, Option(help="Of the softmax.")] = 1.0,
+    max_new_tokens: Annotated[int, Option(help="Longest completion.")] = 256,
+    batch_size: Annotated[int, Option(help="Completions generated at once.")] = 64,
+    seed: Annotated[int, Option(help="Of the choice of prompts, the completions and the sketch.")] = 0,
+    correct_threshold: Annotated[float, Option(help="Rewards at or above it are correct.")] = 1.0,
+    ks: Annotated[
+        str, Option("--k", callback=_whole_numbers, metavar="K,K,...", help="Comma-separated, each at most --samples.")
+    ] = "1,2,4,8,16",
+    threshold: Annotated[float, Option(help="Cosine below which there is a conflict.")] = 0.0,
+    confidence: Annotated[float, Option(help="Of intervals and verdicts.")] = 0.95,
+    gamma: Annotated[float, Option(help="Cosine that the prediction for `project` assumes.")] = 0.2,
+    floor_gamma: Annotated[float, Option(help="Cosine that the predicted floor is solved for.")] = 0.2,
+    last_layer: Annotated[bool, Option("--last-layer", help="Gradients of the last hidden layer alone.")] = False,
+    sketch_method: Annotated[Literal["kronecker", "countsketch"], Option(help="Of the gradients.")] = "kronecker",
+    sketch_dim: Annotated[int, Option(help="Of the sketched gradients.")] = 16384,
+    max_tokens: Annotated[int, Option(help="In a forward pass of the sketch.")] = 16384,
+) -> int:
+    """Measure what pass@k training would do to a checkpoint.
+
+    Sample a probe from a local model, and measure whether its pass@k gradient conflicts with its pass@1 gradient, for
+    which k, and which prompts cause it. Nothing is trained and nothing is downloaded. After Ctrl-C the same command
+    continues. `accelerate launch` shares the prompts over processes.
+    """
+    settings = {name: value for name, value in dict(locals()).items() if name not in _FILES}
+    from passk_guard.analysis.store import ROLLOUTS_NAME
+
+    try:
+        _analyze(model, probe, correct, out, {"adapter": adapter, "base": base}, force, progress, settings)
+    except KeyboardInterrupt:
+        kept = out / ROLLOUTS_NAME
+        print(f"\nStopped. Completions are kept in {kept}; the same command goes on from there.", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _analyze(
+    model_dir: Path, probe_file: Path, correct: str, out: Path, parts: Any, force: bool, progress: Any, settings: Any
+) -> None:
+    import torch
+    from accelerate import PartialState
+    from transformers.utils import logging
+
+    from passk_guard.analysis import Settings
+    from passk_guard.analysis import analyze as analyze_model
+    from passk_guard.analysis.load import import_function, load_model, load_tokenizer
+    from passk_guard.analysis.run import choose_prompts
+    from passk_guard.analysis.store import JSON_NAME, PAGE_NAME
+    from passk_guard.analysis.terminal import print_analysis
+    from passk_guard.probe.prompts import ProbeSet
+    from passk_guard.probe.verifier import resolve_verifier
+
+    checked = Settings(**settings)
+    verifier = resolve_verifier(import_function(correct), threshold=checked.correct_threshold)
+    probe = ProbeSet.of(probe_file)
+    choose_prompts(probe, verifier, checked)  # refused now and not after a large model is loaded
+    state = PartialState(cpu=not torch.accelerator.is_available())  # also starts the process group, where there is one
+    model, tokenizer = load_model(model_dir, **parts), load_tokenizer(model_dir, **parts)
+    logging.set_verbosity_error()  # transformers would repeat a remark about minimal lengths with every batch
+    analysis = analyze_model(
+        model.to(state.device),
+        tokenizer,
+        probe,
+        verifier,
+        out=out,
+        force=force,
+        progress=progress,
+        name=" + ".join(str(path) for path in (model_dir, parts["adapter"]) if path),
+        **settings,
+    )
+    if state.is_main_process:
+        analysis.save(out, force=force)
+        _accept_any_terminal()
+        print_analysis(analysis)
+        print(f"Written: {out / JSON_NAME} and {out / PAGE_NAME}")
+    state.wait_for_everyone()
+    if state.num_processes > 1:
+        state.destroy_process_group()
+
+
+def _accept_any_terminal() -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign still gets the table
+
+
+@_command
+def report(
+    run_dir: Annotated[Path, Argument(metavar="RUN_DIR", help="Output folder of a guarded run.")],
+    other: Annotated[Path | None, Argument(metavar="RUN_DIR_B", help="A second one, to compare.")] = None,
+    out: Annotated[Path | None, Option(metavar="FILE", help="Default: passk_guard.html in RUN_DIR.")] = None,
+    force: Annotated[bool, Option("--force", help="Write over a file that is not a report.")] = False,
+) -> int:
+    """Make a page from the journal of a run, or of two to compare.
+
+    One self-contained HTML page from `passk_guard.jsonl`, also while the run goes on.
+    """
+    from passk_guard.reporting.run_report import PAGE_NAME
+    from passk_guard.reporting.run_report import report as report_of
+
+    found = report_of(run_dir, other)
+    path = found.save(out or found.journals[0].path.with_name(PAGE_NAME), force=force)
+    for journal in found.journals:
+        if journal.unfinished:
+            print(f"{journal.path}: the last line is half written and was left out", file=sys.stderr)
+    print(path)
+    return 0
+
+
+@_command
+def plan(
+    run_dir: Annotated[Path, Argument(metavar="RUN_DIR", help="Output folder of a guarded run, or of analyze.")],
+    cosine: Annotated[
+        float | None, Option(help="Of the conflict; default: 0.2 below the run's threshold.", show_default=False)
+    ] = None,
+    power: Annotated[float, Option(help="Chance that the conflict is called.")] = 0.9,
+    prompts: Annotated[
+        str, Option(callback=_whole_numbers, metavar="M,M,...", help="Sizes of probe to plan for.")
+    ] = "32,64,128,256,512",
+    last: Annotated[int | None, Option(metavar="R", help="Plan from the R newest refreshes; all by default.")] = None,
+    as_json: Annotated[bool, Option("--json", help="The same for a program.")] = False,
+) -> int:
+    """Find how many prompts and refreshes it takes to see a conflict.
+
+    From the noise in `passk_guard.jsonl`: within how many refreshes a conflict of a given size would be called, on a
+    probe of this and of other sizes, and the cost of each. Also while the run goes on. From `analysis.json` for a run
+    with the guard's defaults, without cost.
+    """
+    from passk_guard.planning.inputs import read_past
+    from passk_guard.planning.plan import make_plan
+    from passk_guard.planning.summary import describe_plan
+
+    sizes: Any = prompts  # the callback has made numbers of the text
+    past = read_past(run_dir, last)
+    found = make_plan(past.noise, past.config, cosine=cosine, power=power, prompts=sizes, cost=past.cost)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return 0
+    _accept_any_terminal()
+    for line in describe_plan(found, past.where):
+        print(line)
+    return 0
+
+
+@_command
+def check(
+    config: Annotated[
+        Path, Argument(metavar="CONFIG", help="Settings as YAML or JSON, or a file with them under `passk_guard:`.")
+    ],
+) -> int:
+    """Validate a YAML or JSON file of settings."""
+    from passk_guard.config import config_problems
+
+    problems = config_problems(config)
+    for problem in problems:
+        _complain(f"{config}: {problem}")
+    if not problems:
+        print(f"{config}: valid")
+    return 1 if problems else 0
+
+
+@_command
+def schema() -> int:
+    """Print the JSON schema of the guard's settings."""
+    from passk_guard.config import config_schema
+
+    print(json.dumps(config_schema(), indent=2))
+    return 0

@@ -1,15 +1,19 @@
 """`passk-guard` as a user meets it: what it prints, what it writes, how it ends."""
 
+import inspect
 import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from passk_guard import GuardConfig
-from passk_guard.cli import main
+from passk_guard.analysis import Settings
+from passk_guard.cli import analyze, main, plan
 from passk_guard.config import config_problems, config_schema
+from passk_guard.planning.plan import PROMPTS
 from passk_guard.utils.errors import GuardError
 from tests.helpers.journals import write_run
 
@@ -184,18 +188,76 @@ def test_check_of_what_is_no_settings_file(name, content, words, run, tmp_path):
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["check"], ["report"], ["report", "a", "b", "c"]])
 def test_wrong_usage_leaves_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    assert left.value.code == 2
-    assert "usage: passk-guard" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "Usage: passk-guard" in capsys.readouterr().err
 
 
-def test_version_and_help(capsys):
-    for arguments, words in ((["--version"], "passk-guard "), (["--help"], "analyze")):
-        with pytest.raises(SystemExit) as left:
-            main(arguments)
-        assert left.value.code == 0
-        assert words in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["analyze", "m", "--probe", "p", "--correct", "c", "--out", "o", "--k", "1,two"], "found '1,two'"),
+        (["analyze", "m", "--probe", "p", "--correct", "c", "--out", "o", "--sketch-method", "x"], "kronecker"),
+        (["analyze", "m", "--probe", "p", "--out", "o"], "--correct"),
+        (["plan", "run", "--prompts", "32,x"], "whole numbers"),
+        (["plan", "run", "--power", "much"], "--power"),
+    ],
+)
+def test_wrong_values_leave_with_2_and_name_the_option(arguments, words, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+
+
+def test_version_and_help(run):
+    for arguments, words in (
+        (["--version"], "passk-guard "),
+        (["--help"], "analyze"),
+        (["plan", "--help"], "--prompts"),
+    ):
+        status, out, err = run(*arguments)
+        assert (status, err) == (0, "")
+        assert words in out
+
+
+HELP = """
+import resource, sys
+from passk_guard.cli import main
+status = main(["--help"])
+used = resource.getrusage(resource.RUSAGE_SELF)
+heavy = {"torch", "transformers", "pydantic"} & set(sys.modules)
+print(status, used.ru_utime + used.ru_stime, *sorted(heavy))
+"""
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    """About 0.2 s of processor time; the bound leaves room for a busy machine."""
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=120, check=True)
+    status, seconds, *heavy = done.stdout.splitlines()[-1].split()
+    assert (status, heavy) == ("0", [])
+    assert float(seconds) < 1.0
+
+
+def test_the_defaults_of_analyze_are_those_of_its_settings():
+    options = inspect.signature(analyze).parameters
+    defaults = Settings().to_dict() | {"ks": ",".join(map(str, Settings().ks))}
+    assert {name: options[name].default for name in defaults} == defaults
+    own = {"model", "probe", "correct", "out", "force", "adapter", "base", "progress"}
+    assert set(options) == own | set(defaults), "what is no setting is left out of the settings by name"
+
+
+def test_the_default_sizes_of_plan():
+    assert inspect.signature(plan).parameters["prompts"].default == ",".join(map(str, PROMPTS))
+
+
+def test_sizes_of_a_plan_may_stand_apart(monkeypatch, run):
+    found = []
+    monkeypatch.setattr("passk_guard.planning.inputs.read_past", lambda *_: SimpleNamespace(noise=0, config=0, cost=0))
+    monkeypatch.setattr("passk_guard.planning.plan.make_plan", lambda *_, prompts, **__: found.append(prompts))
+    for sizes in (["32", "64"], ["32,64"]):
+        with pytest.raises(AttributeError):
+            run("plan", "run", "--prompts", *sizes, "--json")
+    assert found == [(32, 64), (32, 64)]
 
 
 def test_ctrl_c_leaves_with_130(run, monkeypatch, tmp_path):
@@ -219,7 +281,7 @@ READS_FOR_EVER = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 from passk_guard.cli import main
-from passk_guard.reporting.html import run_report
+from passk_guard.reporting import run_report
 run_report.read_journal = lambda *_: print("reading", flush=True) or time.sleep(60)
 sys.exit(main(["report", sys.argv[1]]))
 """

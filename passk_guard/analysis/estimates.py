@@ -1,4 +1,4 @@
-"""The angle between two weightings of the same prompts' gradients, as the estimator has it for J_k and J_1."""
+"""Estimates with their uncertainty: means, Wilson's interval, the jackknife over prompts, and angles."""
 
 from __future__ import annotations
 
@@ -9,28 +9,16 @@ import torch
 from torch import Tensor
 
 from passk_guard.analysis.results import Number
+from passk_guard.estimation.agreement import informative
 from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
 from passk_guard.estimation.jackknife import jackknife_overshoot
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.estimation.ustatistics import Moments, coefficients
-
-# Inner products between prompts' gradients, from one Gram matrix.
+from passk_guard.estimation.ustatistics import Moments, coefficients, prompt_kernel
 
 
-Coefficients = tuple[Tensor, Tensor]
-
-
-def at_k(probe: ProbeGram, k: int) -> Coefficients:
-    """[m] and [m]: what S+ and S- of each prompt are multiplied with to give the leave-one-out g_k."""
-    positive, negative = coefficients(probe, torch.tensor([k])).view(2, -1)
-    return positive, negative
-
-
-def kernel_of(probe: ProbeGram, left: Coefficients, right: Coefficients) -> Tensor:
-    """[m, m] inner products <g(x), h(x')>, g and h given by their coefficients of S+ and S-."""
-    m = probe.num_samples.numel()
-    weighted = torch.cat(left)[:, None] * probe.gram * torch.cat(right)[None, :]
-    return weighted.view(2, m, 2, m).sum((0, 2))
+def gradient_row(probe: ProbeGram, k: int) -> Tensor:
+    """[2m] what S+ and S- of each prompt are multiplied with to give the leave-one-out g_k."""
+    return coefficients(probe, torch.tensor([k]))[0]
 
 
 def off_diagonal_rows(kernel: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,23 +30,15 @@ def off_diagonal_rows(kernel: Tensor) -> tuple[Tensor, Tensor]:
     return means, (squares / ((m - 1) * max(m - 2, 1))).sqrt()
 
 
-def mixed(probe: ProbeGram) -> Tensor:
-    """[m] bool: prompts with right and wrong samples both; the others have no gradient estimate but zero."""
-    return (probe.num_correct > 0) & (probe.num_correct < probe.num_samples)
-
-
-# Estimates with their uncertainty: means, Wilson's interval, and the jackknife over prompts.
-
-
 def normal_quantile(confidence: float) -> float:
-    """Of the two-sided interval."""
+    """Quantile of the standard normal distribution for a two-sided interval."""
     return float(torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64)))
 
 
 def mean(values: Tensor, confidence: float, *, low: float = -math.inf, high: float = math.inf) -> Number:
     """Mean of independent values [m] with its standard error and Student's interval, cut to [low, high].
 
-    Where all values are equal, as for prompts that are all solved every time, no spread is seen and no interval given.
+    There is no interval where all values are equal, as for prompts that are all solved every time.
     """
     m, value = values.numel(), float(values.double().mean())
     if m < 2 or not (error := float(values.double().std()) / math.sqrt(m)) > 0:
@@ -78,7 +58,7 @@ def wilson(correct: int, samples: int, confidence: float) -> Number:
 
 
 def with_error(value: float, error: float, quantile: float) -> Number:
-    """value, and the interval of so many standard errors on both sides."""
+    """The value with the interval of `quantile` standard errors on both sides."""
     return Number(value, error, value - quantile * error, value + quantile * error)
 
 
@@ -89,7 +69,7 @@ def jackknife_error(without: Tensor) -> float:
 
 
 def image(function: Callable[[float], float], number: Number) -> Number:
-    """The value of a function of a number, and the range it takes on the number's interval (looked at in 200 steps)."""
+    """The value of a function of a number, and its range on the number's interval (evaluated in 200 steps)."""
     if number.value is None or number.low is None or number.high is None:
         return Number()
     inside = torch.linspace(number.low, number.high, 201, dtype=torch.float64).tolist()
@@ -97,24 +77,24 @@ def image(function: Callable[[float], float], number: Number) -> Number:
     return Number(function(number.value), None, min(reached), max(reached))
 
 
-def angle(probe: ProbeGram, left: Coefficients, right: Coefficients, confidence: float) -> Number:
+def angle(probe: ProbeGram, left: Tensor, right: Tensor, confidence: float) -> Number:
     r"""cos(E[g], E[h]) from U-statistics over pairs of different prompts, with its interval.
 
     $U_{gh} / \sqrt{U_{gg} U_{hh}}$; bounds by `intervals.cosine_bounds` from the jackknife over prompts.
 
     Args:
         probe: m prompts.
-        left, right: coefficients of S+ and S- that give g(x) and h(x).
+        left, right: [2m] coefficients of S+ and S- that give g(x) and h(x).
         confidence: of the two-sided interval.
 
     Returns:
-        Nothing where a squared norm is not positive, where no cosine can be ruled out, or below three prompts with a
-        gradient.
+        A `Number` without a value where a squared norm is not positive, where no cosine can be ruled out, or below
+        three prompts with a gradient.
     """
-    if int(mixed(probe).sum()) < 3:
+    if int(informative(probe).sum()) < 3:
         return Number()
     pairs = [(left, right), (right, right), (left, left)]
-    kernels = [kernel_of(probe, *pair) for pair in pairs]
+    kernels = [prompt_kernel(probe, *pair) for pair in pairs]
     values, changes = zip(*(_statistic(kernel) for kernel in kernels), strict=True)
     value, influence = torch.stack(values), torch.stack(changes)
     if not bool((value[1:] > 0).all()):

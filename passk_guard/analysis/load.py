@@ -1,4 +1,9 @@
-"""A model and its tokenizer from a local directory, with or without a PEFT adapter; nothing is downloaded."""
+"""What an analysis is made of: the user's function, a local model, its tokenizer, its last hidden layer.
+
+Nothing is downloaded. arXiv 2602.21189 takes its language models' gradients with respect to the last hidden layer. Our
+reading, since the text names no parameters: all trainable parameters of the last decoder block (attention, MLP and the
+norms in it), and neither the final norm nor the output embedding. With PEFT, the adapters in that block.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,21 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import describe_error
 
-# `module:function` from the command line the user typed.
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_CONFIG = "adapter_config.json"
+_NAME_MODULES = ("megatron_config", "auto_mapping")
 
 
 def import_function(name: str) -> Callable[..., Any]:
@@ -51,13 +63,6 @@ def import_function(name: str) -> Callable[..., Any]:
 def _named(module: Any) -> str:
     own = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
     return ", ".join(sorted(own)[:10]) or "none"
-
-
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_ADAPTER_CONFIG = "adapter_config.json"
-_NAME_MODULES = ("megatron_config", "auto_mapping")
 
 
 def load_model(directory: str | Path, *, adapter: str | Path | None = None, base: str | Path | None = None) -> Any:
@@ -169,18 +174,20 @@ def _with_adapter(model: Any, place: Path) -> Any:
     try:
         return PeftModel.from_pretrained(model, str(place), is_trainable=True, local_files_only=True)
     except Exception as error:
-        raise GuardError(f"Expected an adapter that fits its base in {str(place)!r}; {_said(error)}.") from error
+        raise GuardError(f"Expected an adapter that fits its base in {str(place)!r}; {_raised(error)}.") from error
 
 
 def _loaded(loader: Any, place: Path, what: str, **options: Any) -> Any:
     try:
-        # Said outright: asked without it, transformers would ask on the terminal whether to run code of the model's.
+        # Without `trust_remote_code`, transformers would ask on the terminal whether to run the model's code.
         return loader.from_pretrained(str(place), local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises many kinds, of which none says more than its text
-        raise GuardError(f"Expected {what} that transformers can load from {str(place)!r}; {_said(error)}.") from error
+    except Exception as error:  # transformers raises many kinds, of which only the text is of use
+        raise GuardError(
+            f"Expected {what} that transformers can load from {str(place)!r}; {_raised(error)}."
+        ) from error
 
 
-def _said(error: Exception) -> str:
+def _raised(error: Exception) -> str:
     return f"it raised {type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
@@ -195,3 +202,46 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _listed(place: Path) -> str:
     names = sorted(entry.name for entry in place.iterdir())
     return "nothing" if not names else ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def last_hidden_layer(model: nn.Module) -> nn.Module:
+    """The last block of the stack of decoder blocks: of the `nn.ModuleList` with `config.num_hidden_layers` entries.
+
+    Raises:
+        GuardError: the model has no such list, or the block has no trainable parameter.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    depth = getattr(text, "num_hidden_layers", None)
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not depth or not stacks:
+        raise GuardError(
+            "Expected a model with a list of `config.num_hidden_layers` decoder blocks, to take the last hidden layer "
+            f"of; found none in {type(model).__name__}. Leave out `last_layer`."
+        )
+    # A mixture of experts can have as many experts as layers: the stack of blocks is the one that holds the most.
+    last: nn.Module = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))[-1]
+    if not any(p.requires_grad for p in last.parameters()):
+        raise GuardError(
+            "Expected trainable parameters in the last hidden layer; found none. With PEFT the adapter has to reach "
+            "the last block: leave out `last_layer`."
+        )
+    return last
+
+
+@contextmanager
+def only_last_hidden_layer(model: nn.Module) -> Iterator[None]:
+    """Let no other parameter require grad inside, since the sketch covers those that do. Restore them on exit.
+
+    Raises:
+        GuardError: as `last_hidden_layer`.
+    """
+    inside = {id(p) for p in last_hidden_layer(model).parameters()}
+    outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    for p in outside:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in outside:
+            p.requires_grad_(True)

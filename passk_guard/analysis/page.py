@@ -19,10 +19,7 @@ from passk_guard.reporting.html.histogram import Distribution, histogram
 from passk_guard.reporting.html.page import Section, render_page
 from passk_guard.reporting.html.table import Column, table
 
-# The sections of the analysis page that look at single prompts: kernel, agreement, the worst of them.
-
-
-_SHOWN = 50
+_SHOWN = 50  # rows of the table of prompts
 
 
 def kernel_section(data: Data) -> Section:
@@ -41,8 +38,6 @@ def kernel_section(data: Data) -> Section:
         alt=f"Heat map of {len(kernel['places'])} prompts by the same from easy to hard. Negative pairs: {negative}.",
         x_label="prompt, easy to hard",
         y_label="prompt, easy to hard",
-        boundaries=_boundaries(data),
-        caption="" if data["paper"] is None else "Dashed: easy prompts end and hard ones begin (the paper's protocol).",
     )
     share = paragraph(f"Share of negative pairs: {negative} (noise alone gives 0.5).")
     return Section("Prompt kernel", join([picture, share]), note)
@@ -56,24 +51,12 @@ def _matrix(below: list[list[float]]) -> Tensor:
     return matrix
 
 
-def _boundaries(data: Data) -> list[int]:
-    """Where easy prompts end and hard ones begin, when the paper's thresholds say so."""
-    if data["paper"] is None:
-        return []
-    by_place = {p["place"]: p["pass_rate"]["value"] for p in data["prompts"]}
-    rates = [by_place[place] for place in data["kernel"]["places"]]
-    return [
-        sum(r >= data["paper"]["delta_2"] for r in rates),
-        sum(r > data["paper"]["delta_1"] for r in rates),
-    ]
-
-
 def agreement_section(data: Data) -> Section:
     """Agreement before and after reweighting, and the weights."""
     known = [p for p in data["prompts"] if p["agreement"]["value"] is not None]
     k, heading = data["settings"]["ks"][-1], "Weights and agreement"
     note = (
-        "The agreement a(x) of a prompt says whether its gradient points where pass@1 of the others rises. Pass@k "
+        "The agreement a(x) of a prompt shows whether its gradient points where pass@1 of the others rises. Pass@k "
         "multiplies it by w_k(x), large on hard prompts; where hard prompts disagree, the mean turns negative "
         "(Figs. 5 to 8 of arXiv 2602.21189)."
     )
@@ -121,7 +104,7 @@ def agreement_section(data: Data) -> Section:
 
 def _labels(prompts: list[Data]) -> list[str]:
     return [
-        f"{words.one_line(p['text'], 60)}: p-hat {words.value(p['pass_rate'], 2)}, a {words.scientific(p['agreement'])}"
+        f"{words.excerpt(p['text'], 60)}: p-hat {words.value(p['pass_rate'], 2)}, a {words.scientific(p['agreement'])}"
         for p in prompts
     ]
 
@@ -180,7 +163,6 @@ def analysis_page(data: Data) -> str:
         agreement_section,
         worst_prompts_section,
         _mitigations,
-        _paper,
         _settings,
     )
     sections = [section for make in makers if (section := make(data)) is not None]
@@ -207,7 +189,7 @@ def _lead(data: Data) -> Html:
 def _rates(data: Data) -> Section:
     ks = [at["k"] for at in data["at_k"]]
     rates = [at["pass_rate"] for at in data["at_k"]]
-    said = ", ".join(f"pass@{k} {words.with_interval(r)}" for k, r in zip(ks, rates, strict=True))
+    text = ", ".join(f"pass@{k} {words.with_interval(r)}" for k, r in zip(ks, rates, strict=True))
     chart = line_chart(
         [Series("pass@k", ks, [r["value"] for r in rates])],
         [Band(ks, [r["low"] for r in rates], [r["high"] for r in rates], f"{words.level(data)} interval")],
@@ -217,7 +199,7 @@ def _rates(data: Data) -> Section:
         x_ticks=ks,
         y_range=(0.0, 1.0),
         title="pass@k",
-        alt=f"Pass rate over k: {said}.",
+        alt=f"Pass rate over k: {text}.",
     )
     columns = [Column("k", "number"), Column("pass@k", "number", 3), Column("interval"), Column("mean weight E[w_k]")]
     rows = [(at["k"], at["pass_rate"]["value"], words.interval(at["pass_rate"]), _weight(at)) for at in data["at_k"]]
@@ -294,39 +276,6 @@ def _mitigations(data: Data) -> Section | None:
         "the mitigated gradient with ∇J_1, and how much of a step's gain in pass@k is left."
     )
     return Section("What the mitigations would do", table(columns, rows, caption="Predicted effect"), note)
-
-
-def _paper(data: Data) -> Section | None:
-    paper = data["paper"]
-    if paper is None:
-        return None
-    counts = facts(
-        {
-            f"hard, p-hat ≤ {paper['delta_1']:g}": paper["num_hard"],
-            f"easy, p-hat ≥ {paper['delta_2']:g}": paper["num_easy"],
-            "in between": paper["num_middle"],
-        }
-    )
-    columns = [Column("gradients with respect to"), Column("k", "number"), Column("paper's sum (biased)")]
-    columns += [Column("of it hard"), Column("of it easy"), Column("of it between"), Column("ours (unbiased)")]
-    columns += [Column("cosine, ours"), Column("status")]
-    groups = ("paper", "hard", "easy", "middle", "ours")
-    rows = [
-        (
-            row["parameters"],
-            row["k"],
-            *(words.scientific(row[group]) for group in groups),
-            words.with_interval(row["cosine"], 2),
-            row["status"],
-        )
-        for row in paper["rows"]
-    ]
-    note = (
-        "⟨∇J_k, ∇J_1⟩ as arXiv 2602.21189 sums it: over all pairs, a prompt with itself included, with plug-in weights "
-        "k(1 − p-hat)^(k−1) and no baseline. Same-prompt pairs push it up, plug-in weights shrink it. Beside it the "
-        "unbiased estimate on the same samples. ± is the standard error."
-    )
-    return Section("The paper's protocol", join([counts, table(columns, rows, caption="Inner products")]), note)
 
 
 def _settings(data: Data) -> Section:

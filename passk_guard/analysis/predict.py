@@ -1,7 +1,7 @@
 """What each mitigation is predicted to do to this model's pass@k gradient, from the same Gram matrix.
 
-The training gradient is taken to be grad J_k, and the protected direction grad J_1, both as the probe sees them; a
-training batch has its own noise on top. What is kept of the gain is cos(mitigated gradient, grad J_k): the share of
+The training gradient is assumed to be grad J_k, and the protected direction grad J_1, both as the probe estimates them.
+A training batch adds noise. What is kept of the gain is cos(mitigated gradient, grad J_k): the share of
 the first-order gain in J_k that a step of the same length has left.
 """
 
@@ -12,18 +12,19 @@ from collections.abc import Mapping
 
 import torch
 
-from passk_guard.analysis.estimates import angle, at_k, image, jackknife_error, kernel_of
+from passk_guard.analysis.estimates import angle, gradient_row, image, jackknife_error
 from passk_guard.analysis.measure import cosine_of
 from passk_guard.analysis.results import Number, Prediction
 from passk_guard.analysis.settings import Settings
 from passk_guard.estimation.records import ConflictEstimate, ProbeGram
+from passk_guard.estimation.ustatistics import prompt_kernel
 from passk_guard.mitigation.floor import solve_floor
 from passk_guard.mitigation.projection import plan_projection
 from passk_guard.passk.closed_forms import sample_coefficients
 
 
 def predictions(probe: ProbeGram, estimates: Mapping[int, ConflictEstimate], settings: Settings) -> list[Prediction]:
-    """One entry a mitigation, at the largest k; none when only k = 1 was asked for.
+    """One entry for each mitigation, at the largest k. The list is empty when only k = 1 was asked for.
 
     Args:
         probe: Gram matrix and counts.
@@ -45,7 +46,7 @@ def projected(estimate: ConflictEstimate, gamma: float) -> Prediction:
     cosine, setting = cosine_of(estimate), f"gamma = {gamma:g}"
     if cosine.value is None:
         return Prediction("project", setting, Number(), Number(), f"undetermined: {estimate.reason}")
-    note = f"turns the gradient wherever its cosine is below {gamma:g}"
+    note = f"projects the gradient wherever its cosine is below {gamma:g}"
     if cosine.low is not None and cosine.low >= gamma:
         note = f"nothing to do: the whole interval of the cosine is above {gamma:g}"
     after = image(lambda s: _cosine_after(s, gamma), cosine)
@@ -62,15 +63,15 @@ def floored(probe: ProbeGram, settings: Settings) -> Prediction:
     if solution.floor is None:
         note = f"{solution.status.replace('_', ' ')}: {solution.reason}{_bound(probe)}"
         return Prediction("floor", f"for a cosine of {gamma:g}", Number(), Number(), note)
-    floor = sample_coefficients(probe.num_samples, probe.num_correct, k, floor=solution.floor)
-    cosine = angle(probe, floor, at_k(probe, 1), settings.confidence)
-    kept = angle(probe, floor, at_k(probe, k), settings.confidence)
+    floor = torch.cat(sample_coefficients(probe.num_samples, probe.num_correct, k, floor=solution.floor))
+    cosine = angle(probe, floor, gradient_row(probe, 1), settings.confidence)
+    kept = angle(probe, floor, gradient_row(probe, k), settings.confidence)
     error = "" if solution.standard_error is None else f" ± {solution.standard_error:.2f}"
     solved = f"the smallest floor for a cosine of {gamma:g}"
-    said = "no floor is needed" if solution.status == "not_needed" else solved
+    note = "no floor is needed" if solution.status == "not_needed" else solved
     if cosine.value is None:
-        said += ", but the floored gradient is too small against its noise for an interval"
-    return Prediction("floor", f"floor = {solution.floor:.2f}{error}", cosine, kept, f"{said}{_bound(probe)}")
+        note += ", but the floored gradient is too small against its noise for an interval"
+    return Prediction("floor", f"floor = {solution.floor:.2f}{error}", cosine, kept, f"{note}{_bound(probe)}")
 
 
 def harmless_ratio(probe: ProbeGram) -> Number:
@@ -79,8 +80,8 @@ def harmless_ratio(probe: ProbeGram) -> Number:
     A+ = E[max(a, 0)] and A- = E[max(-a, 0)] (arXiv 2602.21189, Sec. 4). Noise in the agreement scores pulls it towards
     1, to the safe side. Nothing where no prompt disagrees, or none of the rest once one is left out.
     """
-    one = at_k(probe, 1)
-    kernel = kernel_of(probe, one, one)
+    one = gradient_row(probe, 1)
+    kernel = prompt_kernel(probe, one, one)
     kernel = kernel - torch.diag(kernel.diagonal())
     rows = kernel.sum(1)
     without = (rows[None, :] - kernel).fill_diagonal_(0.0)  # row j: the agreements when prompt j is left out

@@ -1,8 +1,8 @@
 """Which rank samples which prompts, and what is left to sample after an interruption.
 
-Prompts go through the sampler in chunks with a seed each. Which prompts form a chunk depends on the settings alone, so
-a chunk's completions are the same whichever rank draws them and whatever was drawn before: several processes, or a
-run that was killed and started again, give what one uninterrupted process gives.
+Prompts go through the sampler in chunks, each with a seed. Which prompts form a chunk depends on the settings alone. A
+chunk's completions are the same whichever rank samples them and whatever was sampled before, so several processes or a
+run that was killed and started again give the same as one uninterrupted process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SharedSampling:
 
     Attributes:
         rows: of the m prompts.
-        sampler: draws the completions.
+        sampler: of the completions.
         num_samples: n of each prompt.
         batch_size: completions in a chunk, about.
         seed: of the chunks' seeds.
@@ -109,5 +109,5 @@ class SharedSampling:
 
 
 def _shifted(on_progress: OnProgress, done: int, total: int) -> OnProgress:
-    """The sampler counts within a chunk: add what is done before it."""
+    """Add what is done before the chunk, since the sampler counts within it."""
     return lambda ready, _: on_progress(done + ready, total)

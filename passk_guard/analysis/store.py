@@ -1,4 +1,4 @@
-"""Completions on disk: one line a prompt, appended as they are sampled, and read back by the run that goes on."""
+"""The output folder: results, and the completions of each prompt, from which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from passk_guard.reporting.html import page_kind
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import cut_unfinished, write_whole
-from passk_guard.utils.text import one_line
-
-# The output folder: nothing of the user's in it is overwritten unasked, and nothing is ever left half written.
-
+from passk_guard.utils.text import describe_invalid, one_line
 
 JSON_NAME, PAGE_NAME, ROLLOUTS_NAME = "analysis.json", "analysis.html", "rollouts"
+PAGE_KIND = "analysis"
+_SETTINGS = "settings.json"
 
 
 def check_folder(folder: Path, fingerprint: str, settings: dict[str, Any], *, force: bool) -> None:
     """Refuse a folder whose content this run would mix with or overwrite.
 
-    A folder that does not exist, an empty one, and one that an interrupted run of ours left are fine. So is a
-    finished analysis of the same model and settings, which is written once more.
+    Accepted are a folder that does not exist, an empty one, one that an interrupted run left, and a finished analysis
+    of the same model and settings, which is written again.
 
     Args:
         folder: where the results go.
@@ -75,14 +75,10 @@ def _check_finished(path: Path, fingerprint: str, settings: dict[str, Any]) -> N
         )
 
 
-# Whether two runs looked at the same model and the same prompts.
-
-
 def model_fingerprint(model: nn.Module) -> str:
     """32 hexadecimal digits from the model's config and from every parameter and buffer: name, dtype, shape, bytes.
 
-    Of the loaded model and not of its files, so that it covers adapters and the dtype it was loaded in, and serves a
-    model that never was on disk. About a second for a gigabyte.
+    The loaded model is read and not its files, so that adapters and the dtype count. About a second for a gigabyte.
     """
     digest = hashlib.blake2b(digest_size=16)
     config = getattr(model, "config", None)
@@ -114,7 +110,8 @@ def _bytes(tensor: Tensor) -> Any:
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
-_SETTINGS = "settings.json"
+Token = Annotated[int, Field(strict=True)]
+Text = Annotated[str, Field(strict=True)]
 
 
 @dataclass(frozen=True)
@@ -128,17 +125,26 @@ class PromptRollouts:
         completions: n decoded completions, texts or lists of messages.
     """
 
-    place: int
-    prompt_ids: list[int]
-    completion_ids: list[list[int]]
-    completions: list[Any]
+    place: Token
+    prompt_ids: list[Token]
+    completion_ids: list[list[Token]]
+    completions: list[Text | list[dict[str, Any]]]
+
+
+def _as_many_texts(kept: PromptRollouts) -> PromptRollouts:
+    if len(kept.completion_ids) != len(kept.completions):
+        raise ValueError("counts that do not fit")
+    return kept
+
+
+_ROLLOUTS = TypeAdapter(Annotated[PromptRollouts, AfterValidator(_as_many_texts)])
 
 
 class RolloutStore:
-    """The folder of kept completions; with no folder nothing is kept.
+    """The folder of kept completions. Without a folder nothing is kept.
 
-    Each rank appends to a file of its own and reads those of all ranks, so that a run can go on with another number
-    of processes.
+    Each rank appends to a separate file and reads those of all ranks, so that a run can continue with another number of
+    processes.
 
     Args:
         folder: of the completions, or None.
@@ -150,14 +156,14 @@ class RolloutStore:
         self._own = None if folder is None else folder / f"rank{rank}.jsonl"
 
     def prepare(self, settings: Mapping[str, Any], *, force: bool = False) -> None:
-        """Make the folder ready for samples of these settings; called on the first rank alone.
+        """Make the folder ready for samples of these settings. Called on the first rank alone.
 
         Args:
             settings: all that the samples depend on, the model's fingerprint included.
             force: drop what is kept where it does not fit.
 
         Raises:
-            GuardError: completions are kept that another model or other settings gave; says which.
+            GuardError: the kept completions are of another model or other settings; names the difference.
         """
         if self.folder is None:
             return
@@ -174,9 +180,7 @@ class RolloutStore:
         write_whole(self.folder / _SETTINGS, json.dumps(dict(settings), indent=1))
 
     def read(self) -> dict[int, PromptRollouts]:
-        """What all ranks have kept, by place.
-
-        A last line without its end, as a killed run leaves it, is passed over.
+        """Return what all ranks have kept, by place. A last line without its end is passed over.
 
         Raises:
             GuardError: a whole line that is damaged; names file and line.
@@ -184,11 +188,11 @@ class RolloutStore:
         return {kept.place: kept for path in self._files() for kept in _read(path)}
 
     def append(self, rollouts: Sequence[PromptRollouts]) -> None:
-        """Write completions down, so that they outlive this process."""
+        """Append completions to this rank's file and flush them to disk."""
         if self._own is None:
             return
         lines = "".join(json.dumps(asdict(one)) + "\n" for one in rollouts)
-        cut_unfinished(self._own)  # what a crash left of a line would otherwise run into the first one written here
+        cut_unfinished(self._own)  # a line that a crash cut short would run into the next one
         with self._own.open("ab") as file:
             file.write(lines.encode())
             file.flush()
@@ -198,14 +202,14 @@ class RolloutStore:
         return [] if self.folder is None else sorted(self.folder.glob("rank*.jsonl"))
 
     def _differing(self, folder: Path, settings: dict[str, Any]) -> list[str]:
-        """In words, what the kept completions do not share with `settings`; nothing where there are none."""
+        """The settings in which the kept completions differ, in words."""
         if not any(path.stat().st_size for path in self._files()):
             return []
         try:
             kept = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
             return [_difference(name, kept[name], value) for name, value in settings.items() if kept[name] != value]
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return [f"{_SETTINGS}, which says what they are of, is missing or unreadable"]
+            return [f"{_SETTINGS}, which names what they are of, is missing or unreadable"]
 
 
 def _difference(name: str, kept: Any, wanted: Any) -> str:
@@ -214,36 +218,14 @@ def _difference(name: str, kept: Any, wanted: Any) -> str:
     return f"{name} {kept} and not {wanted}"
 
 
-def _check(kept: PromptRollouts) -> None:
-    """Raises ValueError for what was never written; the ids themselves are checked against the model."""
-    lists = (kept.prompt_ids, kept.completion_ids, kept.completions)
-    if type(kept.place) is not int or not all(isinstance(one, list) for one in lists):
-        raise ValueError("values of another kind")
-    if len(kept.completion_ids) != len(kept.completions):
-        raise ValueError("counts that do not fit")
-    for ids in (kept.prompt_ids, *kept.completion_ids):
-        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-            raise ValueError("tokens that are no whole numbers")
-    if not all(isinstance(text, str) or _is_a_message(text) for text in kept.completions):
-        raise ValueError("completions that are no texts")
-
-
-def _is_a_message(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(message, dict) for message in value)
-
-
 def _read(path: Path) -> Iterator[PromptRollouts]:
     data = path.read_bytes()
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
-            kept = PromptRollouts(**json.loads(line))
-            _check(kept)
-        except (ValueError, TypeError, RecursionError) as error:
+            yield _ROLLOUTS.validate_python(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            reason = describe_invalid(error) if isinstance(error, ValidationError) else one_line(str(error), 200)
             raise GuardError(
-                f"Expected one prompt's completions a line; found a damaged line {number} in {str(path)!r}: "
-                f"{one_line(str(error), 200)}. Remove the line (its prompt is sampled again), or the file."
+                f"Expected one prompt's completions on each line; found a damaged line {number} in {str(path)!r}: "
+                f"{reason}. Remove the line (its prompt is sampled again), or the file."
             ) from None
-        yield kept
-
-
-PAGE_KIND = "analysis"

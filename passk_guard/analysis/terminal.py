@@ -1,4 +1,4 @@
-"""The analysis in a terminal, as tables; prompts go through `plain_text` and never through markup."""
+"""The analysis as tables in a terminal. Prompts go through `plain_text` and never through markup."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def _longest_word(cells: Iterable[str]) -> int:
 
 
 def tables(data: words.Data) -> Iterator[TextTable]:
-    """The tables of an analysis, those without rows left out."""
-    for table in (_at_k(data), _prompts(data), _mitigations(data), _paper(data)):
+    """The tables of an analysis that have rows."""
+    for table in (_at_k(data), _prompts(data), _mitigations(data)):
         if table.rows:
             yield table
 
@@ -93,7 +93,7 @@ def _prompts(data: words.Data) -> TextTable:
     texts = {p["place"]: p["text"] for p in data["prompts"]}
     rows = [
         (
-            words.one_line(p["text"], 60),
+            words.excerpt(p["text"], 60),
             words.with_interval(p["share"], 2),
             words.with_interval(p["pass_rate"], 2),
             words.with_interval(p["weight"], 2),
@@ -113,26 +113,3 @@ def _mitigations(data: words.Data) -> TextTable:
     ]
     columns = ("mitigation", "setting", "cosine to expect", "pass@k gain kept", "note")
     return TextTable("What the mitigations would do", columns, rows)
-
-
-def _paper(data: words.Data) -> TextTable:
-    paper = data["paper"]
-    if paper is None:
-        return TextTable("", (), ())
-    rows = [
-        (
-            row["parameters"],
-            str(row["k"]),
-            words.scientific(row["paper"]),
-            words.scientific(row["ours"]),
-            words.with_interval(row["cosine"], 2),
-            row["status"],
-        )
-        for row in paper["rows"]
-    ]
-    title = (
-        f"arXiv 2602.21189's protocol: {paper['num_hard']} hard (p-hat <= {paper['delta_1']:g}), {paper['num_easy']} "
-        f"easy (p-hat >= {paper['delta_2']:g})"
-    )
-    columns = ("gradients w.r.t.", "k", "paper's sum, plug-in (biased)", "ours (unbiased)", "cosine, ours", "status")
-    return TextTable(title, columns, rows)

@@ -1,4 +1,4 @@
-"""How an analysis is put into words: numbers with their uncertainty, verdicts, what is undetermined."""
+"""The numbers of an analysis as text: with their uncertainty, as verdicts, as undetermined."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def value(number: Data, digits: int = 3) -> str:
 
 
 def interval(number: Data, digits: int = 3) -> str:
-    """[low, high], or the standard error where that is all there is, or nothing known."""
+    """[low, high], or the standard error where there is no interval."""
     if number["value"] is None:
         return UNDETERMINED
     if number["low"] is not None and number["high"] is not None:
@@ -34,7 +34,7 @@ def with_interval(number: Data, digits: int = 3) -> str:
 
 
 def scientific(number: Data) -> str:
-    """The same with two significant digits, for inner products of gradients, whose scale is the model's."""
+    """The estimate and its standard error with two significant digits, for inner products of gradients."""
     if number["value"] is None:
         return UNDETERMINED
     error = number["standard_error"]
@@ -55,19 +55,19 @@ def verdict(data: Data) -> tuple[str, str]:
         return "Only k = 1 was asked for, which has nothing to conflict with.", ""
     if at["cosine"]["value"] is None:
         return f"Undetermined at k = {k}: {at['reason']}.", ""
-    said = f"cos(∇J_{k}, ∇J_1) = {value(at['cosine'], 2)}, {level(data)} interval {interval(at['cosine'], 2)}."
+    sentence = f"cos(∇J_{k}, ∇J_1) = {value(at['cosine'], 2)}, {level(data)} interval {interval(at['cosine'], 2)}."
     if status == "conflict":
         return (
-            f"Conflict: a pass@{k} step lowers pass@1 on prompts like these. {said} {k_star(data)}",
+            f"Conflict: a pass@{k} step lowers pass@1 on prompts like these. {sentence} {k_star(data)}",
             "bad",
         )
     if status == "clear":
-        return f"Clear: a pass@{k} step raises pass@1 too. {said}", "good"
-    return f"Undetermined: the probe cannot tell whether pass@{k} and pass@1 conflict. {said} {k_star(data)}", ""
+        return f"Clear: a pass@{k} step raises pass@1 too. {sentence}", "good"
+    return f"Undetermined: the probe cannot tell whether pass@{k} and pass@1 conflict. {sentence} {k_star(data)}", ""
 
 
 def k_star(data: Data) -> str:
-    """What k* is, in words."""
+    """k* as a sentence."""
     curve = data["curve"]
     if curve is None:
         return "k* is undetermined."
@@ -79,7 +79,7 @@ def k_star(data: Data) -> str:
 def hurt(prompt: Data, texts: Mapping[int, str], length: int = 40, most: int = 3) -> str:
     """The prompts this one hurts most, with the inner products."""
     worst = prompt["hurts"][:most]
-    return "; ".join(f"{one_line(texts.get(place, f'#{place}'), length)} ({_short(v)})" for place, v in worst)
+    return "; ".join(f"{excerpt(texts.get(place, f'#{place}'), length)} ({_short(v)})" for place, v in worst)
 
 
 def most_negative(data: Data, count: int) -> list[Data]:
@@ -88,8 +88,8 @@ def most_negative(data: Data, count: int) -> list[Data]:
     return sorted(against, key=lambda p: -p["share"]["value"])[:count]
 
 
-def one_line(text: str, length: int) -> str:
-    """The text on one line, cut where it is longer."""
+def excerpt(text: str, length: int) -> str:
+    """The text on one line, cut after `length` characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= length else flat[: length - 1].rstrip() + "…"
 
@@ -105,7 +105,7 @@ def settings_rows(data: Data) -> list[tuple[str, str]]:
         ("gradients with respect to", sketch["parameters"]),
         ("coverage", f"{100 * share:.4g}% of {sketch['total']:,} parameters{left}"),
         *((name.replace("_", " "), _plain(setting)) for name, setting in chosen.items() if name != "prompts"),
-        ("prompts", "all of the probe" if chosen["prompts"] is None else f"{chosen['prompts']} drawn from the probe"),
+        ("prompts", "all of the probe" if chosen["prompts"] is None else f"{chosen['prompts']} sampled from the probe"),
         ("model fingerprint", data["model"]["fingerprint"]),
     ]
 

@@ -25,7 +25,7 @@ from passk_guard.estimation.evidence import conflict_check
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
-from passk_guard.planning import outlook, refresh_noise
+from passk_guard.planning import decision_rule, outlook, refresh_noise
 from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.out_of_memory import until_it_fits
 from passk_guard.probe.progress import sampling_bar, wanted
@@ -350,9 +350,7 @@ class PassKGuardCallback(TrainerCallback):
 
     @property
     def _rule(self) -> DecisionRule:
-        over_the_run = self.config.advanced.alert_rule == "whole_run"
-        allowed = 1 - self.config.confidence if over_the_run else None
-        return DecisionRule(self.config.patience, self.config.cooldown, allowed)
+        return decision_rule(self.config)
 
     def _new_sketcher(self) -> ScoreSketcher:
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)

@@ -73,8 +73,9 @@ def estimate_pooled(
     threshold: float = 0.0,
     confidence: float = 0.95,
     weighting: Weighting | None = None,
+    curve: bool = True,
 ) -> ConflictEstimate:
-    """`estimate_conflict` over a sequence of refreshes, the newest last.
+    """`estimate_conflict` over a sequence of refreshes, the newest last; `curve=False` leaves out the curve over k.
 
     Statistics of one refresh alone are kept with its `ProbeGram`, and computed once however often it is pooled.
 
@@ -110,10 +111,10 @@ def estimate_pooled(
     if weighting is not None:
         return _with_cosine(estimate, moments)
     estimate = _with_cosine(replace(estimate, **weight_and_agreement(probes, k)), moments)
-    if estimate.cosine is None:
+    if not curve or estimate.cosine is None:
         return estimate
-    curve = _curve(probes, estimate)
-    return replace(estimate, k_star=_k_star(curve), curve=curve)
+    found = _curve(probes, estimate)
+    return replace(estimate, k_star=_k_star(found), curve=found)
 
 
 def in_conflict(estimate: ConflictEstimate, confidence: float) -> bool:

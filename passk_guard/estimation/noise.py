@@ -9,7 +9,7 @@ anyway: the jackknife expects $4 \zeta_1/m + 4 \zeta_2/(m(m-2))$ and its oversho
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,7 @@ from torch import Tensor
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.ustatistics import passk_rows, refresh_moments
 from passk_guard.utils.errors import GuardError
-from passk_guard.utils.text import describe_error
 
-_LARGEST, _MOST_PROMPTS = 1e150, 10_000_000  # products of two such numbers are finite
 _FEWEST_PROMPTS = 4  # below, nothing is left to tell the two parts apart
 
 
@@ -62,7 +60,7 @@ class Noise:
         return max(3.0, min(self.degrees * prompts / self.prompts, prompts - 1))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, for JSON; `noise_from` is the inverse."""
+        """Plain numbers and lists, for JSON; `planning.inputs.read_noise` is the inverse."""
         return {
             "prompts": self.prompts,
             "value": self.value.tolist(),
@@ -97,39 +95,6 @@ def measure_noise(probe: ProbeGram, k: int) -> Noise | None:
         solved=float((probe.num_correct == probe.num_samples).double().mean()),
         failed=float((probe.num_correct == 0).double().mean()),
     )
-
-
-def noise_from(data: Mapping[str, Any]) -> Noise:
-    """The record of `Noise.to_dict` of one refresh, also after JSON.
-
-    Raises:
-        GuardError: fields that are missing, or that hold anything but finite numbers in the right shapes.
-    """
-    try:
-        value, linear, degenerate = (
-            torch.tensor(data[name], dtype=torch.float64) for name in ("value", "linear", "degenerate")
-        )
-        numbers = [float(data[name]) for name in ("prompts", "degrees", "solved", "failed")]
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise GuardError(
-            f"Expected the noise of a refresh as a run writes it; found {describe_error(error)}."
-        ) from error
-    every = torch.cat([value.flatten(), linear.flatten(), degenerate.flatten(), torch.tensor(numbers)])
-    shapes = (value.shape, linear.shape, degenerate.shape)
-    if shapes != ((3,), (3, 3), (3, 3)) or not bool((every.abs() <= _LARGEST).all()):
-        raise GuardError("Expected the noise of a refresh as a run writes it; found other shapes or no finite numbers.")
-    prompts, degrees, solved, failed = numbers
-    if (
-        not _FEWEST_PROMPTS <= prompts <= _MOST_PROMPTS
-        or degrees < 1
-        or min(solved, failed) < 0
-        or solved + failed > 1.001
-    ):
-        raise GuardError(
-            f"Expected the noise of a refresh as a run writes it; found {prompts=:g}, {degrees=:g}, {solved=:g} and "
-            f"{failed=:g}."
-        )
-    return Noise(prompts, 1, value, linear, degenerate, degrees, solved, failed)
 
 
 def average_noise(parts: Sequence[Noise]) -> Noise:

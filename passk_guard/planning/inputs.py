@@ -1,4 +1,4 @@
-"""What a run or an analysis has left to plan from: its noise, its settings, its costs."""
+"""The noise, settings and costs of a run or an analysis, read back to plan from."""
 
 from __future__ import annotations
 
@@ -7,19 +7,83 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+import torch
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from passk_guard.config import GuardConfig
-from passk_guard.estimation.noise import Noise, average_noise, noise_from
+from passk_guard.estimation.noise import Noise, average_noise
 from passk_guard.planning.plan import Cost
 from passk_guard.reporting.journal import JOURNAL_NAME, Event, RunJournal, read_journal
 from passk_guard.utils.errors import GuardError
-from passk_guard.utils.text import describe_error
+from passk_guard.utils.text import describe_error, describe_invalid
 
 _LONGEST = 1e9  # seconds
-ANALYSIS_NAME = "analysis.json"  # `analysis.folder` has it too, and takes seconds to import
+ANALYSIS_NAME = "analysis.json"
+
+# Products of two such numbers are finite.
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e150, le=1e150)]
+Three = Annotated[list[Real], Field(min_length=3, max_length=3)]
+Matrix = Annotated[list[Three], Field(min_length=3, max_length=3)]
+Natural = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
+
+
+class _NoiseRecord(BaseModel):
+    """The noise of one refresh as `Noise.to_dict` writes it."""
+
+    prompts: Annotated[Natural, Field(ge=4, le=10_000_000)]
+    value: Three
+    linear: Matrix
+    degenerate: Matrix
+    degrees: Annotated[Real, Field(ge=1)]
+    solved: Natural
+    failed: Natural
+
+    @model_validator(mode="after")
+    def _shares(self) -> _NoiseRecord:
+        if self.solved + self.failed > 1.001:
+            raise ValueError(f"solved={self.solved:g} and failed={self.failed:g} are more than all prompts")
+        return self
+
+
+class _AnalysisSettings(BaseModel):
+    ks: Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)]
+    num_samples: Any
+    threshold: Any
+    confidence: Any
+
+
+class _AnalysisRecord(BaseModel):
+    """What a plan needs of `analysis.json`. `GuardConfig` checks the numbers."""
+
+    settings: _AnalysisSettings
+    noise: dict[str, Any] | None = None
+
+
+def read_noise(data: Mapping[str, Any]) -> Noise:
+    """The inverse of `Noise.to_dict` for one refresh, also after JSON.
+
+    Raises:
+        GuardError: fields that are missing, or that hold anything but finite numbers in the right shapes.
+    """
+    try:
+        record = _NoiseRecord.model_validate(dict(data))
+    except ValidationError as error:
+        raise GuardError(
+            f"Expected the noise of a refresh as a run writes it; found {describe_invalid(error)}."
+        ) from None
+    tensors = {
+        name: torch.tensor(getattr(record, name), dtype=torch.float64) for name in ("value", "linear", "degenerate")
+    }
+    return Noise(
+        prompts=record.prompts,
+        refreshes=1,
+        degrees=record.degrees,
+        solved=record.solved,
+        failed=record.failed,
+        **tensors,
+    )
 
 
 @dataclass(frozen=True)
@@ -40,7 +104,7 @@ class Past:
 
 
 def read_past(folder: Path, newest: int | None = None) -> Past:
-    """Of the output folder of a run or of an analysis, or of the file itself.
+    """Read the output folder of a run or of an analysis, or the file itself.
 
     Raises:
         GuardError: as `past_of` or `past_of_analysis`, or nothing there.
@@ -56,7 +120,7 @@ def past_of(journal: RunJournal, newest: int | None = None) -> Past:
 
     Args:
         journal: of the run.
-        newest: so many refreshes with noise, the last ones; all by default.
+        newest: how many of the last refreshes with noise to use; all by default.
 
     Raises:
         GuardError: no refresh with noise, and what to run; settings or noise that no run writes.
@@ -69,7 +133,7 @@ def past_of(journal: RunJournal, newest: int | None = None) -> Past:
         raise GuardError(_nothing(journal, events))
     chosen = measured[-newest:] if newest else measured
     return Past(
-        noise=average_noise([noise_from(event["noise"]) for event in chosen]),
+        noise=average_noise([read_noise(event["noise"]) for event in chosen]),
         config=_config(journal.path, journal.settings),
         cost=Cost(_median(chosen, "probe_seconds"), _median(chosen, "step_seconds")),
         where=_where(journal, chosen),
@@ -77,24 +141,24 @@ def past_of(journal: RunJournal, newest: int | None = None) -> Past:
 
 
 def past_of_analysis(path: Path) -> Past:
-    """Read `analysis.json` for a plan: of a run with the defaults of the guard, and of no known cost.
+    """Read `analysis.json` for a plan of a run with the guard's defaults and unknown cost.
 
     Raises:
         GuardError: no analysis that can be read, or one without noise, and what to run.
     """
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-        settings, noise = data["settings"], data.get("noise")
-        known = {name: settings[name] for name in ("num_samples", "threshold", "confidence")}
-        k = max(settings["ks"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        record = _AnalysisRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise GuardError(f"Expected an analysis in {path}; found {describe_invalid(error)}.") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise GuardError(f"Expected an analysis in {path}; found {describe_error(error)}.") from error
-    if not isinstance(noise, dict):
+    if record.noise is None:
         raise GuardError(
             f"Expected the noise of the probe in {path}; found none: fewer than 4 prompts, none with a gradient, or an "
-            "analysis of an earlier version. The command that made it writes it anew without sampling again."
+            "analysis of an earlier version. The command that made it writes it again without sampling again."
         )
-    return Past(average_noise([noise_from(noise)]), _config(path, known | {"k": k}), Cost(), str(path))
+    settings = record.settings.model_dump(exclude={"ks"}) | {"k": max(record.settings.ks)}
+    return Past(average_noise([read_noise(record.noise)]), _config(path, settings), Cost(), str(path))
 
 
 def _where(journal: RunJournal, events: Sequence[Event]) -> str:
@@ -119,6 +183,7 @@ def _nothing(journal: RunJournal, events: Sequence[Event]) -> str:
 
 
 def _config(path: Path, settings: Mapping[str, Any]) -> GuardConfig:
+    """The settings that this version knows."""
     try:
         return GuardConfig.from_journal(settings)
     except ValidationError as error:

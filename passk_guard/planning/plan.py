@@ -1,4 +1,4 @@
-"""What a probe of each size would see, and what it would cost: the record behind the table and the JSON."""
+"""The conflicts that a probe of each size would detect, and its cost: the record behind the table and the JSON."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from passk_guard.utils.errors import GuardError
 
 PROMPTS = (32, 64, 128, 256, 512)
 USUAL_GAP = 0.2
-"""How far below the threshold the cosine is that is planned for, where none is named."""
+"""The cosine planned for by default is this far below the threshold."""
 
 _MOST_POWER = 0.99  # as far as the simulated runs reach
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the run has shown to cost.
+    """Measured costs of the run.
 
     Attributes:
         probe_seconds: of a refresh at the size of probe it had; None where unknown.
@@ -59,11 +59,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer to "what would this guard see?".
+    """The power of a guard's rules at the measured noise.
 
     Attributes:
-        config: the run's settings; cosine, power: asked for.
-        noise: it rests on; signal: in it. `signal.size` is None where the probe holds no signal.
+        config: the run's settings.
+        cosine, power: asked for.
+        noise: as measured.
+        signal: in it. `signal.size` is None where the probe holds no signal.
         options: by rising prompts, the run's own size among them.
         single: refreshes pooled -> prompts of each with which that one estimate has the power, None above
             `power.MOST_PROMPTS`; empty without a signal.
@@ -138,8 +140,8 @@ def make_plan(
         config: of the run.
         cosine: to be called a conflict; by default 0.2 below the threshold.
         power: chance that it is.
-        prompts: sizes of probe to look at, beside the run's own.
-        cost: what the run has shown to cost.
+        prompts: sizes of probe to plan for, beside the run's.
+        cost: measured costs of the run.
 
     Raises:
         GuardError: a cosine that is no conflict, a power or a number of prompts outside its range.
@@ -154,7 +156,7 @@ def make_plan(
         raise GuardError(f"Expected 0 < `power` <= {_MOST_POWER}; found {power}.")
     if any(m < 4 for m in prompts):
         raise GuardError(f"Expected `prompts` >= 4; found {min(prompts)}.")
-    cost, own, pooled = cost or Cost(), round(noise.prompts), _draws_pooled(config)
+    cost, own, pooled = cost or Cost(), round(noise.prompts), _pooled_samplings(config)
     signal = signal_of(noise, config.confidence)
 
     def option(m: int) -> Option:
@@ -165,7 +167,7 @@ def make_plan(
 
         def within(size: float) -> int | None:
             look = look_of(noise, size, cosine, m, config.threshold)
-            return looks_until_called(look, _rule(config), power, confidence=config.confidence, pool=pooled)
+            return looks_until_called(look, decision_rule(config), power, confidence=config.confidence, pool=pooled)
 
         if signal.size is None:
             return Option(m, None, within(signal.most) if signal.most > 0 else None, None, None, seconds, share)
@@ -190,11 +192,12 @@ def make_plan(
     return Plan(config, cosine, power, noise, signal, options, single, cost)
 
 
-def _draws_pooled(config: GuardConfig) -> int:
-    """Draws in the pool of a refresh that samples: the newest, and those that were looked at since the pool began."""
+def _pooled_samplings(config: GuardConfig) -> int:
+    """Refreshes with fresh samples in the pool of a refresh that samples."""
     return 1 + math.ceil((config.pool_refreshes - 1) / config.resample_refreshes)
 
 
-def _rule(config: GuardConfig) -> DecisionRule:
+def decision_rule(config: GuardConfig) -> DecisionRule:
+    """The rule by which a run with these settings calls CONFLICT."""
     over_the_run = config.advanced.alert_rule == "whole_run"
     return DecisionRule(config.patience, config.cooldown, 1 - config.confidence if over_the_run else None)

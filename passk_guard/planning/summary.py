@@ -1,4 +1,4 @@
-"""What a run writes down of its noise at each refresh, and what it says of its power once it knows."""
+"""A plan as text: the line in the log of a run and the page in a terminal. And the noise that a run journals."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from passk_guard.estimation.power import MOST_LOOKS, MOST_PROMPTS
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.planning.plan import Cost, Option, Plan, make_plan
 
-# A plan in words: the line in the log of a run, and the page in a terminal.
-
 
 def plan_line(plan: Plan) -> str:
-    """What a run says of itself: its own size of probe, and twice the prompts."""
+    """One line for the log of a run: the power on its size of probe, and on twice the prompts."""
     if plan.signal.size is None:
         return f"no power can be stated: {no_signal(plan)}"
     own = next(option for option in plan.options if option.prompts == plan.prompts)
@@ -31,7 +29,7 @@ def plan_line(plan: Plan) -> str:
 
 
 def no_signal(plan: Plan) -> str:
-    """Which norm is not established, and what would help."""
+    """The norm that is not established, and what would help."""
     noise, k = plan.noise, plan.config.k
     norms = {"|grad J_1|^2": 1, f"|grad J_{k}|^2": 2}
     worst = min(norms, key=lambda name: float(noise.value[norms[name]]) / (noise.error(norms[name]) or 1.0))
@@ -68,7 +66,7 @@ def describe_plan(plan: Plan, where: str) -> Iterator[str]:
     yield ""
     rule = f"at most {1 - config.confidence:.0%} false alerts in a run"
     if config.advanced.alert_rule == "each_look":
-        rule = f"{config.patience} looks in a row, each at {config.confidence:.0%}"
+        rule = f"{config.patience} checks in a row, each at {config.confidence:.0%}"
     if plan.signal.size is None:
         yield f"No power can be stated: {no_signal(plan)}."
         yield ""
@@ -93,9 +91,9 @@ def describe_plan(plan: Plan, where: str) -> Iterator[str]:
             f"one of {plan.cosine:+.2f} may well be called sooner."
         )
     if config.resample_refreshes > 1:
-        yield f"Counted are refreshes that sample, one in {config.resample_refreshes}; the others add no evidence."
-    yield "Taken for granted: the noise stays as it is, prompts are new in each refresh, probing costs in proportion."
-    yield "More samples of each prompt are not planned for: at equal cost more prompts see more."
+        yield f"Only refreshes that sample count, one in {config.resample_refreshes}; the others add no evidence."
+    yield "Assumed: the noise stays as it is, prompts are new in each refresh, cost is in proportion to the prompts."
+    yield "More samples of each prompt are not planned for: at equal cost more prompts detect more."
 
 
 def _table(plan: Plan) -> Iterator[str]:
@@ -106,7 +104,7 @@ def _table(plan: Plan) -> Iterator[str]:
         seconds = "-" if option.seconds is None else f"{option.seconds:.2g}"
         share = "-" if option.share is None else f"{option.share:.0%}"
         steps = "-" if option.steps is None else str(option.steps)
-        found, span = _looks(option.refreshes), _range(option)
+        found, span = _count(option.refreshes), _range(option)
         if plan.signal.size is None:
             found, span = "-", "" if option.fewest is None else f"{option.fewest} or more"
         yield f"{mark} {option.prompts:>8}  {found:>10}  {span:>14}  {steps:>7}  {seconds:>18}  {share:>9}"
@@ -119,10 +117,10 @@ def _within(option: Option) -> str:
 
 
 def _range(option: Option) -> str:
-    return f"{_looks(option.fewest)} to {_looks(option.most)}" if option.fewest is not None else _looks(None)
+    return f"{_count(option.fewest)} to {_count(option.most)}" if option.fewest is not None else _count(None)
 
 
-def _looks(count: int | None) -> str:
+def _count(count: int | None) -> str:
     return f"> {MOST_LOOKS}" if count is None else str(count)
 
 

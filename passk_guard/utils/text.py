@@ -39,6 +39,16 @@ def brief(value: Any) -> str:
         return f"an object of type {type(value).__name__}"
 
 
+def describe_invalid(error: Any, most: int = 3) -> str:
+    """The first problems of a pydantic ValidationError on one line, each as ``name: what is wrong; found ...``."""
+    problems = error.errors(include_url=False)
+    texts = []
+    for problem in problems[:most]:
+        name, text = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+        texts.append(f"`{name}`: {text}; found {brief(problem['input'])}" if name else text)
+    return one_line("; ".join(texts)) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
+
+
 class Once:
     """Whether a message is new.
 

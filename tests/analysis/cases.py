@@ -8,8 +8,8 @@ import json
 import torch
 
 from passk_guard.analysis import Settings, analyze
-from passk_guard.analysis.analyze import Measured, conclude
 from passk_guard.analysis.results import Sketch
+from passk_guard.analysis.run import Measured, conclude
 from passk_guard.cli import main
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.probe.prompts import ProbeSet
@@ -73,12 +73,11 @@ def command(model, probe, out, *more, correct="tests.helpers.tiny:digit_reward")
 
 def synthetic(m, *, cosine=-0.5, text="What is the sum of the first {} odd numbers, and why?", name="m"):
     """An analysis of m prompts with a known angle, without a model."""
-    settings = Settings(ks=(1, 2, 4, 8), num_samples=16, protocol="paper")
+    settings = Settings(ks=(1, 2, 4, 8), num_samples=16)
     drawn = draw(population(cosine), m, 16, torch.Generator().manual_seed(0))
     probe = ProbeGram(drawn.gram, drawn.num_samples, drawn.num_correct, range(m))
     refresh = Refresh(probe, None, [], probe.num_samples, probe.num_correct, 8, 1.0)
     sketch = Sketch("kronecker", 16384, 0, "all trainable parameters", 900, 1000, ["gain"])
     prompts = ProbeSet({"prompt": text.format(i)} for i in range(m))
-    return conclude(
-        Measured({sketch.parameters: refresh}, sketch), prompts, "right", {"name": name, "fingerprint": "f"}, settings
-    )
+    model = {"name": name, "fingerprint": "f"}
+    return conclude(Measured(refresh, sketch, prompts, "right", model, settings))

@@ -40,11 +40,15 @@ def test_an_adapter_finds_its_base(folders):
 def test_the_command_on_an_adapter(folders, tmp_path):
     _, lora, model = folders
     probe = write_probe(tmp_path / "probe.jsonl")
-    assert command(lora, probe, tmp_path / "out", "--protocol", "paper") == 0
-    found = json.loads((tmp_path / "out" / "analysis.json").read_text())
-    lora_size = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    assert found["sketch"]["total"] == lora_size
-    assert {row["parameters"] for row in found["paper"]["rows"]} == {"all trainable parameters", "last hidden layer"}
+    sizes = {name: p.numel() for name, p in model.named_parameters() if "lora_" in name}
+    last = sum(size for name, size in sizes.items() if "layers.1." in name)
+    for more, size, what in (
+        ((), sum(sizes.values()), "all trainable parameters"),
+        (("--last-layer",), last, "last hidden layer"),
+    ):
+        assert command(lora, probe, tmp_path / what, *more) == 0
+        sketch = json.loads((tmp_path / what / "analysis.json").read_text())["sketch"]
+        assert (sketch["total"], sketch["parameters"]) == (size, what)
 
 
 def test_another_adapter_is_another_model(folders, tmp_path, capsys):

@@ -25,10 +25,10 @@ def model(tmp_path_factory):
     ("more", "words"),
     [
         (("--k", "1,16"), "num_samples=8, k=16"),
-        (("--k", "0,2"), "found k=0"),
+        (("--k", "0,2"), "`ks.0`: Input should be greater than or equal to 1; found 0"),
         (("--prompts", "99"), "at most 13"),
-        (("--delta-1", "0.8"), "delta_1=0.8, delta_2=0.75"),
-        (("--temperature", "0"), "`temperature` > 0"),
+        (("--gamma", "1"), "`gamma`: Input should be less than 1; found 1.0"),
+        (("--temperature", "0"), "`temperature`: Input should be greater than 0; found 0.0"),
         (("--max-new-tokens", "64"), "do not fit"),
         (("--correct", "tests.helpers.tiny:no_such"), "Expected a function 'no_such' in 'tests.helpers.tiny'"),
         (("--correct", "no.such.module:f"), "No module named 'no'"),
@@ -111,11 +111,19 @@ def test_a_verifier_that_always_raises_says_so():
         analyze(tiny_model(), tiny_tokenizer(), probe_rows(5), broken, sampler=PromptSampler(), **QUICK)
 
 
+OUTSIDE = {"confidence": 0.4, "threshold": 1.0, "gamma": 1.0, "sketch_method": "x", "prompts": 2, "seed": 2**53}
+OTHER_KIND = {"num_samples": 8.0, "max_tokens": True, "temperature": "1", "ks": 4, "last_layer": 1, "seed": None}
+
+
 def test_settings_check_themselves():
     with pytest.raises(TypeError, match="tempreture"):
         quick(tempreture=1.0)
-    for wrong in ({"confidence": 0.4}, {"threshold": 1.0}, {"gamma": 1.0}, {"protocol": "pappers"}, {"prompts": 2}):
-        with pytest.raises(GuardError, match=next(iter(wrong))):
-            Settings(**wrong)
-    assert Settings(ks=[8, 2, 2]).ks == (1, 2, 8)
+    for name, wrong in OUTSIDE.items():
+        with pytest.raises(GuardError, match=f"`{name}`: Input should be .*; found {wrong!r}"):
+            Settings(**{name: wrong})
+    for name, wrong in OTHER_KIND.items():
+        with pytest.raises(GuardError, match=f"`{name}`: Input should be a valid .*; found {wrong!r}"):
+            Settings(**{name: wrong})
+    assert Settings(ks=[8, 2, 2]).ks == Settings(ks=(2, 8)).ks == (1, 2, 8)
+    assert Settings(ks=range(1, 4)).ks == (1, 2, 3)
     json.dumps(Settings().to_dict(), allow_nan=False)

@@ -35,7 +35,7 @@ def test_two_processes_give_what_one_gives(ranks, tmp_path):
     save_model(tmp_path / "model")
     write_probe(tmp_path / "probe.jsonl", probe_rows(11))
     arguments = (tmp_path / "model", tmp_path / "probe.jsonl")
-    assert command(*arguments, tmp_path / "single", "--protocol", "paper", "--batch-size", "16") == 0
+    assert command(*arguments, tmp_path / "single", "--last-layer", "--batch-size", "16") == 0
     assert launch("command", tmp_path, ranks, worker=WORKER) == [{"status": 0}] * ranks
     files = sorted((tmp_path / "out" / "rollouts").glob("rank*.jsonl"))
     assert len(files) == ranks
@@ -47,7 +47,7 @@ def test_two_processes_give_what_one_gives(ranks, tmp_path):
     close(expected, found)
     # And one process goes on with what several have sampled.
     shutil.move(tmp_path / "out" / "analysis.json", tmp_path / "found.json")
-    assert command(*arguments, tmp_path / "out", "--protocol", "paper", "--batch-size", "16") == 0
+    assert command(*arguments, tmp_path / "out", "--last-layer", "--batch-size", "16") == 0
     assert sorted((tmp_path / "out" / "rollouts").glob("rank*.jsonl")) == files
     close(expected, json.loads((tmp_path / "out" / "analysis.json").read_text()))
 

@@ -2,14 +2,21 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from passk_guard import GuardError, pass_at_k
-from passk_guard.analysis import Analysis, analyze
+from passk_guard.analysis import Analysis, Settings, analyze
+from passk_guard.analysis.measure import estimate_each
+from passk_guard.estimation import estimate
 from tests.analysis.cases import QUICK, PromptSampler, command, quick, save_model, write_probe
+from tests.helpers.populations import draw, population
 from tests.helpers.tiny import digit_reward, probe_rows, tiny_chat_rows, tiny_model, tiny_tokenizer
+
+EARLIER = Path(__file__).parents[1] / "data" / "earlier" / "analysis.json"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -35,7 +42,7 @@ def test_a_checkpoint_directory_gives_tables_json_and_a_page(kind, tmp_path, cap
 
 
 def test_the_record_survives_json(tmp_path):
-    analysis = quick(protocol="paper")
+    analysis = quick()
     analysis.save(tmp_path)
     text = (tmp_path / "analysis.json").read_text()
     assert Analysis.from_dict(json.loads(text)) == analysis
@@ -43,7 +50,7 @@ def test_the_record_survives_json(tmp_path):
     assert "Infinity" not in text
     with pytest.raises(GuardError, match="version"):
         Analysis.from_dict(json.loads(text) | {"version": 99})
-    with pytest.raises(GuardError, match=r"difference: \['verifier'\]"):
+    with pytest.raises(GuardError, match="`verifier`: Field required"):
         Analysis.from_dict({k: v for k, v in json.loads(text).items() if k != "verifier"})
 
 
@@ -56,7 +63,7 @@ def test_the_model_and_the_random_state_come_back_as_they_were():
     grads = [p.requires_grad for p in model.parameters()]
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    analyze(model, tokenizer, probe_rows(5), digit_reward, protocol="paper", **QUICK)
+    analyze(model, tokenizer, probe_rows(5), digit_reward, last_layer=True, **QUICK)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert [p.requires_grad for p in model.parameters()] == grads
@@ -110,6 +117,58 @@ def test_no_signal_is_said_in_words_and_not_in_numbers():
     page = analysis._repr_html_()
     assert "Undetermined" in page
     assert "nan" not in page.lower().replace("nance", "")
+
+
+def test_an_analysis_of_an_earlier_version_is_read_field_by_field():
+    """Written when analysis.json had the paper's table and its settings, which are passed over."""
+    written = json.loads(EARLIER.read_text())
+    assert written["paper"]["rows"]
+    found = Analysis.from_dict(written).to_dict()
+    gone = {"protocol", "delta_1", "delta_2"}
+    assert found["settings"] == {name: value for name, value in written["settings"].items() if name not in gone}
+    assert written.keys() - found.keys() == {"paper"}
+    for name in found.keys() - {"settings"}:
+        assert json.loads(json.dumps(found[name])) == written[name], name
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        (("num_prompts",), "20", "`num_prompts`: Input should be a valid integer; found '20'"),
+        (("at_k", 1, "status"), "calm", "`at_k.1.status`"),
+        (("at_k", 1, "cosine", "value"), 1e301, "`at_k.1.cosine.value`"),
+        (("at_k", 1, "k"), 3, "not one entry for every k"),
+        (("curve", "cosine"), [], "`curve`: not a number for every k"),
+        (("kernel", "places"), [0], "not a triangle"),
+        (("kernel", "negative_pairs", "value"), True, "valid number; found True"),
+        (("prompts", 0, "pass_rate", "value"), None, "without its pass rate"),
+        (("prompts", 0, "hurts"), [[1]], "`prompts.0.hurts.0.1`: Field required"),
+        (("prompts", 0, "novelty"), 1, "`prompts.0.novelty`"),
+        (("sketch", "covered"), 1001, "more parameters covered"),
+        (("model",), {"name": "m"}, "a fingerprint"),
+        (("settings", "gamma"), 2.0, "`gamma`"),
+        (("settings", "novelty"), 2.0, "other names"),
+        (("noise", "degrees"), 0, "noise of a refresh"),
+    ],
+)
+def test_a_value_that_no_analysis_has_is_named(where, value, words):
+    data = json.loads(EARLIER.read_text())
+    holder = data
+    for step in where[:-1]:
+        holder = holder[step]
+    holder[where[-1]] = value
+    with pytest.raises(GuardError, match=re.escape(words)):
+        Analysis.from_dict(data)
+
+
+def test_the_curve_over_k_is_computed_once(monkeypatch):
+    calls = []
+    curve = estimate._with_curve
+    monkeypatch.setattr(estimate, "_with_curve", lambda *given: calls.append(given) or curve(*given))
+    probe = draw(population(-0.5), 40, 16, torch.Generator().manual_seed(0))
+    found = estimate_each(probe, Settings(ks=(1, 2, 4, 8), num_samples=16))
+    assert list(found) == [2, 4, 8]
+    assert len(calls) == sum(one.curve is not None for one in found.values()) == 1
 
 
 def test_k_1_alone_has_nothing_to_conflict_with():

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from passk_guard import GuardError
-from passk_guard.analysis import analyze as run
-from passk_guard.analysis.last_layer import last_hidden_layer, only_last_hidden_layer
+from passk_guard.analysis.load import last_hidden_layer, only_last_hidden_layer
 from passk_guard.analysis.store import RolloutStore
 from passk_guard.probe.refresh import Refresher
 from tests.analysis.cases import QUICK, PromptSampler, quick
@@ -50,16 +49,6 @@ def test_the_gram_matrix_is_that_of_the_last_block(kind, monkeypatch):
     assert analysis.sketch.total == sum(p.numel() for p in parameters)
 
 
-def test_the_papers_table_has_both_sets_of_parameters():
-    """Same samples: its last-layer rows are those of an analysis of the last layer alone."""
-    both = quick(protocol="paper", sketch_method="identity")
-    alone = quick(last_layer=True, protocol="paper", sketch_method="identity")
-    assert {row.parameters for row in both.paper.rows} == {run.ALL, run.LAST}
-    assert [row for row in both.paper.rows if row.parameters == run.LAST] == alone.paper.rows
-    assert both.sketch.parameters == run.ALL
-    assert both.paper.rows[0].paper.value != alone.paper.rows[0].paper.value
-
-
 def test_what_was_frozen_stays_frozen():
     model = tiny_model()
     model.model.layers[-1].mlp.requires_grad_(False)
@@ -75,7 +64,7 @@ def test_models_without_one_are_refused_before_anything_is_sampled():
     model.model.layers[-1].requires_grad_(False)
     sampler = PromptSampler()
     with pytest.raises(GuardError, match="trainable parameters in the last hidden layer"):
-        quick(model, protocol="paper", sampler=sampler)
+        quick(model, last_layer=True, sampler=sampler)
     assert sampler.sampled == []
     with pytest.raises(GuardError, match="found none in Linear"):
         last_hidden_layer(torch.nn.Linear(2, 2))

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from passk_guard import estimate_conflict, passk_weight
-from passk_guard.analysis.estimates import angle, at_k, image, jackknife_error, kernel_of, mean, wilson
-from passk_guard.analysis.measure import kernel_from, measure_at
-from passk_guard.analysis.paper import groups, mean_over_pairs, paper_kernel, paper_table
-from passk_guard.analysis.prompts import prompt_records
+from passk_guard.analysis.estimates import angle, gradient_row, image, jackknife_error, mean, wilson
+from passk_guard.analysis.measure import kernel_from, measure_at, prompt_records
 from passk_guard.analysis.results import Number
-from passk_guard.analysis.settings import Settings
 from passk_guard.estimation.records import ProbeGram
+from passk_guard.estimation.ustatistics import prompt_kernel
 from passk_guard.passk.closed_forms import sample_coefficients
 from tests.helpers.populations import draw, population
 
@@ -92,50 +90,10 @@ def test_the_share_of_negative_pairs_has_the_jackknifes_error(vectors):
     assert whole.negative_pairs.standard_error == pytest.approx(jackknife_error(torch.tensor(shares)), abs=1e-6)
 
 
-def test_the_papers_sum_is_its_formula(vectors):
-    """(1/m^2) sum over all pairs of plug-in w_k(x) <S+_x / n, S+_x' / n'>."""
-    probe, sums = vectors
-    rate = (probe.num_correct / probe.num_samples).tolist()
-    plain = [sums[i] / int(probe.num_samples[i]) for i in range(7)]
-    parts = {"hard": 0.0, "easy": 0.0, "middle": 0.0}
-    for x in range(7):
-        group = "hard" if rate[x] <= 0.25 else "easy" if rate[x] >= 0.75 else "middle"
-        for other in range(7):
-            parts[group] += 4 * (1 - rate[x]) ** 3 * float(plain[x] @ plain[other]) / 49
-    table = paper_table({"all": probe}, Settings(ks=(4,), num_samples=8, delta_1=0.25, delta_2=0.75))
-    (row,) = table.rows
-    assert (table.num_hard, table.num_easy, table.num_middle) == (3, 2, 2)
-    for name, value in parts.items():
-        assert getattr(row, name).value == pytest.approx(value)
-    assert row.paper.value == pytest.approx(sum(parts.values()))
-    assert row.hard.value + row.easy.value + row.middle.value == pytest.approx(row.paper.value)
-
-
-def test_the_papers_sum_has_the_jackknifes_error(vectors):
-    probe, _ = vectors
-    hard, _, _ = groups(probe, 0.25, 0.75)
-    _, error = mean_over_pairs(paper_kernel(probe, 4), hard)
-    values = []
-    for left_out in range(7):
-        rest = torch.tensor([i for i in range(7) if i != left_out])
-        rows = torch.cat([rest, rest + 7])
-        small = ProbeGram(probe.gram[rows][:, rows], probe.num_samples[rest], probe.num_correct[rest])
-        values.append(mean_over_pairs(paper_kernel(small, 4), groups(small, 0.25, 0.75)[0])[0])
-    assert error == pytest.approx(jackknife_error(torch.tensor(values)), rel=1e-5)
-
-
-def test_ours_beside_it_is_the_estimators(vectors):
-    probe = draw(population(-0.5), 40, 16, torch.Generator().manual_seed(0))
-    (row,) = paper_table({"all": probe}, Settings(ks=(8,), num_samples=16)).rows
-    expected = estimate_conflict(probe.gram, probe.num_samples, probe.num_correct, 8)
-    assert row.ours.value == expected.inner_product
-    assert (row.cosine.value, row.status) == (expected.cosine, expected.status)
-
-
 def test_the_angle_of_g_k_and_g_1_is_the_estimators():
     probe = draw(population(-0.5), 60, 16, torch.Generator().manual_seed(1))
     expected = estimate_conflict(probe.gram, probe.num_samples, probe.num_correct, 8)
-    found = angle(probe, at_k(probe, 8), at_k(probe, 1), 0.95)
+    found = angle(probe, gradient_row(probe, 8), gradient_row(probe, 1), 0.95)
     assert found.value == pytest.approx(expected.cosine)
     assert found.standard_error == pytest.approx(expected.standard_error)
     assert (found.low, found.high) == pytest.approx((expected.ci_low, expected.ci_high))
@@ -175,7 +133,7 @@ def test_a_kernel_is_its_vectors(vectors):
     probe, sums = vectors
     left, right = gradients(probe, sums, 3), gradients(probe, sums, 1)
     expected = torch.stack(left) @ torch.stack(right).T
-    assert torch.allclose(kernel_of(probe, at_k(probe, 3), at_k(probe, 1)), expected)
+    assert torch.allclose(prompt_kernel(probe, gradient_row(probe, 3), gradient_row(probe, 1)), expected)
 
 
 def test_a_prompt_is_not_among_those_it_hurts():
@@ -185,7 +143,7 @@ def test_a_prompt_is_not_among_those_it_hurts():
     between = (float(many[0][0] / -many[1][0]) + float(one[0][0] / -one[1][0])) / 2
     sums = torch.tensor([1.0, 0.5, -0.5, between, -0.5, 0.5], dtype=torch.float64)[:, None]
     probe = ProbeGram(sums @ sums.T, n, c, range(3))
-    assert float(kernel_of(probe, many, one)[0, 0]) < 0
+    assert float(prompt_kernel(probe, torch.cat(many), torch.cat(one))[0, 0]) < 0
     first = prompt_records(probe, 4, range(3), list("abc"), 0.95)[0]
     assert 0 not in [place for place, _ in first.hurts]
     assert first.hurts

@@ -96,7 +96,7 @@ def test_samples_of_something_else_are_refused_by_name_unless_forced(change, wor
 def test_what_samples_do_not_depend_on_may_change(tmp_path):
     quick(out=tmp_path)
     again = PromptSampler()
-    analysis = quick(out=tmp_path, sampler=again, ks=(1, 8), protocol="paper", sketch_dim=256)
+    analysis = quick(out=tmp_path, sampler=again, ks=(1, 8), last_layer=True, sketch_dim=256)
     assert again.sampled == []
     assert analysis.settings["ks"] == [1, 8]
 
@@ -122,7 +122,7 @@ def test_a_damaged_line_is_named(tmp_path):
 def test_samples_without_their_settings_are_refused(tmp_path):
     quick(out=tmp_path)
     (tmp_path / "rollouts" / "settings.json").unlink()
-    with pytest.raises(GuardError, match=r"settings\.json, which says what they are of, is missing"):
+    with pytest.raises(GuardError, match=r"settings\.json, which names what they are of, is missing"):
         quick(out=tmp_path)
 
 

@@ -17,7 +17,7 @@ RANK = int(os.environ.get("RANK", 0))
 
 def by_command(folder):
     """The command line itself, `model.generate` and all; accelerate starts the process group."""
-    options = ("--protocol", "paper", "--batch-size", "16")
+    options = ("--last-layer", "--batch-size", "16")
     return {"status": command(folder / "model", folder / "probe.jsonl", folder / "out", *options)}
 
 

@@ -1,7 +1,6 @@
 """Noise in parts and the power that follows: closed forms, and what then happens where the cosine is known."""
 
 import dataclasses
-import json
 import math
 import time
 
@@ -11,7 +10,7 @@ import torch
 from benchmarks.calibration_populations import with_cosine
 from benchmarks.planning import K, achieved_power, called_by, measured, predicted
 from passk_guard.estimation.evidence import Check, RunEvidence
-from passk_guard.estimation.noise import Noise, average_noise, measure_noise, noise_from
+from passk_guard.estimation.noise import average_noise, measure_noise
 from passk_guard.estimation.power import Look, fewest_prompts, look_of, looks_until_called, power_of_one, signal_of
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.ustatistics import passk_rows, refresh_moments
@@ -166,31 +165,6 @@ def test_no_noise_without_a_gradient_or_with_three_prompts():
     assert measure_noise(draw(population(-0.3), 3, 16, torch.Generator().manual_seed(7)), 8) is None
     with pytest.raises(GuardError, match="at least one refresh"):
         average_noise([])
-
-
-def test_noise_comes_back_from_json():
-    noise = noise_of(-0.3, 1)
-    again = noise_from(json.loads(json.dumps(noise.to_dict())))
-    assert isinstance(again, Noise)
-    for name, value in vars(noise).items():
-        assert torch.equal(torch.as_tensor(getattr(again, name)), torch.as_tensor(value)), name
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"value": [1.0, 2.0]},
-        {"value": [1.0, None, 2.0]},
-        {"linear": "much"},
-        {"degrees": None},
-        {"degrees": math.nan},
-        {"prompts": 2},
-        {"value": [math.inf, 1.0, 1.0]},
-    ],
-)
-def test_noise_that_no_run_writes(change):
-    with pytest.raises(GuardError, match="noise of a refresh"):
-        noise_from(noise_of(-0.3, 1).to_dict() | change)
 
 
 def test_the_same_every_time_without_the_global_generator_and_fast():

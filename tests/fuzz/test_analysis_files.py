@@ -111,7 +111,7 @@ def store_reads(content):
 
 @given(
     st.dictionaries(
-        st.one_of(st.sampled_from(sorted(Settings.__dataclass_fields__)), ANY_TEXT),
+        st.one_of(st.sampled_from(sorted(Settings.model_fields)), ANY_TEXT),
         st.one_of(SCALAR, NUMBER, JSON_VALUE, st.lists(NUMBER, max_size=3)),
         max_size=3,
     )
@@ -125,7 +125,7 @@ def test_any_settings(given_settings):
     except GuardError:
         return
     except TypeError:
-        assert not given_settings.keys() <= Settings.__dataclass_fields__.keys()
+        assert not given_settings.keys() <= Settings.model_fields.keys()
         return
     assert all(1 <= k <= settings.num_samples for k in settings.ks)
     to_json(settings.to_dict())

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,9 @@ from passk_guard.analysis import Analysis
 from passk_guard.analysis.store import JSON_NAME
 from passk_guard.callback.state import Memory
 from passk_guard.cli import main
-from passk_guard.estimation.noise import average_noise, measure_noise
+from passk_guard.estimation.noise import Noise, average_noise, measure_noise
 from passk_guard.planning import Cost, make_plan, outlook, refresh_noise
-from passk_guard.planning.inputs import past_of
+from passk_guard.planning.inputs import past_of, read_noise
 from passk_guard.reporting import Journal
 from passk_guard.reporting.journal import read_journal
 from passk_guard.reporting.reporter import Pace
@@ -111,7 +112,7 @@ def test_only_refreshes_that_sample_count(run_dir, capsys):
     every, third = (make_plan(noise, GuardConfig(resample_refreshes=r)).options for r in (1, 3))
     assert [3 * option.steps for option in every] == [option.steps for option in third]
     page = call(capsys, run_dir(probes(6), {"resample_refreshes": 3}))[1]
-    assert "refreshes that sample, one in 3" in page
+    assert "refreshes that sample count, one in 3" in page
 
 
 @pytest.mark.parametrize("serves", [1, 2, 3, 5])
@@ -195,6 +196,32 @@ def test_a_journal_that_holds_nothing_to_plan_from(event, words, tmp_path, capsy
     assert err.count("\n") == 1
 
 
+def test_noise_comes_back_from_json():
+    noise = measure_noise(probes(1)[0], 8)
+    again = read_noise(json.loads(json.dumps(noise.to_dict())))
+    assert isinstance(again, Noise)
+    for name, value in vars(noise).items():
+        assert torch.equal(torch.as_tensor(getattr(again, name)), torch.as_tensor(value)), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"value": [1.0, 2.0]},
+        {"value": [1.0, None, 2.0]},
+        {"linear": "much"},
+        {"degrees": None},
+        {"degrees": math.nan},
+        {"prompts": 2},
+        {"solved": 0.9, "failed": 0.9},
+        {"value": [math.inf, 1.0, 1.0]},
+    ],
+)
+def test_noise_that_no_run_writes(change):
+    with pytest.raises(GuardError, match="noise of a refresh"):
+        read_noise(measure_noise(probes(1)[0], 8).to_dict() | change)
+
+
 def test_settings_that_no_run_has(run_dir, capsys):
     status, _, err = call(capsys, run_dir(probes(3), {"k": 99}))
     assert status == 1
@@ -218,7 +245,7 @@ def test_from_an_analysis(tmp_path, capsys):
         assert f"{path}: cos(pass@1, pass@{max(analysis.settings['ks'])}) on 60 prompts" in out
     old = {name: value for name, value in analysis.to_dict().items() if name != "noise"}
     assert Analysis.from_dict(old).noise is None
-    for content, words in ((json.dumps(old), "writes it anew"), ("[]", "Expected an analysis"), ("{", "an analysis")):
+    for content, words in ((json.dumps(old), "writes it again"), ("[]", "Expected an analysis"), ("{", "an analysis")):
         path.write_text(content)
         status, out, err = call(capsys, tmp_path)
         assert (status, out) == (1, "")
