@@ -15,7 +15,7 @@ from passk_guard.analysis.page import analysis_page
 from passk_guard.analysis.settings import Settings
 from passk_guard.analysis.store import JSON_NAME, PAGE_NAME, check_folder
 from passk_guard.estimation.noise import noise_from
-from passk_guard.reporting.html import in_a_frame
+from passk_guard.reporting.html.page import in_a_frame
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import write_whole
 from passk_guard.utils.text import brief, one_line

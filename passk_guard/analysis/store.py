@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passk_guard.reporting.html import page_kind
+from passk_guard.reporting.html.page import page_kind
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import cut_unfinished, write_whole
 from passk_guard.utils.text import one_line

@@ -48,10 +48,14 @@ def test_a_last_line_that_is_whole_but_for_its_end_counts(tmp_path):
     ("bad", "words"),
     [
         ("{broken", "line 2: not JSON"),
-        ("[1, 2]", "line 2: expected an object with `event` and a whole number `step`"),
-        ('{"event": "refresh"}', "line 2: expected an object"),
-        ('{"event": "refresh", "step": true}', "line 2: expected an object"),
-        ('{"event": 3, "step": 1}', "line 2: expected an object"),
+        ("[1, 2]", r"line 2: expected an event as the guard writes it \(line: "),
+        ('{"event": "refresh"}', r"line 2: .* \(step: Field required\)"),
+        ('{"event": "refresh", "step": true}', r"line 2: .* \(step: "),
+        ('{"event": "refresh", "step": -1}', r"line 2: .* \(step: "),
+        ('{"event": "refresh", "step": 1e400}', r"line 2: .* \(step: "),
+        ('{"event": 3, "step": 1}', r"line 2: .* \(event: "),
+        ('{"event": "failed_refresh", "step": 1, "reason": [["x"]]}', r"line 2: .* \(reason: "),
+        ('{"event": "start", "step": 1, "settings": {"k": [[8]]}}', r"line 2: .* \(settings.k"),
     ],
 )
 def test_a_malformed_line_is_named(bad, words, tmp_path):
@@ -88,8 +92,13 @@ def test_a_file_may_be_named_itself(tmp_path):
 
 
 def test_unknown_events_are_ignored(tmp_path):
-    journal = read_journal(written(tmp_path, line("refresh", 0), line("novelty", 3, x=1), line("void", 5, reason="r")))
-    assert steps(journal) == [("refresh", 0), ("void", 5)]
+    journal = read_journal(written(tmp_path, line("refresh", 0), line("novelty", 3, x=1), line("failed_refresh", 5)))
+    assert steps(journal) == [("refresh", 0), ("failed_refresh", 5)]
+
+
+def test_the_earlier_name_of_a_failed_refresh_is_read(tmp_path):
+    journal = read_journal(written(tmp_path, line("refresh", 0), line("void", 5, reason="r", streak=1)))
+    assert journal.of("failed_refresh") == [{"event": "failed_refresh", "step": 5, "reason": "r", "streak": 1}]
 
 
 def test_a_resumed_run_replaces_what_it_took_again(tmp_path):
@@ -102,7 +111,7 @@ def test_a_resumed_run_replaces_what_it_took_again(tmp_path):
 
 
 def test_a_run_resumed_at_its_last_refresh_takes_it_once(tmp_path):
-    journal = read_journal(written(tmp_path, line("refresh", 0), line("void", 5), line("refresh", 5, n=2)))
+    journal = read_journal(written(tmp_path, line("refresh", 0), line("failed_refresh", 5), line("refresh", 5, n=2)))
     assert steps(journal) == [("refresh", 0), ("refresh", 5)]
 
 
