@@ -24,7 +24,7 @@ from passk_guard.estimation.evidence import conflict_score
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.verdict import DecisionRule, decide
 from passk_guard.mitigation.engines import untraced
-from passk_guard.planning import outlook, refresh_noise
+from passk_guard.planning import outlook
 from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.progress import sampling_bar, wants_bar
 from passk_guard.probe.records import Outcomes, Rollouts
@@ -86,7 +86,6 @@ class PassKGuardCallback(TrainerCallback):
             since_last=self._step_metrics,
             image_refreshes=self.config.image_refreshes,
             settings=asdict(self.config),
-            noise=lambda probe: refresh_noise(probe, self.config.k),
         )
         self._mitigator: Mitigator | None = None
         self._source: HeldOut | None = None
@@ -190,7 +189,9 @@ class PassKGuardCallback(TrainerCallback):
         if self._mitigator is not None:
             self._mitigator.leave_unguarded()
         self.memory = self.memory.with_void(step_number)
-        self._reporter.void(step_number, reason, streak=self.memory.voids, alert_after=self.config.failed_refresh_alert)
+        self._reporter.failed_refresh(
+            step_number, reason, streak=self.memory.voids, alert_after=self.config.failed_refresh_alert
+        )
 
     def _sample(self, source: HeldOut, number: int) -> tuple[Rollouts, Outcomes]:
         with sampling_bar(source.sampler, wants_bar(self.config.progress_bar, self._trainer)):

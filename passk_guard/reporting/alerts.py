@@ -30,14 +30,10 @@ def send_alert(title: str, text: str, trackers: Collection[str]) -> list[str]:
         if name not in trackers or tracker is None:
             continue
         try:
-            if not _running(name, tracker):
+            if name == "wandb" and getattr(tracker, "run", None) is None:
                 continue
             tracker.alert(title=title, text=text, level=tracker.AlertLevel.WARN)
             reached.append(name)
         except Exception as error:
             logger.warning("passk_guard: %s did not take the alert: %s", name, describe_error(error))
     return reached
-
-
-def _running(name: str, tracker: object) -> bool:
-    return name != "wandb" or getattr(tracker, "run", None) is not None

@@ -117,7 +117,7 @@ def test_training_is_bit_for_bit_the_same_when_the_probe_fails(tmp_path):
     assert seen == guarded_seen
     assert all(torch.equal(weights[name], guarded_weights[name]) for name in weights)
     events = journal(tmp_path / "with")
-    assert [e["event"] for e in events] == ["void"] * 3
+    assert [e["event"] for e in events] == ["failed_refresh"] * 3
     assert "ValueError: no verdict today" in events[0]["reason"]
 
 
@@ -212,7 +212,7 @@ def test_a_conflict_is_one_warning_one_state_line_and_one_alert(tmp_path, caplog
     assert guard.estimate.status == "conflict"
 
 
-def test_void_refreshes_alert_once_and_recover(tmp_path, caplog):
+def test_failed_refreshes_alert_once_and_recover(tmp_path, caplog):
     calls = []
 
     def sometimes(completions, **_):
@@ -224,9 +224,9 @@ def test_void_refreshes_alert_once_and_recover(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="passk_guard"):
         trainer.train()
     text = "\n".join(r.getMessage() for r in caplog.records)
-    assert text.count("refresh void, training goes on") == 3
-    assert text.count("BLIND, 2 void refreshes in a row") == 1
-    assert [e["event"] for e in journal(tmp_path)] == ["void"] * 3 + ["refresh"] * 3
+    assert text.count(": refresh failed: ") == 3
+    assert text.count("no valid refresh in the last 2") == 1
+    assert [e["event"] for e in journal(tmp_path)] == ["failed_refresh"] * 3 + ["refresh"] * 3
     assert guard.memory.voids == 0
     assert "always solved" in guard.estimate.reason
 

@@ -66,6 +66,6 @@ def test_a_failure_on_one_rank_voids_the_refresh_on_all(scenario, words, tmp_pat
     found = launch(scenario, tmp_path, 2)
     assert [(r["steps"], r["voids"], r["gram"]) for r in found] == [(3, 3, None)] * 2
     events = [json.loads(line) for line in (Path(tmp_path) / "run" / "passk_guard.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events] == ["start"] + ["void"] * 3
+    assert [e["event"] for e in events] == ["start"] + ["failed_refresh"] * 3
     assert words in events[1]["reason"]
     assert "rank 1" in events[1]["reason"]

@@ -42,7 +42,7 @@ VERIFIERS = {
 }
 PARTS = {  # functions of ours that raise
     "estimate": [(callback, "estimate_pooled")],
-    "report": [(reporter, name) for name in ("estimate_metrics", "state_change", "void_refresh")],
+    "report": [(reporter, name) for name in ("estimate_metrics", "state_change", "one_line")],
     "harvest": [(Pass1Loss, "__call__")],  # only where a direction is taken
 }
 OTHERS = ["out of memory", "logits are NaN", "disk is full", "tracker raises", "log handler raises"]

@@ -21,11 +21,11 @@ def always_failing(completions, **_):
 
 
 def refreshes(run):
-    return [e["step"] for e in run.events if e["event"] in ("refresh", "void")]
+    return [e["step"] for e in run.events if e["event"] in ("refresh", "failed_refresh")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", [{}, {"correct": always_failing} | PROJECT], ids=["observe", "void"])
+@pytest.mark.parametrize("config", [{}, {"correct": always_failing} | PROJECT], ids=["observe", "failed refresh"])
 def test_train_called_twice(kind, config, tmp_path):
     runs = []
     for guarded in (False, True):
@@ -190,7 +190,7 @@ class Terminate(TrainerCallback):
             time.sleep(0.2)  # transformers' handler starts a timer
 
 
-@pytest.mark.parametrize("config", [{}, {"correct": always_failing} | PROJECT], ids=["observe", "void"])
+@pytest.mark.parametrize("config", [{}, {"correct": always_failing} | PROJECT], ids=["observe", "failed refresh"])
 def test_sigterm_between_probe_and_step(config, tmp_path):
     """transformers writes a checkpoint there and stops; it is that of no guard, and so is what is resumed from it."""
     resumed, cut = [], []

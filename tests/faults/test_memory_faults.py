@@ -43,7 +43,7 @@ def test_a_smaller_budget_gives_the_same_estimate_and_is_remembered(references, 
             trainer = make("lm", tmp_path / str(room))
             runs.append(train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class))))
     whole, pieces = runs
-    assert [e["event"] for e in pieces.events if e["event"] in ("refresh", "void")] == ["refresh", "refresh"]
+    assert [e["event"] for e in pieces.events if e["event"] in ("refresh", "failed_refresh")] == ["refresh", "refresh"]
     for a, b in zip(whole.guard.memory.history, pieces.guard.memory.history, strict=True):
         assert torch.allclose(a.gram, b.gram, rtol=1e-4, atol=1e-5 * float(a.gram.abs().max()))
         assert float(a.gram.abs().max()) > 0
@@ -61,8 +61,11 @@ def test_a_sample_that_does_not_fit_alone_voids_the_refresh(references, tmp_path
     with_room_for(monkeypatch, 1, seen)
     trainer = make("lm", tmp_path)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
-    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["void", "void"]
-    assert "CUDA out of memory" in run.of("void")[0]["reason"]
+    assert [e["event"] for e in run.events if e["event"] in ("refresh", "failed_refresh")] == [
+        "failed_refresh",
+        "failed_refresh",
+    ]
+    assert "CUDA out of memory" in run.of("failed_refresh")[0]["reason"]
     assert len(seen) < 20, "halved, and not lowered one by one"
     assert_same(run, references.of("lm"))
 
@@ -83,7 +86,7 @@ def test_the_harvest(room, references, tmp_path, monkeypatch):
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
     assert max(sizes) > 10
     if room == 0:
-        assert len(run.of("void")) == 2
+        assert len(run.of("failed_refresh")) == 2
         assert_same(run, references.of("lm"))
         return
     assert len(run.of("refresh")) == 2
@@ -139,7 +142,10 @@ def test_generation_that_never_fits(references, tmp_path, monkeypatch):
     guard = add_guard(trainer, **PROJECT)
     monkeypatch.setattr(type(trainer.model), "generate", no_room)
     run = train(trainer, guard)
-    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["void", "void"]
+    assert [e["event"] for e in run.events if e["event"] in ("refresh", "failed_refresh")] == [
+        "failed_refresh",
+        "failed_refresh",
+    ]
     assert_same(run, references.of("lm"))
 
 

@@ -80,7 +80,7 @@ def test_a_refresh_leaves_nothing_to_the_collector(fault, tmp_path, monkeypatch)
         run = train(trainer, guard)
     finally:
         gc.enable()
-    assert len(run.of("refresh" if fault == "none" else "void")) == 3
+    assert len(run.of("refresh" if fault == "none" else "failed_refresh")) == 3
     before, after = counts[-1]
     assert after == before
 

@@ -82,8 +82,10 @@ SAMPLERS = {
 
 
 def expect_failed_refresh(run, words, refreshes=2):
-    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["void"] * refreshes, run.events
-    assert words in run.of("void")[0]["reason"]
+    assert [e["event"] for e in run.events if e["event"] in ("refresh", "failed_refresh")] == [
+        "failed_refresh"
+    ] * refreshes, run.events
+    assert words in run.of("failed_refresh")[0]["reason"]
     assert run.guard.memory.voids == refreshes
 
 
@@ -112,7 +114,7 @@ def test_a_hang_on_the_training_batch(references, tmp_path):
     trainer = make("grpo", tmp_path)
     guard = add_guard(trainer, correct=hangs, source="training_batch", num_samples=4, verifier_timeout=0.2)
     run = train(trainer, guard)
-    assert "`hangs` was still running" in run.of("void")[0]["reason"]
+    assert "`hangs` was still running" in run.of("failed_refresh")[0]["reason"]
     assert_same(run, references.of("grpo"))
 
 
@@ -178,7 +180,7 @@ def test_training_gradients_that_are_not_finite_are_left_to_the_optimizer(refere
     trainer = make("lm", tmp_path)
     infinite_gradients(trainer)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), refresh_steps=10, **PROJECT))
-    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["refresh"]
+    assert [e["event"] for e in run.events if e["event"] in ("refresh", "failed_refresh")] == ["refresh"]
     assert "steps are left to the optimizer as they are" in caplog.text
     assert_same(run, references.of("lm", infinite_gradients))
 
@@ -254,9 +256,9 @@ def test_a_refresh_that_is_void_in_the_middle_leaves_later_ones_whole(kind, refe
 
     trainer = make(kind, tmp_path)
     run = train(trainer, add_guard(trainer, correct=sometimes, refresh_steps=1, verifier_timeout=0.5))
-    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == [
+    assert [e["event"] for e in run.events if e["event"] in ("refresh", "failed_refresh")] == [
         "refresh",
-        "void",
+        "failed_refresh",
         "refresh",
         "refresh",
     ]

@@ -77,7 +77,7 @@ def test_what_a_crash_left_of_a_line_is_gone_before_the_next(rest, tmp_path):
     Journal(path).write("refresh", 0, verdict="clear")
     whole = path.read_text()
     path.write_text(whole + rest)
-    Journal(path).write("void", 5, reason="r")
+    Journal(path).write("failed_refresh", 5, reason="r")
     events = [json.loads(line) for line in path.read_text().splitlines() if line]
     assert [e["step"] for e in events] == [0, 5]
     assert report(tmp_path).journals[0].events
@@ -168,7 +168,9 @@ def test_a_tracker_that_raises(name, tracker, references, tmp_path, monkeypatch,
     assert f"{name} did not take the alert: ConnectionError: the tracker is down" in caplog.text
     if tracker is Broken:
         assert f"{name} did not take the pictures of the kernel: ConnectionError" in caplog.text
-    assert [e["event"] for e in run.events if e["event"] in ("refresh", "void")] == ["refresh"] * 2 + ["void"] * 2
+    assert [e["event"] for e in run.events if e["event"] in ("refresh", "failed_refresh")] == ["refresh"] * 2 + [
+        "failed_refresh"
+    ] * 2
     assert_same(run, references.of("lm"))
 
 
@@ -204,16 +206,16 @@ def test_a_log_handler_that_raises(config, references, tmp_path):
     finally:
         logging.getLogger("passk_guard").removeHandler(handler)
     assert run.error is None
-    assert len(run.of("void")) == 2
+    assert len(run.of("failed_refresh")) == 2
     assert_same(run, references.of("lm"))
 
 
-@pytest.mark.parametrize("method", ["refresh", "change", "void", "warn", "info"])
+@pytest.mark.parametrize("method", ["refresh", "change", "failed_refresh", "warn", "info"])
 def test_any_part_of_a_report_that_raises(method, references, tmp_path, monkeypatch, caplog):
     targets = {
         "refresh": "passk_guard.reporting.reporter.estimate_metrics",
         "change": "passk_guard.reporting.reporter.state_change",
-        "void": "passk_guard.reporting.reporter.void_refresh",
+        "failed_refresh": "passk_guard.reporting.reporter.one_line",
         "warn": "passk_guard.reporting.reporter.Journal.write",
         "info": "passk_guard.reporting.log_rows.log_row",
     }

@@ -78,16 +78,16 @@ def assert_told(soak, refreshes):
     """The journal reads whole and holds nearly every refresh, and each fault had its turn and its words."""
     lines = (Path(soak.run.trainer.args.output_dir) / "passk_guard.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    looks = [event["step"] for event in events if event["event"] in ("refresh", "void")]
+    looks = [event["step"] for event in events if event["event"] in ("refresh", "failed_refresh")]
     assert looks == sorted(set(looks))
     untold = soak.faults.seen["disk is full"] + soak.faults.seen["report"]
     assert len(looks) == refreshes - untold
     names = [*VERIFIERS, *SAMPLED, *PARTS, *OTHERS]
     assert all(soak.faults.seen[name] > 0 for name in names), soak.faults.seen
-    reasons = " ".join(event["reason"] for event in events if event["event"] == "void")
+    reasons = " ".join(event["reason"] for event in events if event["event"] == "failed_refresh")
     for words in ("raised on each", "still running", "strings", "NoneType", "positions", "not finite", "not foreseen"):
         assert words.replace("strings", "of type str") in reasons, words
-    assert {event["event"] for event in events} >= {"start", "refresh", "void"}
+    assert {event["event"] for event in events} >= {"start", "refresh", "failed_refresh"}
 
 
 def test_observing(tmp_path, monkeypatch):

@@ -222,7 +222,7 @@ def test_a_harvest_that_fails_leaves_steps_unguarded(tmp_path, monkeypatch):
     guarded.train()
     assert same(parameters(plain), parameters(guarded))
     events = journal(tmp_path / "with")
-    assert [e["event"] for e in events] == ["void", "void"]
+    assert [e["event"] for e in events] == ["failed_refresh", "failed_refresh"]
     assert "no room for a gradient" in events[0]["reason"]
 
 

@@ -66,7 +66,7 @@ def test_metric_names():
 def test_the_journal_is_json_whatever_it_is_given(tmp_path):
     journal = Journal(tmp_path / "deep" / "passk_guard.jsonl")
     journal.write("refresh", 3, a=float("nan"), b=torch.tensor([1.0, float("inf")]), c={"k": (1, None)}, d=object)
-    journal.write("void", 4, reason='quote " and\nnewline')
+    journal.write("failed_refresh", 4, reason='quote " and\nnewline')
     lines = (tmp_path / "deep" / "passk_guard.jsonl").read_text().splitlines()
     first, second = map(json.loads, lines)
     assert first | {"d": 0} == {
