@@ -12,10 +12,9 @@ from typing import Any, TypeVar, cast
 
 from passk_guard.estimation.noise import measure_noise
 from passk_guard.estimation.records import ConflictEstimate, ProbeGram, Status
-from passk_guard.reporting.alerts import send_alert
 from passk_guard.reporting.journal import JOURNAL_NAME, Journal
 from passk_guard.reporting.log_rows import LogRows, Metrics, estimate_metrics, state_change
-from passk_guard.reporting.tracker_images import Images
+from passk_guard.reporting.trackers import Images, send_alert
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import Once, describe_error, one_line
 
@@ -79,7 +78,7 @@ class Reporter:
 
     Args:
         trainer: whose log rows are completed, and whose `report_to` names the trackers.
-        held_out: False where the numbers describe the training batch, which every line then says.
+        held_out: False where the numbers describe the training batch, which every line then names.
         since_last: called at each log row for the numbers of the steps since the row before.
         image_refreshes: refreshes between pictures of the kernel in the trackers; 0 sends none.
         settings: written into the journal when a run starts; None writes nothing then.

@@ -69,13 +69,12 @@ class Run:
     @property
     def confidence(self) -> float:
         """Of the intervals."""
-        return next((c for e in self.journal.of("refresh") if (c := number(e.get("confidence"))) is not None), 0.95)
+        return next(iter(self.numbers("confidence")), 0.95)
 
     @property
     def threshold(self) -> float:
         """Cosine below which there is a conflict; journals without one are of runs with the default."""
-        found = [e.get("threshold") for e in self.journal.of("refresh")] + [self.journal.settings.get("threshold")]
-        return next((t for value in found if (t := number(value)) is not None), 0.0)
+        return next(iter(self.numbers("threshold")), number(self.journal.settings.get("threshold")) or 0.0)
 
     @property
     def ks(self) -> list[int]:

@@ -114,7 +114,6 @@ def line_chart(
 
 def scatter(
     points: Sequence[Points],
-    markers: Sequence[Upright] = (),
     *,
     x_label: str,
     y_label: str,
@@ -124,13 +123,13 @@ def scatter(
     x_range: tuple[float, float] | None = None,
 ) -> Markup:
     """Clouds of points; pairs with a None or NaN are left out. Arguments as in `line_chart`."""
-    xs = [v for p in points for v in p.x] + [m.x for m in markers]
+    xs = [v for p in points for v in p.x]
     ys = [v for p in points for v in p.y] + [m.y for m in levels]
     x = make_axis(xs, LEFT, RIGHT, bounds=x_range or padded(xs, 0.03))
     y = make_axis(ys, BOTTOM, TOP, bounds=padded(ys))
     clouds = [part for i, p in enumerate(points) for part in _cloud(p, i, x, y)]
-    content = [*frame.horizontal_lines(levels, y), *frame.vertical_lines(markers, x), *clouds]
-    keys = [*(_cloud_key(p.name, i) for i, p in enumerate(points)), *frame.mark_keys(markers, levels)]
+    content = [*frame.horizontal_lines(levels, y), *clouds]
+    keys = [*(_cloud_key(p.name, i) for i, p in enumerate(points)), *frame.mark_keys((), levels)]
     return frame.chart(x, y, content, keys, x_label=x_label, y_label=y_label, title=title, alt=alt)
 
 

@@ -24,21 +24,19 @@ def heat_map(
     alt: str,
     title: str = "",
     label: str = "prompt",
-    limit: float | None = None,
     boundaries: Sequence[int] = (),
     caption: str = "",
 ) -> Markup:
-    """Rows downwards, columns to the right, in colours around zero with a colour bar.
+    """Rows downwards, columns to the right, in colours around zero, full from the 98% quantile of |value| on.
 
     Args:
         matrix: [m, m] real numbers, m >= 1; NaN is grey.
         alt: what the picture shows, for those who do not see it.
         title: above the picture; `label`: beneath and beside it; `caption`: further text beneath.
-        limit: |value| of the full colours; by default the 98% quantile of |value| off the diagonal of what is drawn.
         boundaries: row and column numbers before which a group begins, marked by lines.
     """
     small, block = averaged_down(matrix, _LARGEST)
-    top = limit or colour_limit(small)
+    top = colour_limit(small)
     beside = f"translate(18 {_TOP + _SIDE / 2}) rotate(-90)"
     parts = [
         _image(signed_pixels(small, top), _LEFT, _SIDE, crisp=len(small) <= 200),

@@ -76,7 +76,7 @@ def image_of(markup):
 
 def test_a_small_matrix_is_shown_entry_by_entry_and_a_large_one_in_means():
     matrix = torch.tensor([[5.0, -1.0], [1.0, 5.0]])
-    small = heat_map(matrix, alt="a", title="t", limit=1.0)
+    small = heat_map(matrix, alt="a", title="t")
     assert np.array_equal(image_of(small), signed_pixels(matrix, 1.0).numpy())
     assert 'class="crisp"' in small
     assert "50% of the cells lie beyond" in small

@@ -34,7 +34,7 @@ def charts(text):
     axes = {"x_label": text, "alt": text, "title": text}
     return [
         line_chart([Series(text, xs, ys)], markers=[mark], levels=[level], y_label=text, **axes),
-        scatter([Points(text, xs, ys, [text] * 3)], [mark], levels=[level], y_label=text, **axes),
+        scatter([Points(text, xs, ys, [text] * 3)], levels=[level], y_label=text, **axes),
         histogram([Distribution(text, ys)], [mark], y_label=text, **axes),
         heat_map(torch.tensor([[1.0, -1.0]] * 2), alt=text, title=text, label=text, caption=text),
     ]

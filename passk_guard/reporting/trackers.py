@@ -1,9 +1,13 @@
-"""The prompt kernel and the curve over k as pictures in the trackers of a run, drawn by matplotlib."""
+"""Alerts and pictures in the trackers of a run.
+
+Trackers are found where the run has them, never imported or started here. One that fails is only logged.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +24,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BLUE, _VERMILLION, _GREY = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in (POSITIVE, NEGATIVE, UNDEFINED))
+
+
+def send_alert(title: str, text: str, trackers: Collection[str]) -> list[str]:
+    """Raise an alert in wandb and trackio where the run reports to them.
+
+    Args:
+        title: short, for a phone; text: the log line.
+        trackers: names in `TrainingArguments.report_to`.
+
+    Returns:
+        Names of the trackers that took it.
+    """
+    reached = []
+    for name in ("wandb", "trackio"):
+        try:
+            tracker = _running(name, trackers)
+            if tracker is not None:
+                tracker.alert(title=title, text=text, level=tracker.AlertLevel.WARN)
+                reached.append(name)
+        except Exception as error:
+            logger.warning("passk_guard: %s did not take the alert: %s", name, describe_error(error))
+    return reached
+
+
+def _running(name: str, trackers: Collection[str]) -> Any:
+    module = sys.modules.get(name) if name in trackers else None
+    return None if name == "wandb" and getattr(module, "run", None) is None else module
 
 
 def kernel_figure(kernel: Tensor, rates: Tensor | None = None) -> Figure:
@@ -62,10 +93,9 @@ def curve_figure(curve: ConflictCurve, k_star: int | None) -> Figure:
 
 
 class Images:
-    """Sends two pictures every few refreshes to TensorBoard, wandb and trackio, where the run reports to them.
+    """Sends two pictures every few refreshes to TensorBoard, wandb and trackio, drawn by matplotlib.
 
-    Trackers are found where the run has them, never imported or started here. One that fails is logged once, and
-    called again the next time.
+    A tracker that fails is logged once, and called again the next time.
 
     Args:
         trainer: a transformers Trainer.
@@ -120,9 +150,7 @@ class Images:
         callbacks = getattr(getattr(self._trainer, "callback_handler", None), "callbacks", ())
         # transformers' TensorBoardCallback has a writer once the run has begun.
         found = {"tensorboard": next((w for c in callbacks if (w := getattr(c, "tb_writer", None)) is not None), None)}
-        found |= {name: sys.modules.get(name) for name in ("wandb", "trackio") if name in names}
-        if getattr(found.get("wandb"), "run", None) is None:
-            found["wandb"] = None
+        found |= {name: _running(name, names) for name in ("wandb", "trackio")}
         return {name: tracker for name, tracker in found.items() if tracker is not None}
 
 

@@ -1,4 +1,4 @@
-"""The kernel and the curve over k as pictures, and the trackers they go to."""
+"""Alerts and pictures, and the trackers they go to."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from passk_guard import ConflictEstimate, ProbeGram
 from passk_guard.estimation.records import ConflictCurve
 from passk_guard.reporting import Reporter
-from passk_guard.reporting.tracker_images import Images, curve_figure, kernel_figure
+from passk_guard.reporting.trackers import Images, curve_figure, kernel_figure, send_alert
 
 VERMILLION, BLUE, NAN = "#d55e00", "#0072b2", float("nan")
 
@@ -86,14 +86,40 @@ def test_nothing_is_drawn_without_a_tracker(monkeypatch):
     def fails(*_):
         raise AssertionError("drawn for nobody")
 
-    monkeypatch.setattr("passk_guard.reporting.tracker_images.kernel_figure", fails)
+    monkeypatch.setattr("passk_guard.reporting.trackers.kernel_figure", fails)
     assert Images(trainer(), every=1).refresh(0, estimate()) == []
     assert Images(trainer(Writer()), every=0).refresh(0, estimate()) == []
     assert Images(trainer(Writer()), every=1).refresh(0, estimate(torch.empty(0, 0))) == []
 
 
 def module(calls, **more):
-    return types.SimpleNamespace(Image=lambda array: array, log=calls.append, **more)
+    """A tracker that takes what it is given."""
+    level = types.SimpleNamespace(WARN="warn")
+    common = {"Image": lambda array: array, "log": calls.append, "alert": lambda **kw: calls.append(kw)}
+    return types.SimpleNamespace(**common | more, AlertLevel=level)
+
+
+def test_alerts_go_where_the_run_reports(monkeypatch):
+    wandb, trackio = [], []
+    monkeypatch.setitem(sys.modules, "wandb", module(wandb, run=object()))
+    monkeypatch.setitem(sys.modules, "trackio", module(trackio))
+    assert send_alert("t", "x", []) == send_alert("t", "x", ["tensorboard"]) == []
+    assert send_alert("t", "x", ["wandb", "tensorboard"]) == ["wandb"]
+    assert wandb == [{"title": "t", "text": "x", "level": "warn"}]
+    assert trackio == []
+    assert send_alert("t", "x", ["wandb", "trackio"]) == ["wandb", "trackio"]
+
+
+def test_alerts_that_fail_are_logged(monkeypatch, caplog):
+    def down(**_):
+        raise ConnectionError("offline")
+
+    monkeypatch.setitem(sys.modules, "wandb", module([], alert=down, run=1))
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        assert send_alert("t", "x", ["wandb"]) == []
+    assert "ConnectionError: offline" in caplog.text
+    monkeypatch.setitem(sys.modules, "wandb", module([], run=None))
+    assert send_alert("t", "x", ["wandb"]) == [], "a run that has not begun"
 
 
 def test_trackers_that_the_run_reports_to(monkeypatch):
