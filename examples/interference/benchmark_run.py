@@ -82,7 +82,7 @@ def _what_the_guard_did(events: list[dict[str, Any]]) -> dict[str, Any]:
     turned = [e["mitigated"] for e in events if e["event"] == "steps" and "mitigated" in e]
     return {
         "refreshes": len(refreshes),
-        "void": sum(e["event"] == "void" for e in events),
+        "failed_refresh": sum(e["event"] == "failed_refresh" for e in events),
         "cosine": [e.get("cosine") for e in refreshes],
         "floor": [e.get("floor") for e in refreshes],
         "steps_measured": len(turned),

@@ -21,7 +21,7 @@ from passk_guard.analysis.settings import Settings
 from passk_guard.analysis.store import JSON_NAME, PAGE_NAME, check_folder
 from passk_guard.estimation.records import Status
 from passk_guard.planning.inputs import read_noise
-from passk_guard.reporting.html import in_a_frame
+from passk_guard.reporting.html.page import in_a_frame
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import write_whole
 from passk_guard.utils.text import brief, describe_invalid

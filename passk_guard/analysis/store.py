@@ -14,7 +14,7 @@ import torch
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from passk_guard.reporting.html import page_kind
+from passk_guard.reporting.html.page import page_kind
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import cut_unfinished, write_whole
 from passk_guard.utils.text import describe_invalid, one_line

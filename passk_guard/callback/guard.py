@@ -25,7 +25,7 @@ from passk_guard.estimation.evidence import conflict_check
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
-from passk_guard.planning import decision_rule, outlook, refresh_noise
+from passk_guard.planning import decision_rule, outlook
 from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.out_of_memory import until_it_fits
 from passk_guard.probe.progress import sampling_bar, wanted
@@ -101,7 +101,6 @@ class PassKGuardCallback(TrainerCallback):
             since_last=lambda: self._mitigator.step_metrics(),
             image_refreshes=self.config.image_refreshes,
             settings=asdict(self.config),
-            noise=lambda probe: refresh_noise(probe, self.config.k),
         )
         self._source: HeldOut | None = None
         self._tap: BatchTap | None = None
@@ -344,7 +343,7 @@ class PassKGuardCallback(TrainerCallback):
         self._mitigator.leave_unguarded()
         self.memory = self.memory.with_failure(step)
         alert_after = self.config.failed_refresh_alert
-        self._reporter.void(step, reason, streak=self.memory.failures, alert_after=alert_after)
+        self._reporter.failed_refresh(step, reason, streak=self.memory.failures, alert_after=alert_after)
 
     # Parts
 

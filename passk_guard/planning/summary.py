@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.noise import average_noise, measure_noise
@@ -130,12 +129,6 @@ def _prompts(count: int | None) -> str:
 
 def _many(count: int, what: str) -> str:
     return f"1 {what}" if count == 1 else f"{count} {what}es"
-
-
-def refresh_noise(probe: ProbeGram, k: int) -> dict[str, Any] | None:
-    """The noise of one refresh as plain numbers, for the journal; None where it has none."""
-    noise = measure_noise(probe, k)
-    return None if noise is None else noise.to_dict()
 
 
 def outlook(history: Sequence[ProbeGram], config: GuardConfig, probe_seconds: float | None) -> str:

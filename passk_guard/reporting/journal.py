@@ -1,4 +1,4 @@
-"""`passk_guard.jsonl`: one JSON object a line, for every refresh and every change of verdict."""
+"""`passk_guard.jsonl`: one JSON object a line, for every refresh and every change of verdict; written and read back."""
 
 from __future__ import annotations
 
@@ -11,136 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import cut_unfinished, refuse_links
+from passk_guard.utils.text import one_line
 
-# Reading `passk_guard.jsonl` back, also while the run that writes it goes on.
-
+logger = logging.getLogger(__name__)
 
 JOURNAL_NAME = "passk_guard.jsonl"
 Event = Mapping[str, Any]
-_MOST_STEPS = 2**53  # whole numbers up to there are exact as floats, which charts are drawn with
-_DEEPEST = 16
+_Scalar = bool | int | float | str | None
+_EARLIER_NAMES = {"void": "failed_refresh"}  # of events, in journals of version 0.1.0 before its release
 # What a step writes, in this order: numbers of the steps before it, which are older than its checkpoint; then, where a
 # run starts there, its start; the refresh; the change of verdict after it.
-_ORDER = {"steps": 0, "start": 1, "refresh": 2, "void": 2, "state": 3, "change": 4, "outcome": 5}
-
-
-@dataclass(frozen=True)
-class RunJournal:
-    """The events of one run, by rising step: those of what became the run.
-
-    A run that was killed leaves events after the checkpoint from which it goes on; a start at step s takes the place
-    of every event that came before it in the file and belongs to a later moment than that checkpoint.
-
-    Attributes:
-        path: of the file.
-        events: objects with `event` and `step`; kinds that are not known here are left out.
-        settings: of the newest start of the run, empty where the journal holds none.
-        unfinished: the last line was half written and is left out: the run goes on, or it crashed.
-        restarts: steps at which the run began again, from a checkpoint or from the start.
-    """
-
-    path: Path
-    events: Sequence[Event]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    unfinished: bool = False
-    restarts: Sequence[int] = ()
-
-    def of(self, *kinds: str) -> list[Event]:
-        """The events of these kinds: "refresh", "void", "state", "steps"."""
-        return [event for event in self.events if event["event"] in kinds]
-
-
-def read_journal(run_dir: str | Path) -> RunJournal:
-    """Read the journal of a run.
-
-    Args:
-        run_dir: the run's output folder, or the JSONL file itself.
-
-    Raises:
-        GuardError: no such folder, no journal in it, none that can be read, no event in it, or a line before the last
-            that is not a JSON object with `event` and a whole number `step`; its line number is named.
-    """
-    path = Path(run_dir)
-    if path.is_dir():
-        path = path / JOURNAL_NAME
-        if not path.exists():
-            raise GuardError(
-                f"Expected `{JOURNAL_NAME}` in {run_dir}; found none. Pass the output_dir of a guarded run."
-            )
-    elif not path.exists():
-        raise GuardError(f"Expected the output folder of a run; found no {run_dir}.")
-    if not path.is_file():  # a pipe or a device may have no end
-        raise GuardError(f"Expected a file of events; found something else at {path}.")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise GuardError(f"Cannot read {path}: {error.strerror or error}.") from error
-    events, unfinished = _parse(content, path)
-    if not events:
-        raise GuardError(f"Expected events in {path}; found none yet. The guard writes the first at its first refresh.")
-    return _ordered(path, events, unfinished)
-
-
-def _parse(content: bytes, path: Path) -> tuple[list[Event], bool]:
-    *lines, rest = content.split(b"\n")
-    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-    events = [_event(line, number, path) for number, line in numbered]
-    if not rest.strip():
-        return events, False
-    try:
-        return [*events, _event(rest, len(lines) + 1, path)], False
-    except GuardError:  # the writer ends each line with a line feed: this one is not whole
-        return events, True
-
-
-def _event(line: bytes, number: int, path: Path) -> Event:
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError also of bytes that are not UTF-8
-        raise GuardError(f"{path}, line {number}: not JSON ({error}). Remove or mend that line.") from error
-    whole = isinstance(event, dict) and isinstance(event.get("event"), str) and type(event.get("step")) is int
-    if not whole:
-        raise GuardError(f"{path}, line {number}: expected an object with `event` and a whole number `step`.")
-    if not 0 <= event["step"] < _MOST_STEPS or not _is_flat(event, _DEEPEST):
-        raise GuardError(
-            f"{path}, line {number}: expected a `step` from 0 to 2^53 and values nested at most {_DEEPEST} deep. "
-            "The guard writes no such line: remove it."
-        )
-    return dict(event)
-
-
-def _is_flat(value: Any, levels: int) -> bool:
-    if not isinstance(value, (dict, list)):
-        return True
-    return levels > 0 and all(
-        _is_flat(one, levels - 1) for one in (value.values() if isinstance(value, dict) else value)
-    )
-
-
-def _ordered(path: Path, events: Sequence[Event], unfinished: bool) -> RunJournal:
-    kept: list[Event] = []
-    settings: Mapping[str, Any] = {}
-    restarts: list[int] = []
-    for event in events:
-        if event["event"] == "start" and isinstance(event.get("settings"), dict):
-            settings = event["settings"]
-        if event["event"] not in _ORDER:
-            continue
-        if kept and (event["event"] == "start" or _key(event) <= _key(kept[-1])):
-            restarts.append(event["step"])
-            kept = [before for before in kept if _key(before) < _key(event)]
-        if event["event"] != "start":
-            kept.append(event)
-    return RunJournal(path, kept, settings, unfinished, restarts)
-
-
-def _key(event: Event) -> tuple[int, int]:
-    return event["step"], _ORDER[event["event"]]
-
-
-logger = logging.getLogger(__name__)
+_ORDER = {"steps": 0, "start": 1, "refresh": 2, "failed_refresh": 2, "state": 3, "change": 4, "outcome": 5}
 
 
 class Journal:
@@ -193,3 +78,116 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+class _Line(BaseModel):
+    """What must hold of a line; numbers, by whatever name, are checked where they are drawn."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    event: str
+    step: int = Field(ge=0, lt=2**53)  # exact as a float, which charts are drawn with
+    reason: str | None = None
+    message: str | None = None
+    to: str | None = None
+    settings: dict[str, _Scalar | list[_Scalar]] = {}
+
+
+@dataclass(frozen=True)
+class RunJournal:
+    """The events of one run, by rising step: those of what became the run.
+
+    A run that was killed leaves events after the checkpoint from which it goes on. A start at step s replaces every
+    event before it in the file that belongs to a later moment than that checkpoint.
+
+    Attributes:
+        path: of the file.
+        events: objects with `event` and `step`; kinds that are not known here are left out.
+        settings: of the newest start of the run, empty where the journal holds none.
+        unfinished: the last line was half written and is left out: the run goes on, or it crashed.
+        restarts: steps at which the run began again, from a checkpoint or from the start.
+    """
+
+    path: Path
+    events: Sequence[Event]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    unfinished: bool = False
+    restarts: Sequence[int] = ()
+
+    def of(self, *kinds: str) -> list[Event]:
+        """The events of these kinds: "refresh", "failed_refresh", "state", "steps"."""
+        return [event for event in self.events if event["event"] in kinds]
+
+
+def read_journal(run_dir: str | Path) -> RunJournal:
+    """Read the journal of a run, also while the run that writes it goes on.
+
+    Args:
+        run_dir: the run's output folder, or the JSONL file itself.
+
+    Raises:
+        GuardError: no such folder, no journal in it, none that can be read, no event in it, or a line before the last
+            that is not an event as the guard writes it; its line number is named.
+    """
+    folder = Path(run_dir)
+    path = folder / JOURNAL_NAME if folder.is_dir() else folder
+    if not folder.exists():
+        raise GuardError(f"Expected the output folder of a run; found no {run_dir}.")
+    if not path.exists():
+        raise GuardError(f"Expected `{JOURNAL_NAME}` in {run_dir}; found none. Pass the output_dir of a guarded run.")
+    if not path.is_file():  # a pipe or a device may have no end
+        raise GuardError(f"Expected a file of events; found something else at {path}.")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise GuardError(f"Cannot read {path}: {error.strerror or error}.") from error
+    events, unfinished = _parse(content, path)
+    if not events:
+        raise GuardError(f"Expected events in {path}; found none yet. The guard writes the first at its first refresh.")
+    return _ordered(path, events, unfinished)
+
+
+def _parse(content: bytes, path: Path) -> tuple[list[Event], bool]:
+    *lines, rest = content.split(b"\n")
+    events = [_event(line, number, path) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rest.strip():
+        return events, False
+    try:
+        return [*events, _event(rest, len(lines) + 1, path)], False
+    except GuardError:  # the writer ends each line with a line feed: this one is not whole
+        return events, True
+
+
+def _event(line: bytes, number: int, path: Path) -> Event:
+    where = f"{path}, line {number}"
+    try:
+        event = json.loads(line)
+        _Line.model_validate(event)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = one_line(f"{'.'.join(map(str, first['loc'])) or 'line'}: {first['msg']}", 200)
+        raise GuardError(f"{where}: expected an event as the guard writes it ({found}). Remove that line.") from error
+    except (ValueError, RecursionError) as error:  # ValueError also of bytes that are not UTF-8
+        raise GuardError(f"{where}: not JSON ({error}). Remove or mend that line.") from error
+    return event | {"event": _EARLIER_NAMES.get(event["event"], event["event"])}
+
+
+def _ordered(path: Path, events: Sequence[Event], unfinished: bool) -> RunJournal:
+    kept: list[Event] = []
+    settings: Mapping[str, Any] = {}
+    restarts: list[int] = []
+    for event in events:
+        if event["event"] not in _ORDER:
+            continue
+        if event["event"] == "start":
+            settings = event.get("settings", settings)
+        if kept and (event["event"] == "start" or _key(event) <= _key(kept[-1])):
+            restarts.append(event["step"])
+            kept = [before for before in kept if _key(before) < _key(event)]
+        if event["event"] != "start":
+            kept.append(event)
+    return RunJournal(path, kept, settings, unfinished, restarts)
+
+
+def _key(event: Event) -> tuple[int, int]:
+    return event["step"], _ORDER[event["event"]]

@@ -1,4 +1,4 @@
-"""Putting the guard's numbers on the same log row as the loss."""
+"""The guard's numbers on the same log row as the loss, and the lines that a user reads."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from passk_guard.estimation.records import ConflictEstimate, Status
 from passk_guard.utils.patching import MethodPatch
 from passk_guard.utils.text import describe_error
 
-# From an estimate to named numbers for a log row.
-
+logger = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float | None]
 PREFIX = "passk_guard/"
@@ -47,9 +46,6 @@ def log_row(metrics: Metrics) -> dict[str, float]:
     return {PREFIX + name: value for name, value in metrics.items() if value is not None}
 
 
-# The one line a user reads.
-
-
 def describe_estimate(estimate: ConflictEstimate) -> str:
     """`cos(pass@1, pass@8) = -0.31, 95% CI [-0.44, -0.17], 3 refreshes pooled; k* = 2`, or why there is no number."""
     pair = f"cos(pass@1, pass@{estimate.k})"
@@ -76,10 +72,11 @@ def state_change(
     A CONFLICT names `run_p_value`, which established it, where the rule is one for the whole run.
     """
     source = "" if held_out else " (training batch, not held out)"
-    by_the_run = verdict == "conflict" and run_p_value is not None
-    why = f"; {estimate.reason}" if not by_the_run and _needs_a_reason(verdict, estimate) else ""
-    if by_the_run:
+    why = ""
+    if verdict == "conflict" and run_p_value is not None:
         why = f"; p = {run_p_value:.2g} over the whole run"
+    elif _needs_a_reason(verdict, estimate):
+        why = f"; {estimate.reason}"
     return f"passk_guard step {step}: {verdict.upper()} {describe_estimate(estimate)}{source}{why}; action: {action}"
 
 
@@ -90,19 +87,6 @@ def _needs_a_reason(verdict: Status, estimate: ConflictEstimate) -> bool:
     return verdict == "undetermined" or estimate.ci_low <= estimate.threshold <= estimate.ci_high
 
 
-def void_refresh(step: int, reason: str) -> str:
-    """The log line of a refresh that gave no estimate."""
-    return f"passk_guard step {step}: refresh void, training goes on: {reason}"
-
-
-def blind(step: int, voids: int, reason: str) -> str:
-    """The alert after several void refreshes in a row."""
-    return f"passk_guard step {step}: BLIND, {voids} void refreshes in a row; the last reason: {reason}"
-
-
-logger = logging.getLogger(__name__)
-
-
 class LogRows:
     """Adds the newest metrics to the next row the trainer logs with a loss.
 
@@ -111,7 +95,7 @@ class LogRows:
 
     Args:
         trainer: a transformers Trainer or one of its children.
-        since_last: asked at each row for the numbers of the steps since the one before.
+        since_last: called at each row for the numbers of the steps since the one before.
 
     Raises:
         GuardError: from `install`, when another guard is installed on this trainer.
@@ -120,7 +104,7 @@ class LogRows:
     def __init__(self, trainer: Any, since_last: Callable[[], Metrics] = dict) -> None:
         self._since_last = since_last
         self._waiting: dict[str, float] = {}
-        self._told = False
+        self._warned = False
         self._patch = MethodPatch(trainer, "log", self._complete, owner="passk_guard.LogRows")
 
     def put(self, metrics: Metrics) -> None:
@@ -152,7 +136,7 @@ class LogRows:
         try:
             return log_row(self._since_last())
         except Exception as error:
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 logger.warning("passk_guard: numbers of the last steps are missing: %s", describe_error(error))
             return {}

@@ -9,9 +9,7 @@ import zlib
 import torch
 from torch import Tensor
 
-# Okabe and Ito's vermillion and blue.
-NEGATIVE, POSITIVE = (213, 94, 0), (0, 114, 178)
-_UNDEFINED = (128, 128, 128)
+NEGATIVE, POSITIVE, UNDEFINED = (213, 94, 0), (0, 114, 178), (128, 128, 128)  # Okabe and Ito's vermillion and blue
 
 
 def signed_pixels(matrix: Tensor, limit: float) -> Tensor:
@@ -30,15 +28,9 @@ def signed_pixels(matrix: Tensor, limit: float) -> Tensor:
     undefined = values.isnan()
     strength = (values.nan_to_num(0.0, math.inf, -math.inf).abs() / limit).clamp(max=1.0)
     colours = torch.where(values[..., None] < 0, torch.tensor(NEGATIVE), torch.tensor(POSITIVE))
-    colours = torch.where(undefined[..., None], torch.tensor(_UNDEFINED), colours)
+    colours = torch.where(undefined[..., None], torch.tensor(UNDEFINED), colours)
     opacity = torch.where(undefined, 0.6, strength).mul(255).round()
     return torch.cat([colours, opacity[..., None].to(colours.dtype)], dim=-1).to(torch.uint8)
-
-
-def on_white(pixels: Tensor) -> Tensor:
-    """[rows, columns, 4] with opacity laid on white: [rows, columns, 3] uint8."""
-    opacity = pixels[..., 3:].double() / 255
-    return (pixels[..., :3].double() * opacity + 255 * (1 - opacity)).round().to(torch.uint8)
 
 
 def colour_limit(matrix: Tensor, share: float = 0.98) -> float:
@@ -75,10 +67,10 @@ def averaged_down(matrix: Tensor, size: int) -> tuple[Tensor, int]:
 
 
 def encode_png(pixels: Tensor) -> bytes:
-    """A PNG file of [rows, columns, channels] uint8 with 3 (RGB) or 4 (RGBA) channels."""
-    rows, columns, channels = pixels.shape
+    """A PNG file of [rows, columns, 4] uint8: a page needs no plotting library for its one picture of many cells."""
+    rows, columns, _ = pixels.shape
     lines = b"".join(b"\0" + bytes(row.flatten().tolist()) for row in pixels)  # 0: no filter
-    header = struct.pack(">2I5B", columns, rows, 8, {3: 2, 4: 6}[channels], 0, 0, 0)
+    header = struct.pack(">2I5B", columns, rows, 8, 6, 0, 0, 0)  # 6: RGBA
     chunks = _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(lines, 9)) + _chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
 

@@ -1,4 +1,4 @@
-"""Every way out of the guard in one place: log rows, warning lines, journal, tracker alerts."""
+"""Every way out of the guard in one place: log rows, log lines, journal, tracker alerts and pictures."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from passk_guard.estimation.noise import measure_noise
 from passk_guard.estimation.records import ConflictEstimate, ProbeGram, Status
-from passk_guard.reporting.alerts import send_alert
 from passk_guard.reporting.journal import JOURNAL_NAME, Journal
-from passk_guard.reporting.log_rows import LogRows, Metrics, blind, estimate_metrics, state_change, void_refresh
-from passk_guard.reporting.tracker_images import Images
+from passk_guard.reporting.log_rows import LogRows, Metrics, estimate_metrics, state_change
+from passk_guard.reporting.trackers import Images, send_alert
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import Once, describe_error, one_line
 
-# How long a training step takes, between refreshes and without them.
+logger = logging.getLogger("passk_guard")
+
+Method = TypeVar("Method", bound=Callable[..., None])
+_LOGGED = "_logged_failures"
+_OF_AN_ESTIMATE = (
+    *("status", "reason", "k", "threshold", "confidence"),
+    *("inner_product", "inner_product_se", "norm1_sq", "normk_sq", "weight_agreement_cov"),
+)
 
 
 class Pace:
-    """Seconds of a step, from the end of one refresh to the beginning of the next.
-
-    Args:
-        clock: seconds of any origin.
-    """
+    """Seconds of a training step, from the end of one refresh to the beginning of the next; `clock` may be any."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -47,19 +50,11 @@ class Pace:
         self._since = step, self._clock()
 
 
-# Telling must not stop what is told of: a report that fails is one line in the log, and training goes on.
-
-
-logger = logging.getLogger(__name__)
-
-Method = TypeVar("Method", bound=Callable[..., None])
-_TOLD = "_told_of"
-
-
 def quietly(method: Method) -> Method:
     """Of a method: its exceptions, but for a GuardError, are logged once each for an object and go no further.
 
-    Not even the log is relied on: a handler of the user's, which sends lines elsewhere, may be what fails.
+    Reporting must not stop training. Not even the log is relied on: a handler of the user's, which sends lines
+    elsewhere, may be what fails.
     """
 
     @functools.wraps(method)
@@ -70,27 +65,23 @@ def quietly(method: Method) -> Method:
             raise
         except Exception as error:
             reason = f"{method.__name__}: {describe_error(error)}"
-            told: Once = vars(self).setdefault(_TOLD, Once())
-            if told.new(reason):
+            logged: Once = vars(self).setdefault(_LOGGED, Once())
+            if logged.new(reason):
                 with suppress(Exception):
                     logger.warning("passk_guard: part of a report is missing (%s)", reason)
 
     return cast(Method, guarded)
 
 
-logger = logging.getLogger("passk_guard")
-
-
 class Reporter:
-    """Tells the user; only the first rank speaks. Nothing that fails in here reaches training.
+    """Reports to the user, on the first rank alone. Nothing that fails in here reaches training.
 
     Args:
         trainer: whose log rows are completed, and whose `report_to` names the trackers.
-        held_out: False where the numbers describe the training batch, which every line then says.
-        since_last: asked at each log row for the numbers of the steps since the row before.
+        held_out: False where the numbers describe the training batch, which every line then names.
+        since_last: called at each log row for the numbers of the steps since the row before.
         image_refreshes: refreshes between pictures of the kernel in the trackers; 0 sends none.
         settings: written into the journal when a run starts; None writes nothing then.
-        noise: of a refresh, as numbers that a plan is made from, for the journal; asked on the first rank alone.
     """
 
     def __init__(
@@ -101,7 +92,6 @@ class Reporter:
         since_last: Callable[[], Metrics] = dict,
         image_refreshes: int = 0,
         settings: Mapping[str, Any] | None = None,
-        noise: Callable[[ProbeGram], Mapping[str, Any] | None] = lambda probe: None,
     ) -> None:
         self._trainer = trainer
         self._held_out = held_out
@@ -110,7 +100,6 @@ class Reporter:
         self._journal = Journal(None)
         self._images = Images(trainer, image_refreshes)
         self._settings = settings
-        self._noise = noise
         self._pace = Pace()
 
     def open(self) -> None:
@@ -126,7 +115,7 @@ class Reporter:
     @quietly
     def _open_journal(self) -> None:
         folder = Path(self._trainer.args.output_dir)
-        self._journal = Journal(folder / JOURNAL_NAME if self._speaks else None)
+        self._journal = Journal(folder / JOURNAL_NAME if self._reports else None)
         if self._settings is not None:
             self._journal.write("start", self._trainer.state.global_step, settings=dict(self._settings))
 
@@ -148,37 +137,27 @@ class Reporter:
     ) -> None:
         """Numbers of one refresh, with those of the mitigation in `extra`, for the next log row and the journal.
 
-        With `probe`, the refresh's own, the prompts in the pictures of the kernel run from easy to hard.
+        With `probe`, the refresh's own, the journal has its noise, and prompts in the pictures run from easy to hard.
         """
         metrics = estimate_metrics(estimate, verdict) | dict(extra)
         self._rows.put(metrics)
-        step_seconds = self._pace.arrive(step, metrics.get("probe_seconds"))
         self._journal.write(
             "refresh",
             step,
-            status=estimate.status,
             verdict=verdict,
-            reason=estimate.reason,
-            k=estimate.k,
-            threshold=estimate.threshold,
-            confidence=estimate.confidence,
             refreshes=estimate.num_refreshes,
             prompts=estimate.num_prompts,
             informative=estimate.num_informative,
             held_out=self._held_out,
             remark=remark,
-            inner_product=estimate.inner_product,
-            inner_product_se=estimate.inner_product_se,
-            norm1_sq=estimate.norm1_sq,
-            normk_sq=estimate.normk_sq,
-            weight_agreement_cov=estimate.weight_agreement_cov,
-            step_seconds=step_seconds,
-            noise=self._noise_of(probe),
+            **{name: getattr(estimate, name) for name in _OF_AN_ESTIMATE},
+            step_seconds=self._pace.arrive(step, metrics.get("probe_seconds")),
+            noise=self._noise(probe, estimate.k),
             **metrics,
         )
         if remark:
             self.warn(f"passk_guard step {step}: {remark}")
-        if self._speaks:
+        if self._reports:
             self._images.refresh(step, estimate, probe)
         self._pace.leave(step)
 
@@ -224,16 +203,40 @@ class Reporter:
             self.warn(message)
 
     @quietly
+    def failed_refresh(self, step: int, reason: str, *, streak: int, alert_after: int) -> None:
+        """A refresh without an estimate, the last of `streak` in a row; `alert_after` in a row raise an alert."""
+        self._pace.forget()
+        self._journal.write("failed_refresh", step, reason=reason, streak=streak, alert=streak == alert_after)
+        self.warn(f"passk_guard step {step}: refresh failed: {reason}")
+        if streak == alert_after:
+            without = f"no valid refresh in the last {streak}"
+            self._alert(f"passk_guard: {without}", f"passk_guard step {step}: {without}; the last reason: {reason}")
+
+    @quietly
     def outlook(self, step: int, line: Callable[[], str]) -> None:
-        """One line on what this run can see; it is worked out on the first rank alone."""
-        if self._speaks:
+        """One line on the power of this run; `line` is called on the first rank alone."""
+        if self._reports:
             self.info(f"passk_guard step {step}: {line()}")
 
-    def _noise_of(self, probe: ProbeGram | None) -> Mapping[str, Any] | None:
+    @quietly
+    def warn(self, message: str) -> None:
+        """One line of warning."""
+        if self._reports:
+            logger.warning("%s", one_line(message))
+
+    @quietly
+    def info(self, message: str) -> None:
+        """One line at level INFO."""
+        if self._reports:
+            logger.info("%s", one_line(message))
+
+    def _noise(self, probe: ProbeGram | None, k: int) -> Mapping[str, Any] | None:
+        """What a plan is made from, as plain numbers; None where a refresh has none."""
         try:
-            return self._noise(probe) if self._speaks and probe is not None else None
+            noise = measure_noise(probe, k) if self._reports and probe is not None else None
+            return None if noise is None else noise.to_dict()
         except Exception as error:  # a plan can do without this refresh, its other numbers cannot
-            self.warn(f"passk_guard: the noise of a refresh is missing in the journal: {type(error).__name__}: {error}")
+            self.warn(f"passk_guard: the noise of a refresh is missing in the journal: {describe_error(error)}")
             return None
 
     def _steps(self) -> Metrics:
@@ -242,32 +245,11 @@ class Reporter:
             self._journal.write("steps", self._trainer.state.global_step, **metrics)
         return metrics
 
-    @quietly
-    def void(self, step: int, reason: str, *, streak: int, alert_after: int) -> None:
-        """A refresh without an estimate; after `alert_after` in a row an alert says that the guard is blind."""
-        self._pace.forget()
-        self._journal.write("void", step, reason=reason, streak=streak, alert=streak == alert_after)
-        self.warn(void_refresh(step, reason))
-        if streak == alert_after:
-            self._alert("passk_guard: BLIND", blind(step, streak, reason))
-
-    @quietly
-    def warn(self, message: str) -> None:
-        """One line of warning."""
-        if self._speaks:
-            logger.warning("%s", one_line(message))
-
-    @quietly
-    def info(self, message: str) -> None:
-        """One line for those who ask for it."""
-        if self._speaks:
-            logger.info("%s", one_line(message))
-
     def _alert(self, title: str, message: str) -> None:
         self.warn(message)
-        if self._speaks:
+        if self._reports:
             send_alert(title, one_line(message), self._trainer.args.report_to or ())
 
     @property
-    def _speaks(self) -> bool:
+    def _reports(self) -> bool:
         return bool(self._trainer.state.is_world_process_zero)

@@ -118,7 +118,7 @@ def test_training_is_bit_for_bit_the_same_when_the_probe_fails(tmp_path):
     assert seen == guarded_seen
     assert all(torch.equal(weights[name], guarded_weights[name]) for name in weights)
     events = journal(tmp_path / "with")
-    assert [e["event"] for e in events] == ["void"] * 3
+    assert [e["event"] for e in events] == ["failed_refresh"] * 3
     assert "ValueError: no verdict today" in events[0]["reason"]
 
 
@@ -225,9 +225,9 @@ def test_failed_refreshes_alert_once_and_recover(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="passk_guard"):
         trainer.train()
     text = "\n".join(r.getMessage() for r in caplog.records)
-    assert text.count("refresh void, training goes on") == 3
-    assert text.count("BLIND, 2 void refreshes in a row") == 1
-    assert [e["event"] for e in journal(tmp_path)] == ["void"] * 3 + ["refresh"] * 3
+    assert text.count(": refresh failed: ") == 3
+    assert text.count("no valid refresh in the last 2") == 1
+    assert [e["event"] for e in journal(tmp_path)] == ["failed_refresh"] * 3 + ["refresh"] * 3
     assert guard.memory.failures == 0
     assert "always solved" in guard.estimate.reason
 

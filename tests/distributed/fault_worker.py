@@ -243,7 +243,7 @@ def guarded(engine, folder, prepare, config, more):
         "seconds": time.monotonic() - began,
         "failures": guard.memory.failures,
         "refreshes": len(guard.memory.history),
-        "reasons": [e["reason"] for e in events if e["event"] == "void"],
+        "reasons": [e["reason"] for e in events if e["event"] == "failed_refresh"],
         "logged": logged,
         "passes": given.get("passes", []),
         "mitigated": [r["passk_guard/mitigated"] for r in trainer.state.log_history if "passk_guard/mitigated" in r],

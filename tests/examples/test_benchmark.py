@@ -112,7 +112,7 @@ def test_every_arm_runs(arm, untrained):
     found = run("main", arm, 0, untrained, steps=1, **small)
     assert (found["arm"], found["seed"], found["steps"], found["k"]) == (arm, 0, 1, 8)
     assert [point["step"] for point in found["trajectory"]] == [0, 1]
-    assert (found["guard"]["refreshes"] + found["guard"]["void"] > 0) == (ARMS[arm].guard is not None)
+    assert (found["guard"]["refreshes"] + found["guard"]["failed_refresh"] > 0) == (ARMS[arm].guard is not None)
     json.dumps(found)
 
 

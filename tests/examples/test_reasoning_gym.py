@@ -164,7 +164,9 @@ def test_quick_run_end_to_end(tmp_path, monkeypatch, capsys):
         seen.append((out / "quick-seed3" / "results.jsonl").read_text())
         for arm in ("observe", "guarded"):
             journal = (out / "quick-seed3" / arm / "passk_guard.jsonl").read_text().splitlines()
-            steps = [event["step"] for event in map(json.loads, journal) if event["event"] in ("refresh", "void")]
+            steps = [
+                event["step"] for event in map(json.loads, journal) if event["event"] in ("refresh", "failed_refresh")
+            ]
             assert steps == [0, 5]
     assert seen[0] == seen[1], "the same seed gives the same results"
     rates = [record for record in map(json.loads, seen[0].splitlines()) if record["event"] == "rates"]

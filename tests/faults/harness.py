@@ -59,13 +59,13 @@ class Run:
 
     @property
     def refreshes(self):
-        """Step and event, "refresh" or "void", of each refresh."""
-        return [(event["step"], event["event"]) for event in self.of("refresh", "void")]
+        """Step and event, "refresh" or "failed_refresh", of each refresh."""
+        return [(event["step"], event["event"]) for event in self.of("refresh", "failed_refresh")]
 
     @property
     def failed(self):
         """Whether each refresh failed, in order."""
-        return [event == "void" for _, event in self.refreshes]
+        return [event == "failed_refresh" for _, event in self.refreshes]
 
 
 def make(kind, folder, **args):

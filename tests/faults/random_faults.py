@@ -24,7 +24,7 @@ def raises(completions, **_):
 FAILING = {f"verifier {verifier.__name__}": verifier for verifier in VERIFIERS} | {"verifier raises": raises}
 PARTS = {  # functions of the package that raise
     "estimate": [(callback, "estimate_pooled")],
-    "report": [(reporter, name) for name in ("estimate_metrics", "state_change", "void_refresh")],
+    "report": [(reporter, name) for name in ("estimate_metrics", "state_change", "one_line")],
     "harvest": [(Pass1Loss, "__call__")],  # only where a direction is taken
 }
 OTHERS = ["out of memory", "logits are NaN", "disk is full", "tracker raises", "log handler raises"]

@@ -83,7 +83,7 @@ def test_a_guard_added_after_a_resume(tmp_path):
     guard = guard_on_texts(trainer, **FAILING)
     run = train(trainer, guard, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert run.error is None
-    assert run.refreshes == [(2, "void")]
+    assert run.refreshes == [(2, "failed_refresh")]
     assert_same(run, whole)
 
 
@@ -95,7 +95,7 @@ def test_a_guard_added_during_training(event, references, tmp_path):
     trainer.add_callback(At(event, 1, lambda: trainer.add_callback(guard)))
     run = train(trainer, guard)
     assert run.error is None
-    assert run.refreshes == [(2, "void")]
+    assert run.refreshes == [(2, "failed_refresh")]
     assert_same(run, references.of("lm"))
     assert_nothing_left(trainer)
 

@@ -66,7 +66,7 @@ def test_a_sample_that_does_not_fit_alone_fails_the_refresh(references, tmp_path
     trainer = make("lm", tmp_path)
     run = train(trainer, add_guard(trainer, sampler=Texts(trainer.processing_class), **PROJECT))
     assert run.failed == [True, True]
-    assert "CUDA out of memory" in run.of("void")[0]["reason"]
+    assert "CUDA out of memory" in run.of("failed_refresh")[0]["reason"]
     assert len(seen) < 20, "halved, and not lowered one by one"
     assert_same(run, references.of("lm"))
 

@@ -25,7 +25,7 @@ from tests.helpers.tiny import digit_reward
 
 def expect_failure(run, words, refreshes=2):
     assert run.failed == [True] * refreshes, run.events
-    assert words in run.of("void")[0]["reason"]
+    assert words in run.of("failed_refresh")[0]["reason"]
     assert run.guard.memory.failures == refreshes
 
 
@@ -50,7 +50,7 @@ def test_a_hang_on_the_training_batch(references, tmp_path):
     trainer = make("grpo", tmp_path)
     guard = add_guard(trainer, correct=hangs, source="training_batch", num_samples=4, verifier_timeout=0.2)
     run = train(trainer, guard)
-    assert "`hangs` was still running" in run.of("void")[0]["reason"]
+    assert "`hangs` was still running" in run.of("failed_refresh")[0]["reason"]
     assert_same(run, references.of("grpo"))
 
 

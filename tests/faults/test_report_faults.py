@@ -49,7 +49,7 @@ def test_what_a_crash_left_of_a_line_is_gone_before_the_next(rest, tmp_path):
     path = tmp_path / "passk_guard.jsonl"
     Journal(path).write("refresh", 0, verdict="clear")
     path.write_text(path.read_text() + rest)
-    Journal(path).write("void", 5, reason="r")
+    Journal(path).write("failed_refresh", 5, reason="r")
     events = [json.loads(line) for line in path.read_text().splitlines() if line]
     assert [e["step"] for e in events] == [0, 5]
     assert report(tmp_path).journals[0].events

@@ -78,11 +78,11 @@ def assert_reported(soak, refreshes):
     """Every line of the journal is JSON, nearly every refresh has one, and every fault occurred and gave its reason."""
     lines = (Path(soak.run.trainer.args.output_dir) / "passk_guard.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    steps = [event["step"] for event in events if event["event"] in ("refresh", "void")]
+    steps = [event["step"] for event in events if event["event"] in ("refresh", "failed_refresh")]
     assert steps == sorted(set(steps))
     assert len(steps) == refreshes - soak.faults.seen["disk is full"] - soak.faults.seen["report"]
     assert all(soak.faults.seen[name] > 0 for name in FAULTS), soak.faults.seen
-    reasons = " ".join(event["reason"] for event in events if event["event"] == "void")
+    reasons = " ".join(event["reason"] for event in events if event["event"] == "failed_refresh")
     for words in (
         "raised on each",
         "still running",
@@ -93,7 +93,7 @@ def assert_reported(soak, refreshes):
         "not foreseen",
     ):
         assert words in reasons, words
-    assert {event["event"] for event in events} >= {"start", "refresh", "void"}
+    assert {event["event"] for event in events} >= {"start", "refresh", "failed_refresh"}
 
 
 def test_observing(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ from passk_guard.reporting.journal import JOURNAL_NAME, read_journal
 from passk_guard.reporting.run_report import report
 from passk_guard.utils.errors import GuardError
 from tests.fuzz.strategies import ANY_TEXT, JSON_VALUE, NUMBER, SCALAR, as_json, damaged, scratch
-from tests.helpers.journals import HOSTILE, write_run
+from tests.helpers.hostile import HOSTILE
+from tests.helpers.journals import write_run
 
 NAMES = st.one_of(
     st.sampled_from(
@@ -26,7 +27,7 @@ NAMES = st.one_of(
 )
 EVENTS = st.builds(
     lambda event, step, fields: fields | {"event": event, "step": step},
-    st.one_of(st.sampled_from(["start", "refresh", "void", "state", "steps"]), ANY_TEXT),
+    st.one_of(st.sampled_from(["start", "refresh", "failed_refresh", "failed_refresh", "state", "steps"]), ANY_TEXT),
     st.one_of(st.integers(0, 60), st.integers(0, 60), NUMBER),
     st.dictionaries(NAMES, st.one_of(NUMBER, SCALAR, JSON_VALUE, st.just(HOSTILE)), max_size=6),
 )
@@ -66,7 +67,7 @@ def drawn(content, other=None):
 @example(
     [
         {"event": "start", "step": 0, "settings": {"threshold": 1e300, "failed_refresh_alert": "x"}},
-        {"event": "void", "step": 0},
+        {"event": "failed_refresh", "step": 0},
     ]
 )
 @example([{"event": "state", "step": 3, "to": {}, "message": []}])

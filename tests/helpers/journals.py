@@ -1,17 +1,16 @@
-"""Journals of made-up runs, with everything that a run can write."""
+"""Journals of made-up runs, with everything that a run can write, and of an earlier version."""
 
 import math
+from pathlib import Path
 
 from passk_guard.reporting import Journal
+from tests.helpers.hostile import HOSTILE
 
-HOSTILE = (
-    "<script>document.title='broken'</script> \"><img src=x onerror=\"document.title='broken'\"> </script> "
-    "\x1b[31mred\x1b[0m \u202eesrever\u202c \ud800 & " + "long " * 60
-)
+EARLIER = sorted((Path(__file__).parents[1] / "data" / "earlier").glob("*.jsonl"))  # written by an earlier version
 
 
 def write_run(folder, *, guarded=False, refreshes=20, hostile=False, settings=None):
-    """A run that falls into conflict at step 15, is blind from 45 to 60, and, `guarded`, keeps its pass@1."""
+    """A run that falls into conflict at step 15, fails to refresh from 45 to 60, and, `guarded`, keeps its pass@1."""
     journal = Journal(folder / "passk_guard.jsonl")
     if settings is not None:
         journal.write("start", 0, settings=settings)
@@ -22,7 +21,7 @@ def write_run(folder, *, guarded=False, refreshes=20, hostile=False, settings=No
             journal.write("steps", step, **_guarded_steps(i))
         if 9 <= i < 13:
             reason = HOSTILE if hostile else "every reward call failed"
-            journal.write("void", step, reason=reason, streak=i - 8)
+            journal.write("failed_refresh", step, reason=reason, streak=i - 8)
             continue
         was, verdict = verdict, _verdict(i)
         floor = {"floor": 0.3 + 0.01 * i} if guarded else {}

@@ -14,7 +14,7 @@ from passk_guard.analysis.store import JSON_NAME
 from passk_guard.callback.state import Memory
 from passk_guard.cli import main
 from passk_guard.estimation.noise import Noise, average_noise, measure_noise
-from passk_guard.planning import Cost, make_plan, outlook, refresh_noise
+from passk_guard.planning import Cost, make_plan, outlook
 from passk_guard.planning.inputs import past_of, read_noise
 from passk_guard.reporting import Journal
 from passk_guard.reporting.journal import read_journal
@@ -40,7 +40,7 @@ def run_dir(tmp_path):
         journal.write("start", 0, settings={"k": 8, "num_samples": 16} | (settings or {}))
         for i, probe in enumerate(found):
             seconds = {"probe_seconds": 9.0 if i == 0 else 2.0, "step_seconds": None if i == 0 else 0.5}
-            journal.write("refresh", 5 * i, noise=refresh_noise(probe, 8), **seconds)
+            journal.write("refresh", 5 * i, noise=measure_noise(probe, 8).to_dict(), **seconds)
         return tmp_path / "run"
 
     return write
@@ -107,7 +107,7 @@ def test_the_rule_of_the_run_decides():
 
 def test_only_refreshes_that_sample_count(run_dir, capsys):
     seen_before = replace(probes(1)[0], misses=torch.ones(64, 16, dtype=torch.float64))
-    assert refresh_noise(seen_before, 8) is None
+    assert measure_noise(seen_before, 8) is None
     noise = average_noise([measure_noise(p, 8) for p in probes(6)])
     every, third = (make_plan(noise, GuardConfig(resample_refreshes=r)).options for r in (1, 3))
     assert [3 * option.steps for option in every] == [option.steps for option in third]
@@ -187,7 +187,7 @@ def test_numbers_outside_their_range(arguments, words, run_dir, capsys):
 )
 def test_a_journal_that_holds_nothing_to_plan_from(event, words, tmp_path, capsys):
     journal = Journal(tmp_path / "passk_guard.jsonl")
-    journal.write("void", 0, reason="x", streak=1)
+    journal.write("failed_refresh", 0, reason="x", streak=1)
     if event is not None:
         journal.write("refresh", 5, **event)
     status, out, err = call(capsys, tmp_path)
@@ -296,7 +296,7 @@ def test_nothing_that_fails_in_it_reaches_training(tmp_path, caplog, monkeypatch
         raise ZeroDivisionError("planned")
 
     monkeypatch.setattr("passk_guard.callback.guard.outlook", broken)
-    monkeypatch.setattr("passk_guard.callback.guard.refresh_noise", broken)
+    monkeypatch.setattr("passk_guard.reporting.reporter.measure_noise", broken)
     trainer = tiny_lm_trainer(tmp_path, max_steps=4)
     sampler = FixedSampler(trainer.processing_class, lambda row: 0.5)
     guard = guard_of(trainer, sampler=sampler, refresh_steps=1)

@@ -10,28 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from passk_guard.reporting.html import (
-    Band,
-    Column,
-    Distribution,
-    Points,
-    Section,
-    Series,
-    Upright,
-    figures,
-    heat_map,
-    histogram,
-    line_chart,
-    render_page,
-    scatter,
-    table,
-)
+from passk_guard.reporting.html.charts import Band, Distribution, Points, Series, histogram, line_chart, scatter
+from passk_guard.reporting.html.frame import Upright
+from passk_guard.reporting.html.heat_map import heat_map
+from passk_guard.reporting.html.page import TEMPLATES, render_page
 from passk_guard.reporting.run_report import report
 from tests.helpers.browser import Browser, find_chromium
-from tests.helpers.journals import HOSTILE, write_run
+from tests.helpers.hostile import HOSTILE
+from tests.helpers.journals import write_run
 
 pytestmark = pytest.mark.browser
 TITLE = "passk_guard: a <b>page</b>"
+TEMPLATE = TEMPLATES.from_string(
+    """{% extends "page.html.j2" %}{% import "parts.html.j2" as parts with context %}
+{% block sections %}{% call parts.section("Figures") %}{{ parts.figures(*pictures) }}{% endcall %}
+{% call parts.section("Table") %}{% call parts.table("Prompts", ["prompt", "score", "n"], ["score", "n"]) %}
+{% for text, score, n in rows %}
+<tr>{{ parts.text_cell(text) }}{{ parts.number_cell(score) }}{{ parts.number_cell(n) }}</tr>
+{% endfor %}
+{% endcall %}{% endcall %}{% call parts.section(text) %}{% endcall %}{% endblock %}"""
+)
 WIDTHS, SCHEMES = (1280, 400), ("light", "dark")
 
 
@@ -47,7 +45,7 @@ def browser():
 def parts(tmp_path_factory):
     """A page with every component and hostile text in each; the path and the number of figures."""
     path = tmp_path_factory.mktemp("parts") / "parts.html"
-    path.write_text(render_page(TITLE, _sections()), encoding="utf-8")
+    path.write_text(render_page(TEMPLATE, TITLE, kind="test", **_parts()), encoding="utf-8")
     return path, 6
 
 
@@ -60,7 +58,7 @@ def runs(tmp_path_factory):
     return report(a, b).save(folder / "both.html"), 11
 
 
-def _sections():
+def _parts():
     xs = list(range(20))
     kernel = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
     axes = {"x_label": HOSTILE[:30], "alt": HOSTILE, "title": HOSTILE[:40]}
@@ -68,18 +66,13 @@ def _sections():
     pictures = [
         line_chart([Series(HOSTILE[:30], xs, xs)], [band], [Upright(5, HOSTILE)], y_label="y", **axes),
         scatter([Points("p", xs, xs, [HOSTILE] * 20)], y_label="y", **axes),
-        histogram([Distribution("before", xs), Distribution("after", xs, xs)], **axes),
+        histogram([Distribution("before", xs), Distribution("after", xs[5:])], **axes),
         heat_map(kernel, alt=HOSTILE, title="300 prompts", boundaries=[100]),
         heat_map(kernel[:20, :20], alt="k", title="20 prompts"),
         heat_map(kernel.repeat(4, 4)[:1000, :1000], alt="k", title="1000 prompts"),
     ]
     rows = [(HOSTILE, 0.5, 10), ("beta", None, 9), ("alpha", -2.5, 100), ("<b>gamma</b>", 3.25, 1)]
-    columns = [Column("prompt"), Column("score", "number"), Column("n", "number")]
-    return [
-        Section("Figures", figures(*pictures)),
-        Section("Table", table(columns, rows, caption="Prompts")),
-        Section(HOSTILE[:50], figures()),
-    ]
+    return {"pictures": pictures, "rows": rows, "text": HOSTILE[:50]}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

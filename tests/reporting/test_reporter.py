@@ -2,16 +2,11 @@
 
 import dataclasses
 import json
-import logging
-import sys
-import types
 
-import pytest
 import torch
 
 from passk_guard import ConflictEstimate
 from passk_guard.reporting import Journal, describe_estimate, estimate_metrics
-from passk_guard.reporting.alerts import send_alert
 from passk_guard.reporting.log_rows import log_row, state_change
 
 COMMON = {"k": 8, "confidence": 0.95, "threshold": 0.0, "num_prompts": 192, "num_informative": 150, "num_refreshes": 3}
@@ -66,7 +61,7 @@ def test_metric_names():
 def test_the_journal_is_json_whatever_it_is_given(tmp_path):
     journal = Journal(tmp_path / "deep" / "passk_guard.jsonl")
     journal.write("refresh", 3, a=float("nan"), b=torch.tensor([1.0, float("inf")]), c={"k": (1, None)}, d=object)
-    journal.write("void", 4, reason='quote " and\nnewline')
+    journal.write("failed_refresh", 4, reason='quote " and\nnewline')
     lines = (tmp_path / "deep" / "passk_guard.jsonl").read_text().splitlines()
     first, second = map(json.loads, lines)
     assert first | {"d": 0} == {
@@ -81,42 +76,7 @@ def test_the_journal_is_json_whatever_it_is_given(tmp_path):
     Journal(None).write("refresh", 1)
 
 
-def tracker(calls, **more):
-    return types.SimpleNamespace(
-        alert=lambda **kw: calls.append(kw), AlertLevel=types.SimpleNamespace(WARN="warn"), **more
-    )
-
-
-def test_alerts_go_where_the_run_reports(monkeypatch):
-    wandb, trackio = [], []
-    monkeypatch.setitem(sys.modules, "wandb", tracker(wandb, run=object()))
-    monkeypatch.setitem(sys.modules, "trackio", tracker(trackio))
-    assert send_alert("t", "x", ["wandb", "tensorboard"]) == ["wandb"]
-    assert wandb == [{"title": "t", "text": "x", "level": "warn"}]
-    assert trackio == []
-    assert send_alert("t", "x", ["wandb", "trackio"]) == ["wandb", "trackio"]
-
-
-def test_alerts_that_fail_are_logged(monkeypatch, caplog):
-    def down(**_):
-        raise ConnectionError("offline")
-
-    monkeypatch.setitem(
-        sys.modules, "wandb", types.SimpleNamespace(alert=down, AlertLevel=tracker([]).AlertLevel, run=1)
-    )
-    with caplog.at_level(logging.WARNING, logger="passk_guard"):
-        assert send_alert("t", "x", ["wandb"]) == []
-    assert "ConnectionError: offline" in caplog.text
-    monkeypatch.setitem(sys.modules, "wandb", tracker([], run=None))
-    assert send_alert("t", "x", ["wandb"]) == [], "a run that has not begun"
-
-
-@pytest.mark.parametrize("trackers", [[], ["tensorboard"]])
-def test_no_tracker_no_alert(trackers):
-    assert send_alert("t", "x", trackers) == []
-
-
-def test_a_verdict_the_two_sided_interval_does_not_explain_says_what_decided():
+def test_a_verdict_that_the_two_sided_interval_does_not_explain_names_what_decided():
     """The verdict is one-sided: a conflict may be established with a two-sided interval that touches the threshold."""
     bound = "upper 95% bound -0.02 is below the threshold 0"
     wide = dataclasses.replace(CONFLICT, ci_high=0.05, reason=bound)

@@ -8,11 +8,11 @@ import pytest
 
 from passk_guard.reporting.html.page import page_kind
 from passk_guard.reporting.journal import read_journal
-from passk_guard.reporting.run_charts import Run, alerts, number, verdict_spans
+from passk_guard.reporting.run_charts import NO_REFRESH, Run
 from passk_guard.reporting.run_report import KIND, report
 from passk_guard.utils.errors import GuardError
-from tests.helpers.journals import write_run
-from tests.reporting.html.test_elements import Elements
+from tests.helpers.hostile import Page
+from tests.helpers.journals import EARLIER, write_run
 
 
 @pytest.fixture
@@ -27,40 +27,40 @@ def headings(page):
 def test_the_columns_are_those_of_the_journal(folder):
     run = Run("r", read_journal(folder))
     written = [json.loads(text) for text in (folder / "passk_guard.jsonl").read_text().splitlines()]
-    refreshes = [e for e in written if e["event"] in ("refresh", "void")]
+    refreshes = [e for e in written if e["event"] in ("refresh", "failed_refresh")]
     assert run.steps == [e["step"] for e in refreshes]
     assert run.column("cosine") == [e.get("cosine") for e in refreshes]
     assert run.column("pass_at_8") == [e.get("pass_at_8") for e in refreshes]
     assert run.column("cosine")[0] is None
-    assert run.column("pass_at_1")[9:13] == [None] * 4, "void refreshes are gaps"
+    assert run.column("pass_at_1")[9:13] == [None] * 4, "failed refreshes are gaps"
     assert run.ks == [8]
     assert run.confidence == 0.95
 
 
 def test_the_verdicts_cover_the_run_without_overlap(folder):
-    spans = verdict_spans(Run("r", read_journal(folder)))
+    spans = Run("r", read_journal(folder)).spans
     assert [s.start for s in spans] == [5 * i for i in range(20)]
     assert all(a.end == b.start for a, b in pairwise(spans))
-    states = ["undetermined"] * 3 + ["conflict"] * 6 + ["void refresh"] * 4 + ["conflict"] * 3 + ["clear"] * 4
+    states = ["undetermined"] * 3 + ["conflict"] * 6 + ["failed refresh"] * 4 + ["conflict"] * 3 + ["clear"] * 4
     assert [s.state for s in spans] == states
 
 
-def test_the_alerts_are_changes_of_verdict_and_blindness(folder, tmp_path):
-    found = alerts(Run("r", read_journal(folder)))
-    assert [(step, kind) for step, kind, _ in found] == [(15, "CONFLICT"), (55, "BLIND"), (80, "CLEAR")]
+def test_the_alerts_are_changes_of_verdict_and_failed_refreshes(folder, tmp_path):
+    found = Run("r", read_journal(folder)).alerts
+    assert [(step, kind) for step, kind, _ in found] == [(15, "CONFLICT"), (55, NO_REFRESH), (80, "CLEAR")]
     other = write_run(tmp_path / "patient", settings={"failed_refresh_alert": 4})
-    assert [step for step, kind, _ in alerts(Run("r", read_journal(other))) if kind == "BLIND"] == [60]
+    assert [step for step, kind, _ in Run("r", read_journal(other)).alerts if kind == NO_REFRESH] == [60]
 
 
 def test_a_page_of_one_run(folder):
     page = report(folder).html
-    expected = ["Pass rates and cosine", "Verdicts and alerts", "Interference", "Void refreshes", "All refreshes"]
+    expected = ["Pass rates and cosine", "Verdicts and alerts", "Interference", "Failed refreshes", "All refreshes"]
     assert headings(page) == expected
     assert page.count('role="img"') == 6, "rates, cosine, verdicts, k*, agreement, negative pairs"
-    text = Elements(page).text
+    text = Page(page).text
     assert "0.600 → 0.448" in text
     assert "0.30 [0.05, 0.50]" in text
-    assert "Refreshes by state. verdict: 9 conflict, 4 clear, 3 undetermined, 4 void refresh" in text
+    assert "Refreshes by state. verdict: 9 conflict, 4 clear, 3 undetermined, 4 failed refresh" in text
     assert text.count("every reward call failed") >= 4
 
 
@@ -86,38 +86,30 @@ def test_two_runs_over_each_other(folder, tmp_path):
     assert "observed (A) and observed (B)" in report(folder, folder).html
 
 
-def test_the_page_says_what_is_missing(folder):
+def test_the_page_names_what_is_missing(folder):
     journal = folder / "passk_guard.jsonl"
     whole = journal.read_text()
     journal.write_text(whole + '{"event": "refr')
     assert "half written" in report(folder).html
     journal.write_text(whole + whole.splitlines()[4] + "\n")
     assert "The run began again at step" in report(folder).html
-    journal.write_text('{"event": "void", "step": 0, "reason": "out of memory", "streak": 1}\n')
+    journal.write_text('{"event": "failed_refresh", "step": 0, "reason": "out of memory", "streak": 1}\n')
     page = report(folder).html
-    assert "The newest refresh is void: out of memory" in page
+    assert "The newest refresh failed: out of memory" in page
     assert "No alert" in page
     journal.write_text('{"event": "refresh", "step": 0, "held_out": false}\n')
     assert "not held out" in report(folder).html
 
 
-def test_fields_of_any_type_are_survived(folder):
-    odd = {
-        "cosine": "much",
-        "cosine_ci_low": True,
-        "pass_at_1": [1],
-        "pass_at_8": 10**400,
-        "verdict": {},
-        "reason": None,
-    }
+@pytest.mark.parametrize("value", ["much", True, [1], 10**400, {}, None])
+def test_a_field_of_another_type_is_no_number(value, folder):
     journal = folder / "passk_guard.jsonl"
-    events = [{"event": kind, "step": 200 + i} | odd for i, kind in enumerate(["refresh", "void", "steps", "state"])]
-    journal.write_text(journal.read_text() + "".join(json.dumps(e) + "\n" for e in events))
-    page = report(folder).html
-    assert "much" not in Elements(page).text
-    assert number(10**400) is None
-    assert number(True) is None
-    assert number(3) == 3
+    event = {"event": "refresh", "step": 200, "verdict": value, "cosine": value, "pass_at_1": value, "held_out": value}
+    journal.write_text(journal.read_text() + json.dumps(event) + "\n")
+    run = Run("r", read_journal(folder))
+    assert run.column("cosine")[-1] is run.column("pass_at_1")[-1] is None
+    assert run.verdict == "undetermined"
+    assert "much" not in Page(report(folder).html).text
 
 
 def test_saving(folder, tmp_path):
@@ -144,6 +136,17 @@ def test_a_notebook_shows_the_page_in_a_frame(folder):
     assert "<h2>" not in shown, "the page is in an attribute, escaped"
 
 
+@pytest.mark.parametrize("path", EARLIER, ids=lambda path: path.stem)
+def test_the_journal_of_an_earlier_version(path):
+    run = Run("r", read_journal(path))
+    written = [json.loads(text) for text in path.read_text().splitlines()]
+    refreshes = [e for e in written if e["event"] == "refresh"]
+    assert run.column("cosine") == [e["cosine"] for e in refreshes]
+    assert run.journal.settings == written[0]["settings"]
+    assert [text for _, _, text in run.alerts] == [e["message"] for e in written if e["event"] == "state"]
+    assert Page(report(path).html).elements.count("tr") > len(refreshes) + len(run.journal.settings)
+
+
 def test_the_journal_of_a_real_run(tmp_path):
     from passk_guard import GuardConfig, PassKGuardCallback
     from tests.helpers.tiny import digit_reward, probe_rows, tiny_lm_trainer
@@ -155,4 +158,4 @@ def test_the_journal_of_a_real_run(tmp_path):
     page = report(tmp_path).html
     rates = [e["pass_at_1"] for e in read_journal(tmp_path).of("refresh")]
     assert len(rates) == 3
-    assert f"{rates[0]:.3f} → {rates[-1]:.3f}" in Elements(page).text
+    assert f"{rates[0]:.3f} → {rates[-1]:.3f}" in Page(page).text

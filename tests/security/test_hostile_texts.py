@@ -5,10 +5,11 @@ import io
 import json
 import logging
 import re
+import sys
 import types
-from html.parser import HTMLParser
 
 import pytest
+import torch
 
 from passk_guard.analysis import analyze
 from passk_guard.analysis.page import analysis_page
@@ -20,134 +21,28 @@ from passk_guard.reporting.html.page import SCRIPT
 from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 from tests.analysis.cases import QUICK, PromptSampler
-from tests.helpers.journals import HOSTILE, write_run
+from tests.helpers.hostile import HIDING, HOSTILE, PAYLOADS, Page
+from tests.helpers.journals import write_run
 from tests.helpers.tiny import digit_reward, tiny_model, tiny_tokenizer
 from tests.probe.test_verifier import rollouts
 
-PAYLOADS = [
-    "</script><script>document.title='broken'</script>",
-    "<img src=x onerror=\"document.title='broken'\">",
-    "</title><svg onload=alert(1)>",
-    "\" onmouseover=alert(1) x=\"' autofocus onfocus='",
-    "<iframe src=javascript:alert(1)></iframe><meta http-equiv=refresh content='0;url=http://evil'>",
-    "\x1b[2J\x1b]0;title\x07\x9b31m\x1b]8;;http://evil\x1b\\link",
-    "a\r\n2026 ERROR passk_guard: forged\nline",
-    "[bold red]x[/] [link=http://evil]y[/link] {0.__class__} %s {prompt} ${x} {{ 7*7 }} {% raw %}",
-    "\u202ereversed\u2066 \x00nul\x7f",
-    "<!-- --> ]]> <![CDATA[ &lt;script&gt; &#x3c;script&#x3e;",
-]
-ALLOWED = frozenset(
-    [
-        "html",
-        "head",
-        "meta",
-        "title",
-        "style",
-        "body",
-        "main",
-        "h1",
-        "h2",
-        "h3",
-        "p",
-        "nav",
-        "ul",
-        "li",
-        "a",
-        "section",
-        "div",
-        "dl",
-        "dt",
-        "dd",
-        "table",
-        "caption",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-        "button",
-        "span",
-        "details",
-        "summary",
-        "figure",
-        "figcaption",
-        "svg",
-        "text",
-        "line",
-        "rect",
-        "path",
-        "circle",
-        "desc",
-        "image",
-        "script",
-    ]
-)
-ATTRIBUTES = frozenset(
-    [
-        "charset",
-        "http-equiv",
-        "content",
-        "name",
-        "lang",
-        "class",
-        "id",
-        "href",
-        "role",
-        "aria-label",
-        "aria-hidden",
-        "tabindex",
-        "scope",
-        "type",
-        "data-sort",
-        "viewbox",
-        "x",
-        "y",
-        "x1",
-        "x2",
-        "y1",
-        "y2",
-        "cx",
-        "cy",
-        "r",
-        "d",
-        "width",
-        "height",
-        "text-anchor",
-        "transform",
-        "preserveaspectratio",
-    ]
-)
-
-
-class Page(HTMLParser):
-    """Every element and attribute of a page, and what its script holds."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.elements, self.attributes, self.links, self.scripts, self.text = [], set(), [], [], []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, name, attributes):
-        self.elements.append(name)
-        self.attributes |= {key for key, _ in attributes}
-        self.links += [value for key, value in attributes if key in ("href", "src", "action", "srcdoc")]
-
-    def handle_data(self, data):
-        (self.scripts if self.lasttag == "script" else self.text).append(data)
+ELEMENTS = """html head meta title style body main h1 h2 h3 p nav ul li a section div dl dt dd table caption thead tbody
+tr th td button details summary figure figcaption svg text line rect path circle desc image script"""
+ATTRIBUTES = """charset http-equiv content name lang class id href role aria-label aria-hidden tabindex scope type
+data-sort viewbox x y x1 x2 y1 y2 cx cy r d width height text-anchor transform preserveaspectratio"""
 
 
 def check(text):
     """Only our own elements, our own script, and no control characters; returns what is shown."""
     page = Page(text)
-    assert set(page.elements) <= ALLOWED, set(page.elements) - ALLOWED
-    assert page.attributes <= ATTRIBUTES, page.attributes - ATTRIBUTES
+    assert set(page.elements) <= set(ELEMENTS.split())
+    assert page.attributes <= set(ATTRIBUTES.split())
     assert page.elements.count("script") == 1
-    assert "".join(page.scripts).strip() == SCRIPT.strip()
+    assert page.script.strip() == SCRIPT.strip()
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
-    assert "default-src &#x27;none&#x27;" in text
-    return "".join(page.text)
+    assert not re.search(HIDING, text)
+    assert "default-src 'none'" in text
+    return page.text
 
 
 @pytest.fixture(scope="module")
@@ -211,24 +106,30 @@ def test_an_error_on_the_command_line_is_one_line(tmp_path, capsys):
 @pytest.fixture
 def reporter(tmp_path):
     state = types.SimpleNamespace(global_step=0, is_world_process_zero=True)
-    args = types.SimpleNamespace(output_dir=str(tmp_path), report_to=[])
+    args = types.SimpleNamespace(output_dir=str(tmp_path), report_to=["trackio"])
     made = Reporter(types.SimpleNamespace(log=print, state=state, args=args), held_out=True)
     made.open()
     return made
 
 
 @pytest.mark.parametrize("payload", [*PAYLOADS, HOSTILE])
-def test_a_log_line_is_one_line(payload, reporter, caplog, tmp_path):
+def test_a_log_line_an_alert_and_a_line_of_the_journal_are_one_line(payload, reporter, caplog, tmp_path, monkeypatch):
     def raises(completions, **_):
         raise ValueError(payload)
 
-    with pytest.raises(FailedRefresh) as void:
-        Ranks(__import__("torch").device("cpu")).together(lambda: Verifier(raises).score(rollouts([payload, payload])))
+    alerts = []
+    tracker = types.SimpleNamespace(AlertLevel=types.SimpleNamespace(WARN=0), alert=lambda **kw: alerts.append(kw))
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    with pytest.raises(FailedRefresh) as failed:
+        Ranks(torch.device("cpu")).together(lambda: Verifier(raises).score(rollouts([payload, payload])))
     with caplog.at_level(logging.INFO):
-        reporter.void(0, str(void.value), streak=1, alert_after=1)
+        reporter.failed_refresh(0, str(failed.value), streak=1, alert_after=1)
+        reporter.failed_refresh(1, payload, streak=2, alert_after=2)
         reporter.warn(payload)
         reporter.info(payload)
-    for record in caplog.records:
-        assert record.getMessage().isprintable()
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+    assert len(alerts) == 2
+    assert all(alert["title"].isprintable() and alert["text"].isprintable() for alert in alerts)
     events = [json.loads(line) for line in (tmp_path / "passk_guard.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events] == ["void"]
+    assert [event["event"] for event in events] == ["failed_refresh"] * 2
+    assert events[1]["reason"] == payload

@@ -53,16 +53,9 @@ def make_axis(
     whole: bool = False,
     count: int = 6,
 ) -> Axis:
-    """An axis over the finite values.
+    """An axis from `start` to `end`, in user units, over the finite values, or `bounds`; with `log` those above 0.
 
-    Args:
-        values: what must fit; those that are None, NaN or infinite are passed over, with `log` also those <= 0.
-        start, end: in user units.
-        bounds: smallest and largest value instead of those of the data.
-        ticks: at these values instead of round ones.
-        log: base-2 logarithm.
-        whole: ticks at whole numbers only.
-        count: about so many ticks.
+    About `count` ticks stand at round numbers, `whole` ones, or at the values of `ticks`.
     """
     finite = [v for v in values if is_number(v) and (v > _SMALLEST or not log)]
     low, high = bounds or (min(finite, default=0.0), max(finite, default=1.0))

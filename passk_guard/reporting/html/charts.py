@@ -1,31 +1,21 @@
-"""Line charts and scatter plots as inline SVG, told apart by colour and by dashes or shapes."""
+"""Line charts, scatter plots and histograms as inline SVG, told apart by colour and by dashes or shapes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
+from passk_guard.reporting.html import frame
 from passk_guard.reporting.html.axes import Axis, is_number, make_axis, padded, write_number
-from passk_guard.reporting.html.elements import Html, tag
-from passk_guard.reporting.html.frame import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    TOP,
-    Key,
-    Level,
-    Upright,
-    chart,
-    classes,
-    dot,
-    levels,
-    mark_keys,
-    swatch,
-    uprights,
-)
+from passk_guard.reporting.html.frame import BOTTOM, LEFT, RIGHT, TOP, Key, Level, Upright, classes, dot, swatch
+from passk_guard.reporting.html.markup import tag
 
 _DOTS_UP_TO = 60  # points of a curve; beyond, single points only where the curve is broken on both sides
 _LABELLED_UP_TO = 3000
+_BINS = 30
 
 
 @dataclass(frozen=True)
@@ -62,8 +52,19 @@ class Points:
     x: Sequence[float | None]
     y: Sequence[float | None]
     labels: Sequence[str] = ()
-    colour: int | None = None
-    shape: int | None = None
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Values, each counted once; those that are None or NaN are left out."""
+
+    name: str
+    values: Sequence[float | None]
+
+    @property
+    def known(self) -> list[float]:
+        """The values there are."""
+        return [v for v in self.values if is_number(v)]
 
 
 def line_chart(
@@ -78,10 +79,9 @@ def line_chart(
     levels: Sequence[Level] = (),
     x_log: bool = False,
     x_ticks: Sequence[float] | None = None,
-    x_whole: bool = True,
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
-) -> Html:
+) -> Markup:
     """Curves with confidence bands over one x axis.
 
     Args:
@@ -93,31 +93,27 @@ def line_chart(
         title: above the picture.
         levels: horizontal lines, e.g. a threshold; the y axis is stretched to hold them.
         x_log: base-2 logarithmic x axis, for curves over k.
-        x_ticks: labelled values instead of round ones; `x_whole`: round ones are whole numbers.
+        x_ticks: labelled values instead of round whole numbers.
         x_range, y_range: fixed ends; what lies outside is set on the border.
     """
     xs = [v for s in series for v in s.x] + [v for b in bands for v in b.x] + [m.x for m in markers]
     ys = [v for s in series for v in s.y] + [v for b in bands for v in (*b.low, *b.high)] + [m.y for m in levels]
-    x = make_axis(xs, LEFT, RIGHT, bounds=x_range, ticks=x_ticks, log=x_log, whole=x_whole)
+    x = make_axis(xs, LEFT, RIGHT, bounds=x_range, ticks=x_ticks, log=x_log, whole=True)
     y = make_axis(ys, BOTTOM, TOP, bounds=y_range or padded(ys))
-    curves = [(s, _place(s.colour, i), _place(s.dash, i)) for i, s in enumerate(series)]
+    curves = [(s, i if s.colour is None else s.colour, i if s.dash is None else s.dash) for i, s in enumerate(series)]
     content = [
         *(part for band in bands for part in _band(band, x, y)),
-        *_levels(levels, y),
-        *uprights(markers, x),
+        *frame.horizontal_lines(levels, y),
+        *frame.vertical_lines(markers, x),
         *(part for curve in curves for part in _curve(*curve, x, y)),
     ]
-    keys = [
-        *(_curve_key(s.name, colour, dash) for s, colour, dash in curves),
-        *(_band_key(band) for band in bands),
-        *mark_keys(markers, levels),
-    ]
-    return chart(x, y, content, keys, x_label=x_label, y_label=y_label, title=title, alt=alt)
+    keys = [_curve_key(s.name, colour, dash) for s, colour, dash in curves] + [_band_key(band) for band in bands]
+    keys += frame.mark_keys(markers, levels)
+    return frame.chart(x, y, content, keys, x_label=x_label, y_label=y_label, title=title, alt=alt)
 
 
 def scatter(
     points: Sequence[Points],
-    markers: Sequence[Upright] = (),
     *,
     x_label: str,
     y_label: str,
@@ -125,17 +121,47 @@ def scatter(
     title: str = "",
     levels: Sequence[Level] = (),
     x_range: tuple[float, float] | None = None,
-    y_range: tuple[float, float] | None = None,
-) -> Html:
+) -> Markup:
     """Clouds of points; pairs with a None or NaN are left out. Arguments as in `line_chart`."""
-    xs = [v for p in points for v in p.x] + [m.x for m in markers]
+    xs = [v for p in points for v in p.x]
     ys = [v for p in points for v in p.y] + [m.y for m in levels]
     x = make_axis(xs, LEFT, RIGHT, bounds=x_range or padded(xs, 0.03))
-    y = make_axis(ys, BOTTOM, TOP, bounds=y_range or padded(ys))
-    clouds = [(p, _place(p.colour, i), _place(p.shape, i)) for i, p in enumerate(points)]
-    content = [*_levels(levels, y), *uprights(markers, x), *(d for c in clouds for d in _cloud(*c, x, y))]
-    keys = [*(_cloud_key(p.name, colour, shape) for p, colour, shape in clouds), *mark_keys(markers, levels)]
-    return chart(x, y, content, keys, x_label=x_label, y_label=y_label, title=title, alt=alt)
+    y = make_axis(ys, BOTTOM, TOP, bounds=padded(ys))
+    clouds = [part for i, p in enumerate(points) for part in _cloud(p, i, x, y)]
+    content = [*frame.horizontal_lines(levels, y), *clouds]
+    keys = [*(_cloud_key(p.name, i) for i, p in enumerate(points)), *frame.mark_keys((), levels)]
+    return frame.chart(x, y, content, keys, x_label=x_label, y_label=y_label, title=title, alt=alt)
+
+
+def histogram(
+    distributions: Sequence[Distribution],
+    markers: Sequence[Upright] = (),
+    *,
+    x_label: str,
+    alt: str,
+    y_label: str = "share",
+    title: str = "",
+    bins: int = _BINS,
+    x_range: tuple[float, float] | None = None,
+) -> Markup:
+    """Shares per bin: the first distribution as bars, further ones as outlines, the mean of each as a vertical line.
+
+    Args:
+        distributions: drawn over each other in one set of bins of equal width.
+        alt: what the picture shows; the means are added to it.
+        x_range: fixed ends; values outside are counted in the outermost bins.
+    """
+    values = [v for d in distributions for v in d.known]
+    x = make_axis([*values, *(m.x for m in markers)], LEFT, RIGHT, bounds=x_range or padded(values, 0.02))
+    shares = [_shares(d.known, x, bins) for d in distributions]
+    tallest = max((s for row in shares for s in row), default=0.0) or 1.0
+    y = make_axis([], BOTTOM, TOP, bounds=(0.0, 1.08 * tallest))
+    means = [_mean(d.name, known, i) for i, d in enumerate(distributions) if (known := d.known)]
+    marks = [*means, *markers]
+    content = [part for i, row in enumerate(shares) for part in _bars(row, i, x, y)] + frame.vertical_lines(marks, x)
+    keys = [*(_bars_key(d.name, i) for i, d in enumerate(distributions)), *frame.mark_keys(marks, ())]
+    spoken = ". ".join([alt.rstrip("."), *(mark.label for mark in means)])
+    return frame.chart(x, y, content, keys, x_label=x_label, y_label=y_label, title=title, alt=spoken)
 
 
 def runs(defined: Sequence[bool]) -> list[range]:
@@ -150,14 +176,7 @@ def runs(defined: Sequence[bool]) -> list[range]:
     return found
 
 
-def _place(chosen: int | None, position: int) -> int:
-    return position if chosen is None else chosen
-
-
-_levels = levels  # the parameter of the same name reads better at the call
-
-
-def _curve(series: Series, colour: int, dash: int, x: Axis, y: Axis) -> list[Html]:
+def _curve(series: Series, colour: int, dash: int, x: Axis, y: Axis) -> list[Markup]:
     parts = []
     for run in runs([is_number(v) for v in series.y]):
         at = [(x.at(series.x[i]), y.at(series.y[i] or 0.0)) for i in run]
@@ -172,7 +191,7 @@ def _curve(series: Series, colour: int, dash: int, x: Axis, y: Axis) -> list[Htm
     return parts
 
 
-def _band(band: Band, x: Axis, y: Axis) -> list[Html]:
+def _band(band: Band, x: Axis, y: Axis) -> list[Markup]:
     parts = []
     for run in runs([is_number(a) and is_number(b) for a, b in zip(band.low, band.high, strict=True)]):
         up = [f"{x.at(band.x[i]):g} {y.at(band.high[i] or 0.0):g}" for i in run]
@@ -182,11 +201,11 @@ def _band(band: Band, x: Axis, y: Axis) -> list[Html]:
     return parts
 
 
-def _cloud(points: Points, colour: int, shape: int, x: Axis, y: Axis) -> list[Html]:
-    style = classes("dot", "solid", "faint", colour=colour)
+def _cloud(points: Points, number: int, x: Axis, y: Axis) -> list[Markup]:
+    style = classes("dot", "solid", "faint", colour=number)
     labels = points.labels if len(points.x) <= _LABELLED_UP_TO else ()
     return [
-        dot(x.at(a or 0.0), y.at(b or 0.0), shape, style, labels[i] if i < len(labels) else "")
+        dot(x.at(a), y.at(b), number, style, labels[i] if i < len(labels) else "")
         for i, (a, b) in enumerate(zip(points.x, points.y, strict=True))
         if is_number(a) and is_number(b)
     ]
@@ -198,10 +217,36 @@ def _curve_key(name: str, colour: int, dash: int) -> Key:
 
 
 def _band_key(band: Band) -> Key:
-    return Key(
-        swatch(tag("rect", x=1, y=1, width=34, height=12, class_=classes("band", colour=band.colour))), band.name
-    )
+    area = tag("rect", x=1, y=1, width=34, height=12, class_=classes("band", colour=band.colour))
+    return Key(swatch(area), band.name)
 
 
-def _cloud_key(name: str, colour: int, shape: int) -> Key:
-    return Key(swatch(dot(18, 7, shape, classes("dot", "solid", "faint", colour=colour))), name)
+def _cloud_key(name: str, number: int) -> Key:
+    return Key(swatch(dot(18, 7, number, classes("dot", "solid", "faint", colour=number))), name)
+
+
+def _shares(values: Sequence[float], x: Axis, bins: int) -> list[float]:
+    shares = [0.0] * bins
+    for value in values:
+        place = (value - x.low) / (x.high - x.low) * bins
+        shares[min(max(math.floor(place), 0), bins - 1)] += 1 / len(values)
+    return shares
+
+
+def _mean(name: str, values: Sequence[float], number: int) -> Upright:
+    mean = math.fsum(v / len(values) for v in values)
+    return Upright(mean, f"mean, {name}: {write_number(mean)}", colour=number, dash=number)
+
+
+def _bars(row: Sequence[float], number: int, x: Axis, y: Axis) -> list[Markup]:
+    edges = [x.start + (x.end - x.start) * i / len(row) for i in range(len(row) + 1)]
+    steps = "".join(f"V{y.at(share):g}H{right:.1f}" for share, right in zip(row, edges[1:], strict=True))
+    outline = f"M{edges[0]:.1f} {y.start:g}{steps}V{y.start:g}"
+    parts = [tag("path", d=outline, class_=classes("curve", colour=number, dash=number))]
+    return [tag("path", d=outline + "Z", class_=classes("bar", colour=number)), *parts] if number == 0 else parts
+
+
+def _bars_key(name: str, number: int) -> Key:
+    shape = tag("path", d="M2 13V4H34V13", class_=classes("curve", colour=number, dash=number))
+    fill = tag("path", d="M2 13V4H34V13Z", class_=classes("bar", colour=number))
+    return Key(swatch(*((fill, shape) if number == 0 else (shape,))), name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from passk_guard.reporting.html.axes import Axis
-from passk_guard.reporting.html.elements import Html, escape, join, tag
+from passk_guard.reporting.html.markup import join, tag
 
 # In user units; the margins hold tick labels at the size they have on a narrow screen.
 WIDTH, HEIGHT = 620, 340
@@ -39,41 +41,52 @@ class Level:
 class Key:
     """An entry of the legend: the swatch is drawn from the class names of what it explains."""
 
-    swatch: Html
+    swatch: Markup
     name: str
 
 
 def chart(
-    x: Axis, y: Axis, content: Sequence[Html], keys: Sequence[Key], *, x_label: str, y_label: str, title: str, alt: str
-) -> Html:
+    x: Axis,
+    y: Axis,
+    content: Sequence[Markup],
+    keys: Sequence[Key],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    alt: str,
+) -> Markup:
     """The figure: name, picture with its text alternative, legend."""
-    picture = tag(
-        "svg",
-        tag("title", title or alt),
-        tag("desc", alt),
+    parts = [
         _grid(x, y),
         *content,
         tag("rect", x=LEFT, y=TOP, width=RIGHT - LEFT, height=BOTTOM - TOP, class_="frame"),
         tag("text", y_label, x=4, y=18, class_="axis-name"),
         tag("text", x_label, x=(LEFT + RIGHT) / 2, y=HEIGHT - 4, text_anchor="middle", class_="axis-name"),
+    ]
+    return figure(parts, legend(keys), title=title, alt=alt, size=(WIDTH, HEIGHT))
+
+
+def figure(parts: Iterable[Markup], beneath: Markup, *, title: str, alt: str, size: tuple[int, int]) -> Markup:
+    """A picture of these parts with its text alternative, its name above and its legend or caption beneath."""
+    picture = tag(
+        "svg",
+        tag("title", title or alt),
+        tag("desc", alt),
+        *parts,
         class_="chart",
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        viewBox=f"0 0 {size[0]} {size[1]}",
         role="img",
         aria_label=f"{title}: {alt}" if title else alt,
     )
-    return figure(title, picture, legend(keys))
+    name = tag("p", title, class_="name") if title else ""
+    return tag("figure", name, picture, tag("figcaption", beneath) if beneath else "")
 
 
-def figure(title: str, picture: Html, beneath: Html) -> Html:
-    """A picture with its name above and its legend or caption beneath."""
-    name = tag("p", title, class_="name") if title else Html()
-    return tag("figure", name, picture, tag("figcaption", beneath) if beneath else Html())
-
-
-def legend(keys: Sequence[Key]) -> Html:
+def legend(keys: Sequence[Key]) -> Markup:
     """Swatches and names; each name once."""
     once = {key.name: key for key in keys if key.name}
-    return tag("ul", join(tag("li", k.swatch, k.name) for k in once.values()), class_="legend") if once else Html()
+    return tag("ul", *(tag("li", k.swatch, k.name) for k in once.values()), class_="legend") if once else Markup()
 
 
 def classes(*names: str, colour: int, dash: int = 0) -> str:
@@ -81,73 +94,61 @@ def classes(*names: str, colour: int, dash: int = 0) -> str:
     return " ".join([*names, f"c{colour % COLOURS}", f"d{dash % DASHES}"])
 
 
-def uprights(marks: Sequence[Upright], x: Axis) -> list[Html]:
-    """The vertical lines that stand within the frame."""
+def vertical_lines(marks: Sequence[Upright], x: Axis) -> list[Markup]:
+    """Those that stand within the frame."""
     return [
-        tag(
-            "line",
-            tag("title", mark.title or mark.label),
-            x1=x.at(mark.x),
-            x2=x.at(mark.x),
-            y1=TOP,
-            y2=BOTTOM,
-            class_=classes("upright", colour=mark.colour, dash=mark.dash),
-        )
+        _line("upright", mark, x.at(mark.x), x.at(mark.x), TOP, BOTTOM, tag("title", mark.title or mark.label))
         for mark in marks
         if x.low <= mark.x <= x.high
     ]
 
 
-def levels(marks: Sequence[Level], y: Axis) -> list[Html]:
-    """The horizontal lines."""
-    return [
-        tag(
-            "line",
-            tag("title", mark.label),
-            x1=LEFT,
-            x2=RIGHT,
-            y1=y.at(mark.y),
-            y2=y.at(mark.y),
-            class_=classes("level", colour=mark.colour, dash=mark.dash),
-        )
-        for mark in marks
-    ]
+def horizontal_lines(marks: Sequence[Level], y: Axis) -> list[Markup]:
+    """All of them: the y axis is stretched to hold them."""
+    return [_line("level", m, LEFT, RIGHT, y.at(m.y), y.at(m.y), tag("title", m.label)) for m in marks]
 
 
 def mark_keys(marks: Sequence[Upright], lines: Sequence[Level]) -> list[Key]:
     """Legend entries of vertical and horizontal lines."""
     return [
-        *(Key(swatch(_stroke(18, 18, 1, 13, "upright", m)), m.label) for m in marks),
-        *(Key(swatch(_stroke(2, 34, 7, 7, "level", m)), m.label) for m in lines),
+        *(Key(swatch(_line("upright", m, 18, 18, 1, 13)), m.label) for m in marks),
+        *(Key(swatch(_line("level", m, 2, 34, 7, 7)), m.label) for m in lines),
     ]
 
 
-def swatch(*shapes: Html) -> Html:
+def swatch(*shapes: Markup) -> Markup:
     """A small picture for the legend; the name beside it says all, so it is hidden from screen readers."""
     return tag("svg", *shapes, viewBox="0 0 36 14", aria_hidden="true")
 
 
-def dot(x: float, y: float, shape: int, class_: str, title: str = "") -> Html:
+def dot(x: float, y: float, shape: int, class_: str, title: str = "") -> Markup:
     """A point as a circle, square, triangle or diamond, with a text that shows when it is pointed at."""
-    inside = tag("title", title) if title else Html()
+    inside = tag("title", title) if title else ""
     if shape % DASHES == 0:
         return tag("circle", inside, cx=x, cy=y, r=3.5, class_=class_)
     path = ("", "m-3.2-3.2h6.4v6.4h-6.4z", "m0-4.4l4.2 7.4h-8.4z", "m0-4.8l4.8 4.8l-4.8 4.8l-4.8-4.8z")[shape % DASHES]
     return tag("path", inside, d=f"M{x:g} {y:g}{path}", class_=class_)
 
 
-def _stroke(x1: float, x2: float, y1: float, y2: float, name: str, mark: Upright | Level) -> Html:
-    return tag("line", x1=x1, x2=x2, y1=y1, y2=y2, class_=classes(name, colour=mark.colour, dash=mark.dash))
+def x_ticks(x: Axis, y: float) -> list[Markup]:
+    """Labels of the x axis; every second one is left out on a narrow screen."""
+    return [
+        tag("text", label, x=x.at(v), y=y, text_anchor="middle", class_="tick second" if i % 2 else "tick")
+        for i, (v, label) in enumerate(zip(x.ticks, x.labels, strict=True))
+    ]
 
 
-def _grid(x: Axis, y: Axis) -> Html:
-    parts = []
-    for number, (value, label) in enumerate(zip(x.ticks, x.labels, strict=True)):
-        at, second = x.at(value), "tick second" if number % 2 else "tick"
-        parts.append(tag("line", x1=at, x2=at, y1=TOP, y2=BOTTOM, class_="grid"))
-        parts.append(tag("text", label, x=at, y=BOTTOM + 22, text_anchor="middle", class_=second))
+def _line(
+    name: str, mark: Upright | Level, x1: float, x2: float, y1: float, y2: float, title: Markup | str = ""
+) -> Markup:
+    return tag("line", title, x1=x1, x2=x2, y1=y1, y2=y2, class_=classes(name, colour=mark.colour, dash=mark.dash))
+
+
+def _grid(x: Axis, y: Axis) -> Markup:
+    parts = [tag("line", x1=x.at(v), x2=x.at(v), y1=TOP, y2=BOTTOM, class_="grid") for v in x.ticks]
+    parts += x_ticks(x, BOTTOM + 22)
     for value, label in zip(y.ticks, y.labels, strict=True):
         at = y.at(value)
         parts.append(tag("line", x1=LEFT, x2=RIGHT, y1=at, y2=at, class_="grid"))
         parts.append(tag("text", label, x=LEFT - 8, y=at + 5, text_anchor="end", class_="tick"))
-    return join(map(escape, parts))
+    return join(parts)

@@ -1,4 +1,4 @@
-"""A signed matrix, e.g. the prompt kernel, as a heat map that reads at 20 rows and at 1,000."""
+"""The prompt kernel, or another signed square matrix, as a heat map that reads at 20 rows and at 1,000."""
 
 from __future__ import annotations
 
@@ -6,69 +6,49 @@ import base64
 from collections.abc import Sequence
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from passk_guard.reporting.html.axes import round_ticks, write_number
-from passk_guard.reporting.html.elements import Html, join, tag
 from passk_guard.reporting.html.frame import figure
+from passk_guard.reporting.html.markup import tag
 from passk_guard.reporting.pixels import averaged_down, colour_limit, encode_png, signed_pixels
-from passk_guard.utils.errors import GuardError
 
 _LARGEST = 400  # rows and columns that are drawn one by one; more are averaged
 _WIDTH, _SIDE, _LEFT, _TOP = 640, 400, 96, 12
 
 
 def heat_map(
-    matrix: Tensor | Sequence[Sequence[float]],
+    matrix: Tensor,
     *,
     alt: str,
     title: str = "",
-    x_label: str = "prompt",
-    y_label: str = "prompt",
-    limit: float | None = None,
+    label: str = "prompt",
     boundaries: Sequence[int] = (),
     caption: str = "",
-) -> Html:
-    """Rows downwards, columns to the right, in colours around zero with a colour bar.
+) -> Markup:
+    """Rows downwards, columns to the right, in colours around zero, full from the 98% quantile of |value| on.
 
     Args:
-        matrix: [rows, columns] real numbers; NaN is grey.
+        matrix: [m, m] real numbers, m >= 1; NaN is grey.
         alt: what the picture shows, for those who do not see it.
-        title: above the picture; `x_label`, `y_label`: beneath and beside it; `caption`: further text beneath.
-        limit: |value| of the full colours; by default the 98% quantile of |value| off the diagonal of what is drawn.
-        boundaries: row numbers (and columns, of a square matrix) before which a group begins, marked by lines.
-
-    Raises:
-        GuardError: not a matrix, or one without entries.
+        title: above the picture; `label`: beneath and beside it; `caption`: further text beneath.
+        boundaries: row and column numbers before which a group begins, marked by lines.
     """
-    values = torch.as_tensor(matrix, dtype=torch.float64)
-    if values.ndim != 2 or values.numel() == 0:
-        raise GuardError(f"Expected `matrix` of shape [rows, columns], both >= 1; found {list(values.shape)}.")
-    small, block = averaged_down(values, _LARGEST)
-    top = limit or colour_limit(small)
-    picture = tag(
-        "svg",
-        tag("title", title or alt),
-        tag("desc", alt),
-        _image(signed_pixels(small, top), _LEFT, _TOP, _SIDE, _SIDE, crisp=max(small.shape) <= 200),
-        _lines(boundaries, values.shape),
+    small, block = averaged_down(matrix, _LARGEST)
+    top = colour_limit(small)
+    beside = f"translate(18 {_TOP + _SIDE / 2}) rotate(-90)"
+    parts = [
+        _image(signed_pixels(small, top), _LEFT, _SIDE, crisp=len(small) <= 200),
+        *_edges([b / len(matrix) * _SIDE for b in boundaries if 0 < b < len(matrix)]),
         tag("rect", x=_LEFT, y=_TOP, width=_SIDE, height=_SIDE, class_="frame"),
-        _ticks(values.shape),
-        tag("text", x_label, x=_LEFT + _SIDE / 2, y=_TOP + _SIDE + 48, text_anchor="middle", class_="axis-name"),
-        tag(
-            "text",
-            y_label,
-            text_anchor="middle",
-            class_="axis-name",
-            transform=f"translate(18 {_TOP + _SIDE / 2}) rotate(-90)",
-        ),
-        _colour_bar(top),
-        class_="chart",
-        viewBox=f"0 0 {_WIDTH} {_TOP + _SIDE + 56}",
-        role="img",
-        aria_label=f"{title}: {alt}" if title else alt,
-    )
-    return figure(title, picture, tag("div", " ".join(_remarks(small, top, block, caption)), class_="note"))
+        *_ticks(len(matrix)),
+        tag("text", label, x=_LEFT + _SIDE / 2, y=_TOP + _SIDE + 48, text_anchor="middle", class_="axis-name"),
+        tag("text", label, text_anchor="middle", class_="axis-name", transform=beside),
+        *_colour_bar(top),
+    ]
+    beneath = tag("div", " ".join(_remarks(small, top, block, caption)), class_="note")
+    return figure(parts, beneath, title=title, alt=alt, size=(_WIDTH, _TOP + _SIDE + 56))
 
 
 def _remarks(values: Tensor, top: float, block: int, caption: str) -> list[str]:
@@ -84,50 +64,38 @@ def _remarks(values: Tensor, top: float, block: int, caption: str) -> list[str]:
     return remarks
 
 
-def _image(pixels: Tensor, x: float, y: float, width: float, height: float, *, crisp: bool) -> Html:
-    data = base64.b64encode(encode_png(pixels)).decode()
-    return tag(
-        "image",
-        x=x,
-        y=y,
-        width=width,
-        height=height,
-        preserveAspectRatio="none",
-        class_="crisp" if crisp else None,
-        href=f"data:image/png;base64,{data}",
-    )
+def _image(pixels: Tensor, x: float, width: float, *, crisp: bool) -> Markup:
+    data = f"data:image/png;base64,{base64.b64encode(encode_png(pixels)).decode()}"
+    place = {"x": x, "y": _TOP, "width": width, "height": _SIDE}
+    return tag("image", **place, preserveAspectRatio="none", class_="crisp" if crisp else None, href=data)
 
 
-def _ticks(shape: torch.Size) -> Html:
+def _ticks(count: int) -> list[Markup]:
     """Numbers of rows and columns, from 1, at the middle of their cells."""
+    numbers = [1, *(int(tick) for tick in round_ticks(0, count, 6, whole=True) if tick > count / 20 and tick > 1)]
     parts = []
-    for number, value in enumerate(_numbers(shape[1])):
-        at, class_ = round(_LEFT + (value - 0.5) / shape[1] * _SIDE, 1), "tick second" if number % 2 else "tick"
-        parts.append(tag("text", value, x=at, y=_TOP + _SIDE + 22, text_anchor="middle", class_=class_))
-    for value in _numbers(shape[0]):
-        at = round(_TOP + (value - 0.5) / shape[0] * _SIDE + 5, 1)
-        parts.append(tag("text", value, x=_LEFT - 8, y=at, text_anchor="end", class_="tick"))
-    return join(parts)
+    for number, value in enumerate(numbers):
+        at, class_ = (value - 0.5) / count * _SIDE, "tick second" if number % 2 else "tick"
+        x, y = round(_LEFT + at, 1), round(_TOP + at + 5, 1)
+        parts.append(tag("text", value, x=x, y=_TOP + _SIDE + 22, text_anchor="middle", class_=class_))
+        parts.append(tag("text", value, x=_LEFT - 8, y=y, text_anchor="end", class_="tick"))
+    return parts
 
 
-def _numbers(count: int) -> list[int]:
-    return [1, *(int(tick) for tick in round_ticks(0, count, 6, whole=True) if tick > count / 20 and tick > 1)]
+def _edges(places: Sequence[float]) -> list[Markup]:
+    parts = []
+    for at in places:
+        x, y = round(_LEFT + at, 1), round(_TOP + at, 1)
+        parts.append(tag("line", x1=_LEFT, x2=_LEFT + _SIDE, y1=y, y2=y, class_="edge"))
+        parts.append(tag("line", x1=x, x2=x, y1=_TOP, y2=_TOP + _SIDE, class_="edge"))
+    return parts
 
 
-def _lines(boundaries: Sequence[int], shape: torch.Size) -> Html:
-    rows = [round(_TOP + b / shape[0] * _SIDE, 1) for b in boundaries if 0 < b < shape[0]]
-    parts = [tag("line", x1=_LEFT, x2=_LEFT + _SIDE, y1=at, y2=at, class_="edge") for at in rows]
-    if shape[0] == shape[1]:
-        columns = [round(_LEFT + b / shape[1] * _SIDE, 1) for b in boundaries if 0 < b < shape[1]]
-        parts += [tag("line", x1=at, x2=at, y1=_TOP, y2=_TOP + _SIDE, class_="edge") for at in columns]
-    return join(parts)
-
-
-def _colour_bar(top: float) -> Html:
+def _colour_bar(top: float) -> list[Markup]:
     x, width = _LEFT + _SIDE + 14, 16
-    bar = _image(signed_pixels(torch.linspace(top, -top, 101)[:, None], top), x, _TOP, width, _SIDE, crisp=False)
     labels = [
         tag("text", f"{value:.3g}".replace("-", "−"), x=x + width + 5, y=_TOP + place * _SIDE + shift, class_="tick")
         for value, place, shift in ((top, 0, 12), (0.0, 0.5, 5), (-top, 1, 0))
     ]
-    return join([bar, tag("rect", x=x, y=_TOP, width=width, height=_SIDE, class_="frame"), *labels])
+    bar = _image(signed_pixels(torch.linspace(top, -top, 101)[:, None], top), x, width, crisp=False)
+    return [bar, tag("rect", x=x, y=_TOP, width=width, height=_SIDE, class_="frame"), *labels]

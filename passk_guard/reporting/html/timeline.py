@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 from passk_guard.reporting.html.axes import make_axis
-from passk_guard.reporting.html.elements import Html, join, tag
-from passk_guard.reporting.html.frame import LEFT, RIGHT, WIDTH, Key, classes, figure, legend, swatch
+from passk_guard.reporting.html.frame import LEFT, RIGHT, WIDTH, Key, classes, figure, legend, swatch, x_ticks
+from passk_guard.reporting.html.markup import tag
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """How a state is drawn.
 
     Attributes:
@@ -36,61 +38,45 @@ class Look:
     filled: bool = True
     dash: int = 0
 
+    def __str__(self) -> str:
+        return classes("block", *(["filled"] if self.filled else []), colour=self.colour, dash=self.dash)
+
 
 _STRIP, _TOP, _NAME = 34, 8, 26
 
 
 def timeline(
-    lanes: Mapping[str, Sequence[Span]], looks: Mapping[str, Look], *, x_label: str, alt: str, title: str = ""
-) -> Html:
+    lanes: Mapping[str, Sequence[Span]], styles: Mapping[str, Style], *, x_label: str, alt: str, title: str = ""
+) -> Markup:
     """One strip for each lane over a common axis.
 
     Args:
         lanes: spans by the name of the lane, which stands above its strip where there are several.
-        looks: of every state that occurs, in the order of the legend.
+        styles: of every state that occurs, in the order of the legend.
         x_label: text at the axis; alt: what the picture shows; title: above it.
     """
     spans = [span for lane in lanes.values() for span in lane]
     x = make_axis([v for span in spans for v in (span.start, span.end)], LEFT, RIGHT, whole=True)
     step = _STRIP + (_NAME if len(lanes) > 1 else 8)
     bottom = _TOP + step * len(lanes)
-    strips = []
+    parts = [tag("line", x1=LEFT, x2=RIGHT, y1=bottom + 2, y2=bottom + 2, class_="grid")]
     for number, (name, lane) in enumerate(lanes.items()):
         foot = _TOP + step * (number + 1)
-        heading = tag("text", name, x=LEFT, y=foot - _STRIP - 5) if len(lanes) > 1 else Html()
-        strips += [heading, *(_bar(span, looks[span.state], x.at(span.start), x.at(span.end), foot) for span in lane)]
-    ticks = [
-        tag("text", label, x=x.at(v), y=bottom + 24, text_anchor="middle", class_="tick second" if i % 2 else "tick")
-        for i, (v, label) in enumerate(zip(x.ticks, x.labels, strict=True))
-    ]
-    axis = tag("line", x1=LEFT, x2=RIGHT, y1=bottom + 2, y2=bottom + 2, class_="grid")
-    name = tag("text", x_label, x=(LEFT + RIGHT) / 2, y=bottom + 50, text_anchor="middle", class_="axis-name")
-    picture = tag(
-        "svg",
-        tag("title", title or alt),
-        tag("desc", alt),
-        axis,
-        join(strips),
-        join(ticks),
-        name,
-        class_="chart",
-        viewBox=f"0 0 {WIDTH} {bottom + 56}",
-        role="img",
-        aria_label=f"{title}: {alt}" if title else alt,
-    )
-    return figure(title, picture, legend([_key(state, look) for state, look in looks.items()]))
+        if len(lanes) > 1:
+            parts.append(tag("text", name, x=LEFT, y=foot - _STRIP - 5))
+        parts += [_bar(span, styles[span.state], x.at(span.start), x.at(span.end), foot) for span in lane]
+    parts += x_ticks(x, bottom + 24)
+    parts.append(tag("text", x_label, x=(LEFT + RIGHT) / 2, y=bottom + 50, text_anchor="middle", class_="axis-name"))
+    keys = legend([_key(state, style) for state, style in styles.items()])
+    return figure(parts, keys, title=title, alt=alt, size=(WIDTH, bottom + 56))
 
 
-def _bar(span: Span, look: Look, left: float, right: float, foot: float) -> Html:
-    height = look.height * _STRIP
+def _bar(span: Span, style: Style, left: float, right: float, foot: float) -> Markup:
+    height = style.height * _STRIP
     place = {"x": left, "y": foot - height, "width": max(right - left - 1, 2), "height": height}
-    return tag("rect", tag("title", span.title or span.state), **place, class_=_style(look))
+    return tag("rect", tag("title", span.title or span.state), **place, class_=style)
 
 
-def _key(state: str, look: Look) -> Key:
-    height = 12 * look.height
-    return Key(swatch(tag("rect", x=3, y=13 - height, width=30, height=height, class_=_style(look))), state)
-
-
-def _style(look: Look) -> str:
-    return classes("block", *(["filled"] if look.filled else []), colour=look.colour, dash=look.dash)
+def _key(state: str, style: Style) -> Key:
+    height = 12 * style.height
+    return Key(swatch(tag("rect", x=3, y=13 - height, width=30, height=height, class_=style)), state)

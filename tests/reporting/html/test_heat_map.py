@@ -10,20 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from passk_guard.reporting.html import heat_map
-from passk_guard.reporting.pixels import averaged_down, colour_limit, encode_png, on_white, signed_pixels
-from passk_guard.utils.errors import GuardError
+from passk_guard.reporting.html.heat_map import heat_map
+from passk_guard.reporting.pixels import averaged_down, colour_limit, encode_png, signed_pixels
 
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("channels", [3, 4])
-def test_a_png_decodes_to_what_was_encoded(channels):
-    pixels = torch.randint(0, 256, (7, 13, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    image = Image.open(io.BytesIO(encode_png(pixels)))
-    image.verify()  # checksums
-    image = Image.open(io.BytesIO(encode_png(pixels)))
-    assert np.array_equal(np.asarray(image), pixels.numpy())
+def test_a_png_decodes_to_what_was_encoded():
+    pixels = torch.randint(0, 256, (7, 13, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.open(io.BytesIO(encode_png(pixels))).verify()  # checksums
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(pixels)))), pixels.numpy())
 
 
 def test_colours_tell_the_sign_and_the_size():
@@ -37,7 +33,6 @@ def test_colours_tell_the_sign_and_the_size():
     assert pixels[5][0] == pixels[5][1] == pixels[5][2]
     assert pixels[6] == [*blue, 255]
     assert pixels[7] == [*vermillion, 255]
-    assert on_white(signed_pixels(torch.zeros(1, 1), 1.0)).tolist() == [[[255, 255, 255]]]
 
 
 def test_the_two_ends_stay_apart_for_the_colour_blind():
@@ -81,7 +76,7 @@ def image_of(markup):
 
 def test_a_small_matrix_is_shown_entry_by_entry_and_a_large_one_in_means():
     matrix = torch.tensor([[5.0, -1.0], [1.0, 5.0]])
-    small = heat_map(matrix, alt="a", title="t", limit=1.0)
+    small = heat_map(matrix, alt="a", title="t")
     assert np.array_equal(image_of(small), signed_pixels(matrix, 1.0).numpy())
     assert 'class="crisp"' in small
     assert "50% of the cells lie beyond" in small
@@ -96,9 +91,3 @@ def test_boundaries_stand_between_groups():
     edges = re.findall(r'x1="(\S+)" x2="(\S+)" y1="(\S+)" y2="(\S+)" class="edge"', markup)
     assert len(edges) == 2, "one across and one down, none at the border"
     assert float(edges[0][2]) == 12 + 100
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (3,), (2, 2, 2)])
-def test_what_is_no_matrix_is_refused(shape):
-    with pytest.raises(GuardError, match=r"shape \[rows, columns\], both >= 1; found"):
-        heat_map(torch.zeros(shape), alt="a")

@@ -1,35 +1,26 @@
-"""The kernel and the curve over k as pictures, and the trackers they go to."""
+"""Alerts and pictures, and the trackers they go to."""
 
 import logging
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 from passk_guard import ConflictEstimate, ProbeGram
 from passk_guard.estimation.records import ConflictCurve
 from passk_guard.reporting import Reporter
-from passk_guard.reporting.tracker_images import (
-    SIGN_WIDTH,
-    Images,
-    blank,
-    curve_picture,
-    draw_line,
-    fill,
-    kernel_picture,
-    write,
-)
+from passk_guard.reporting.trackers import Images, curve_figure, kernel_figure, send_alert
 
-VERMILLION, BLUE, WHITE = [213, 94, 0], [0, 114, 178], [255, 255, 255]
-NAN = float("nan")
+VERMILLION, BLUE, NAN = "#d55e00", "#0072b2", float("nan")
 
 
 def curve(cosine, established=None):
-    count = len(cosine)
     values = torch.tensor(cosine, dtype=torch.float64)
-    ks = torch.arange(1, count + 1)
-    return ConflictCurve(ks, values, values - 0.1, values + 0.1, torch.tensor(established or [False] * count))
+    ks = torch.arange(1, len(cosine) + 1)
+    return ConflictCurve(ks, values, values - 0.1, values + 0.1, torch.tensor(established or [False] * len(cosine)))
 
 
 def estimate(kernel=None, **fields):
@@ -40,52 +31,27 @@ def estimate(kernel=None, **fields):
 
 
 def test_cells_of_the_kernel_run_from_easy_to_hard():
-    kernel = torch.tensor([[1.0, 1.0, -1.0], [1.0, 0.0, 1.0], [-1.0, 1.0, 1.0]])
-    plain = kernel_picture(kernel)
-    assert plain[60, 60].tolist() == BLUE
-    assert plain[60, 300].tolist() == VERMILLION
-    assert plain[180, 180].tolist() == WHITE, "no interference is no colour"
-    sorted_ = kernel_picture(kernel, torch.tensor([0.2, 0.9, 0.5]))  # prompts 1, 2, 0
-    assert sorted_[60, 60].tolist() == WHITE
-    assert sorted_[180, 300].tolist() == VERMILLION
-
-
-@pytest.mark.parametrize("count", [1, 2, 64, 1000])
-def test_pictures_of_kernels_of_all_sizes(count):
-    picture = kernel_picture(torch.randn(count, count))
-    assert picture.dtype == torch.uint8
-    assert 300 <= picture.shape[0] <= 600
+    kernel = torch.tensor([[1.0, 2.0, -3.0], [2.0, 0.0, 4.0], [-3.0, 4.0, 1.0]])
+    rates = torch.tensor([0.2, 0.9, 0.5])  # prompts 1, 2, 0
+    for figure, order in ((kernel_figure(kernel), [0, 1, 2]), (kernel_figure(kernel, rates), [1, 2, 0])):
+        (image,) = figure.axes[0].images
+        assert image.get_array().tolist() == kernel[order][:, order].tolist()
+        low, high = image.get_clim()
+        assert -low == high == 4.0
+    assert [to_hex(image.cmap(share)) for share in (0.0, 1.0)] == [VERMILLION, BLUE]
+    assert min(image.cmap(0.5)) > 0.99, "no interference is no colour"
 
 
 def test_the_curve_passes_through_its_points():
-    drawn = curve_picture(curve([1.0, 0.0, -1.0], [False, False, True]), 2)
-    rows, columns = (24, 143, 262), (58, 244, 430)
-    assert drawn[rows[0], columns[0]].tolist() == [30, 30, 30]
-    assert drawn[rows[2], columns[2]].tolist() == VERMILLION, "established"
-    assert drawn[(rows[0] + rows[1]) // 2, (columns[0] + columns[1]) // 2].tolist() == BLUE
-    assert drawn[250, columns[1]].tolist() == [130, 130, 130], "k*"
-    gone = curve_picture(curve([NAN, NAN]), None)
-    assert not (gone == torch.tensor(BLUE)).all(-1).any()
-
-
-def test_the_canvas_leaves_out_what_lies_outside():
-    canvas = blank(5, 5)
-    fill(canvas, -3, 0, -3, 0, (1, 2, 3))
-    fill(canvas, 7, 9, 7, 9, (1, 2, 3))
-    fill(canvas, -5, -2, 0, 4, (9, 9, 9))
-    assert (canvas == torch.tensor([1, 2, 3])).all(-1).nonzero().tolist() == [[0, 0]]
-    assert not (canvas == 9).any()
-    draw_line(canvas, (-2, -2), (6, 6), (0, 0, 0), width=1)
-    assert (canvas == 0).all(-1).nonzero().tolist() == [[i, i] for i in range(5)]
-
-
-def test_signs_stay_in_their_place():
-    canvas = blank(10, 3 * SIGN_WIDTH)
-    write(canvas, "1ü1", 0, 0)
-    dark = (canvas[..., 0] < 255).any(0)
-    assert dark[:SIGN_WIDTH].any()
-    assert not dark[SIGN_WIDTH : 2 * SIGN_WIDTH].any(), "an unknown sign is a gap"
-    assert dark[2 * SIGN_WIDTH :].any()
+    axes = curve_figure(curve([1.0, 0.0, -1.0], [False, False, True]), 2).axes[0]
+    _, line, k_star = axes.lines
+    assert line.get_xydata().tolist() == [[1, 1], [2, 0], [3, -1]]
+    assert list(k_star.get_xdata()) == [2, 2]
+    colours = [to_hex(colour) for colour in axes.collections[1].get_facecolors()]
+    assert colours == ["#000000", "#000000", VERMILLION], "established"
+    gone = curve_figure(curve([NAN, NAN]), None).axes[0]
+    assert np.isnan(gone.lines[1].get_ydata()).all()
+    assert len(gone.lines) == 2, "no k*"
 
 
 class Writer:
@@ -93,7 +59,8 @@ class Writer:
         self.taken = []
 
     def add_image(self, name, picture, step, dataformats):
-        self.taken.append((name, step, tuple(picture.shape), dataformats))
+        assert picture.dtype == np.uint8
+        self.taken.append((name, step, picture.shape, dataformats))
 
 
 def trainer(writer=None, report_to=()):
@@ -102,31 +69,57 @@ def trainer(writer=None, report_to=()):
     return types.SimpleNamespace(callback_handler=handler, args=args)
 
 
-def test_every_few_refreshes_from_the_first_on():
+@pytest.mark.parametrize("count", [1, 1000])
+def test_every_few_refreshes_from_the_first_on_and_for_kernels_of_all_sizes(count):
     writer = Writer()
     images = Images(trainer(writer), every=3)
-    sent = [bool(images.refresh(step, estimate())) for step in range(7)]
-    assert sent == [True, False, False, True, False, False, True]
-    assert [(name, step) for name, step, *_ in writer.taken[:3]] == [
-        ("passk_guard/kernel", 0),
-        ("passk_guard/k_curve", 0),
-        ("passk_guard/kernel", 3),
-    ]
-    assert {formats for *_, formats in writer.taken} == {"HWC"}
+    before = torch.get_rng_state()
+    kernel = torch.ones(count, count)
+    assert [bool(images.refresh(step, estimate(kernel))) for step in range(5)] == [True, False, False, True, False]
+    shape = (400, 500, 3)
+    kernel, k_curve = "passk_guard/kernel", "passk_guard/k_curve"
+    assert writer.taken == [(name, step, shape, "HWC") for step in (0, 3) for name in (kernel, k_curve)]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_nothing_is_drawn_where_nobody_looks(monkeypatch):
+def test_nothing_is_drawn_without_a_tracker(monkeypatch):
     def fails(*_):
         raise AssertionError("drawn for nobody")
 
-    monkeypatch.setattr("passk_guard.reporting.tracker_images.kernel_picture", fails)
+    monkeypatch.setattr("passk_guard.reporting.trackers.kernel_figure", fails)
     assert Images(trainer(), every=1).refresh(0, estimate()) == []
     assert Images(trainer(Writer()), every=0).refresh(0, estimate()) == []
     assert Images(trainer(Writer()), every=1).refresh(0, estimate(torch.empty(0, 0))) == []
 
 
 def module(calls, **more):
-    return types.SimpleNamespace(Image=lambda array: array, log=calls.append, **more)
+    """A tracker that takes what it is given."""
+    level = types.SimpleNamespace(WARN="warn")
+    common = {"Image": lambda array: array, "log": calls.append, "alert": lambda **kw: calls.append(kw)}
+    return types.SimpleNamespace(**common | more, AlertLevel=level)
+
+
+def test_alerts_go_where_the_run_reports(monkeypatch):
+    wandb, trackio = [], []
+    monkeypatch.setitem(sys.modules, "wandb", module(wandb, run=object()))
+    monkeypatch.setitem(sys.modules, "trackio", module(trackio))
+    assert send_alert("t", "x", []) == send_alert("t", "x", ["tensorboard"]) == []
+    assert send_alert("t", "x", ["wandb", "tensorboard"]) == ["wandb"]
+    assert wandb == [{"title": "t", "text": "x", "level": "warn"}]
+    assert trackio == []
+    assert send_alert("t", "x", ["wandb", "trackio"]) == ["wandb", "trackio"]
+
+
+def test_alerts_that_fail_are_logged(monkeypatch, caplog):
+    def down(**_):
+        raise ConnectionError("offline")
+
+    monkeypatch.setitem(sys.modules, "wandb", module([], alert=down, run=1))
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        assert send_alert("t", "x", ["wandb"]) == []
+    assert "ConnectionError: offline" in caplog.text
+    monkeypatch.setitem(sys.modules, "wandb", module([], run=None))
+    assert send_alert("t", "x", ["wandb"]) == [], "a run that has not begun"
 
 
 def test_trackers_that_the_run_reports_to(monkeypatch):
@@ -137,34 +130,29 @@ def test_trackers_that_the_run_reports_to(monkeypatch):
     assert trackio == []
     assert set(wandb[0]) == {"passk_guard/kernel", "passk_guard/k_curve", "train/global_step"}
     assert wandb[0]["train/global_step"] == 5
-    assert wandb[0]["passk_guard/kernel"].dtype.name == "uint8"
+    assert wandb[0]["passk_guard/kernel"].shape == (400, 500, 3)
     assert Images(trainer(report_to=["trackio"]), every=1).refresh(5, estimate()) == ["trackio"]
     monkeypatch.setitem(sys.modules, "wandb", module(wandb, run=None))
     assert Images(trainer(report_to=["wandb"]), every=1).refresh(5, estimate()) == [], "a run that has not begun"
 
 
-def test_failures_are_said_once_and_stop_nothing(monkeypatch, caplog):
+def test_failures_are_logged_once_and_stop_nothing(monkeypatch, caplog):
     class Full:
         def add_image(self, *_, **__):
             raise OSError("disk full")
 
-    calls = []
-    monkeypatch.setitem(sys.modules, "trackio", module(calls))
+    monkeypatch.setitem(sys.modules, "trackio", module([]))
     images = Images(trainer(Full(), ["trackio"]), every=1)
     with caplog.at_level(logging.WARNING, logger="passk_guard"):
         assert images.refresh(0, estimate()) == ["trackio"]
         assert images.refresh(1, estimate()) == ["trackio"]
         wrong = ProbeGram(torch.zeros(2, 2), torch.ones(5), torch.ones(5))
         assert images.refresh(2, estimate(), wrong) == []
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        assert images.refresh(3, estimate()) == images.refresh(4, estimate()) == []
     assert caplog.text.count("tensorboard did not take the pictures of the kernel: OSError: disk full") == 1
     assert caplog.text.count("could not be drawn") == 1
-
-
-def test_random_states_stay_untouched():
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    Images(trainer(Writer()), every=1).refresh(0, estimate(torch.eye(50)))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert caplog.text.count("need matplotlib: pip install 'passk-guard[report]'") == 1
 
 
 def test_pictures_reach_tensorboard_through_the_reporter(tmp_path):
