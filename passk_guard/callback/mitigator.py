@@ -131,7 +131,8 @@ class Mitigator(NoMitigation):
                     self.steps.harvest(pass1_loss(refresh, self._ranks.count, self._steering(refresh)), refresh.batches)
         if self.floor is None:
             return memory
-        return memory.with_floor(self.floor.learn(memory.floor, memory.pooled(self._config.pool_refreshes)))
+        floor = self.floor.learn(memory.floor, memory.pooled(self._config.pool_refreshes))
+        return memory if refresh.probe.reused else memory.with_floor(floor)
 
     def apply(self, memory: Memory) -> None:
         if self.floor is not None:

@@ -35,7 +35,6 @@ class ProbeGram:
     num_correct: Tensor
     prompt_keys: Sequence[Any] = ()
     misses: Tensor | None = None
-    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def reused(self) -> bool:
@@ -47,14 +46,15 @@ class ProbeGram:
 
         The value must not refer to this probe, or the memory of the Gram matrix is freed late.
         """
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+        kept: dict[Hashable, T] = vars(self).setdefault("_kept", {})  # no field: it is not saved and not compared
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
 
     def converted(self, gram: Tensor, num_samples: Tensor, num_correct: Tensor, misses: Tensor | None) -> ProbeGram:
         """The same probe in other dtypes. Both share what is kept."""
         other = ProbeGram(gram, num_samples, num_correct, self.prompt_keys, misses)
-        object.__setattr__(other, "_kept", self._kept)
+        vars(other)["_kept"] = vars(self).setdefault("_kept", {})
         return other
 
 

@@ -227,7 +227,8 @@ def test_failed_refreshes_alert_once_and_recover(tmp_path, caplog):
     text = "\n".join(r.getMessage() for r in caplog.records)
     assert text.count(": refresh failed: ") == 3
     assert text.count("no valid refresh in the last 2") == 1
-    assert [e["event"] for e in journal(tmp_path)] == ["failed_refresh"] * 3 + ["refresh"] * 3
+    kinds = [e["event"] for e in journal(tmp_path) if e["event"] in ("refresh", "failed_refresh")]
+    assert kinds == ["failed_refresh"] * 3 + ["refresh"] * 3
     assert guard.memory.failures == 0
     assert "always solved" in guard.estimate.reason
 

@@ -325,7 +325,7 @@ def estimate_of(gram=None, n=None, c=None, k=4, misses=None, m=8, **more):
         ({"gram": changed(16, (2, 2, -1.0))}, "negative diagonal"),
         ({"gram": 1e100 * torch.eye(16, dtype=torch.float64)}, "beyond float64"),
         ({"gram": torch.zeros(0, 0), "n": torch.zeros(0), "c": torch.zeros(0)}, "at least one prompt"),
-        ({"n": torch.tensor([8.0, 7.5] * 4)}, "`num_samples` to be whole"),
+        ({"n": torch.tensor([8.0, 7.5] * 4)}, "`num_samples` to be a whole number"),
         ({"c": torch.full((8,), 9)}, "num_correct"),
         ({"gram": torch.eye(16), "prompt_keys": ["a"]}, "a list of 8"),
         ({"gram": torch.eye(16), "prompt_keys": [[]] * 8}, "can be hashed"),

@@ -155,7 +155,6 @@ def test_a_log_handler_that_raises(references, tmp_path, monkeypatch):
 PARTS = [
     (reporter, "estimate_metrics"),
     (reporter, "state_change"),
-    (reporter, "void_refresh"),
     (Journal, "write"),
     (log_rows, "log_row"),
 ]

@@ -179,7 +179,8 @@ def test_a_probe_without_a_gradient_leaves_steps_alone(solved, tmp_path):
     guard_of(guarded, correct=lambda completions, **_: [solved] * len(completions), **PROJECT)
     guarded.train()
     assert same(parameters(plain), parameters(guarded))
-    assert [e["event"] for e in journal(tmp_path / "with")] == ["refresh", "refresh"]
+    kinds = {e["event"] for e in journal(tmp_path / "with")}
+    assert kinds == {"refresh", "change"}, "no refresh failed, and no verdict changed"
 
 
 def test_observing_chooses_no_engine(tmp_path, monkeypatch):
