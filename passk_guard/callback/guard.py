@@ -29,11 +29,10 @@ from passk_guard.planning import decision_rule, outlook
 from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.out_of_memory import until_it_fits
 from passk_guard.probe.progress import sampling_bar, wanted
-from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.records import Outcomes, Rollouts, check_rollouts, limits_of, padding_token
 from passk_guard.probe.refresh import Refresh, Refresher
 from passk_guard.probe.rescoring import Rescorer
 from passk_guard.probe.reuse import RolloutKeeper
-from passk_guard.probe.rollout_checks import check_rollouts, limits_of, padding_token
 from passk_guard.probe.samplers import BatchTap, Sampler
 from passk_guard.reporting import Reporter
 from passk_guard.sketch import ScoreSketcher

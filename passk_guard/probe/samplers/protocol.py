@@ -1,4 +1,4 @@
-"""What a sampler takes and returns, and which prompts fit into a model's context."""
+"""What a sampler takes and returns, and the refusal of prompts without room in a model's context."""
 
 from __future__ import annotations
 
@@ -52,12 +52,6 @@ class Sampler(Protocol):
     def check_lengths(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Raise GuardError when a prompt is empty or leaves no room for its completion."""
         ...
-
-
-def context_length(model: Any) -> int | None:
-    """Positions the model can attend to (config.max_position_embeddings), None when its config does not give it."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
 
 
 def refuse_misfits(lengths: Sequence[int], context: int | None, max_new_tokens: int, argument: str) -> None:
