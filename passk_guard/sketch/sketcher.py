@@ -7,10 +7,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from passk_guard.sketch.accumulator import Accumulator, Layout, Projections, lay_out
+from passk_guard.sketch.accumulator import (
+    Accumulator,
+    CountSketchAccumulator,
+    IdentityAccumulator,
+    Layout,
+    Projections,
+    lay_out,
+)
 from passk_guard.sketch.backward import score_pass
 from passk_guard.sketch.batches import TokenBatch, check_batch, check_dim, check_log_probs, check_prompts
-from passk_guard.sketch.countsketch import CountSketchAccumulator, IdentityAccumulator
 from passk_guard.sketch.coverage import Coverage, find_sketched_parameters, warn_if_low, warn_missed
 from passk_guard.sketch.kronecker import KroneckerAccumulator
 from passk_guard.utils.errors import FailedRefresh, GuardError
