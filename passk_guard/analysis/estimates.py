@@ -11,9 +11,8 @@ from torch import Tensor
 from passk_guard.analysis.results import Number
 from passk_guard.estimation.agreement import informative
 from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
-from passk_guard.estimation.jackknife import jackknife_overshoot
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.estimation.ustatistics import Moments, coefficients, prompt_kernel
+from passk_guard.estimation.ustatistics import coefficients, moments_of
 
 
 def gradient_row(probe: ProbeGram, k: int) -> Tensor:
@@ -93,14 +92,10 @@ def angle(probe: ProbeGram, left: Tensor, right: Tensor, confidence: float) -> N
     """
     if int(informative(probe).sum()) < 3:
         return Number()
-    pairs = [(left, right), (right, right), (left, left)]
-    kernels = [prompt_kernel(probe, *pair) for pair in pairs]
-    values, changes = zip(*(_statistic(kernel) for kernel in kernels), strict=True)
-    value, influence = torch.stack(values), torch.stack(changes)
+    moments = moments_of(probe, left[None], right[None])
+    value = moments.value[0]
     if not bool((value[1:] > 0).all()):
         return Number()
-    symmetric = torch.stack([(kernel + kernel.T) / 2 for kernel in kernels])
-    moments = Moments(value[None], influence.T[:, None], value[None], lambda: jackknife_overshoot(symmetric)[:, None])
     covariance = moments.covariance[0]
     cosine, error = corrected_cosine(value, covariance)
     degrees = float(moments.degrees_at(torch.tensor([cosine], dtype=torch.float64))[0])
@@ -108,11 +103,3 @@ def angle(probe: ProbeGram, left: Tensor, right: Tensor, confidence: float) -> N
     if (low, high) == (-1.0, 1.0):
         return Number()
     return Number(cosine, error, low, high)
-
-
-def _statistic(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean off the diagonal, and [m] what it is with each prompt left out."""
-    m = kernel.shape[0]
-    others = kernel - torch.diag(kernel.diagonal())
-    total = others.sum()
-    return total / (m * (m - 1)), (total - others.sum(0) - others.sum(1)) / ((m - 1) * (m - 2))

@@ -12,10 +12,10 @@ from passk_guard import GuardError, ProbeGram, estimate_conflict, estimate_poole
 from passk_guard.estimation import ustatistics
 from passk_guard.estimation.agreement import weight_and_agreement
 from passk_guard.estimation.evidence import conflict_check
-from passk_guard.estimation.jackknife import jackknife_overshoot
 from passk_guard.estimation.noise import measure_noise
 from passk_guard.estimation.ustatistics import (
     coefficients,
+    jackknife_overshoot,
     other_prompt_sums,
     passk_rows,
     pooled_moments,
@@ -78,8 +78,13 @@ def test_leave_one_out_changes_are_what_leaving_out_does():
 
 def test_a_refresh_computes_its_moments_once(monkeypatch):
     """For the estimate, the evidence, the noise and later pools: one for k and one for the curve over k."""
-    calls, compute = [], ustatistics._moments
-    monkeypatch.setattr(ustatistics, "_moments", lambda probe, many: calls.append(len(many)) or compute(probe, many))
+    calls, compute = [], ustatistics.moments_of
+
+    def counted(probe, many, one):
+        calls.append(len(many))
+        return compute(probe, many, one)
+
+    monkeypatch.setattr(ustatistics, "moments_of", counted)
     generator = torch.Generator().manual_seed(0)
     probes = [draw(population(-0.4), 256, 16, generator) for _ in range(2)]
     assert estimate_pooled(probes[:1], 8).curve is not None
@@ -325,7 +330,7 @@ def estimate_of(gram=None, n=None, c=None, k=4, misses=None, m=8, **more):
         ({"gram": changed(16, (2, 2, -1.0))}, "negative diagonal"),
         ({"gram": 1e100 * torch.eye(16, dtype=torch.float64)}, "beyond float64"),
         ({"gram": torch.zeros(0, 0), "n": torch.zeros(0), "c": torch.zeros(0)}, "at least one prompt"),
-        ({"n": torch.tensor([8.0, 7.5] * 4)}, "`num_samples` to be whole"),
+        ({"n": torch.tensor([8.0, 7.5] * 4)}, "`num_samples` to be a whole number"),
         ({"c": torch.full((8,), 9)}, "num_correct"),
         ({"gram": torch.eye(16), "prompt_keys": ["a"]}, "a list of 8"),
         ({"gram": torch.eye(16), "prompt_keys": [[]] * 8}, "can be hashed"),
