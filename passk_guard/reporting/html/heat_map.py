@@ -10,8 +10,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from passk_guard.reporting.html.axes import round_ticks, write_number
-from passk_guard.reporting.html.frame import figure
-from passk_guard.reporting.html.markup import tag
+from passk_guard.reporting.html.frame import figure, tag
 from passk_guard.reporting.pixels import averaged_down, colour_limit, encode_png, signed_pixels
 
 _LARGEST = 400  # rows and columns that are drawn one by one; more are averaged

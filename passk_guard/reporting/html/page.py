@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from passk_guard.reporting.html.axes import is_number, write_number
-from passk_guard.reporting.html.markup import visible
+from passk_guard.reporting.html.frame import visible
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import write_whole
 

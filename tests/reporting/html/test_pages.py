@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from passk_guard.reporting.html.charts import Distribution, Points, Series, histogram, line_chart, scatter
-from passk_guard.reporting.html.frame import Level, Upright
+from passk_guard.reporting.html.frame import Level, Upright, escape, join, tag
 from passk_guard.reporting.html.heat_map import heat_map
-from passk_guard.reporting.html.markup import escape, join, tag
 from passk_guard.reporting.html.page import SCRIPT, STYLE, TEMPLATES, in_a_frame, page_kind, render_page
 from tests.helpers.hostile import HOSTILE, PAYLOADS, Page
 
