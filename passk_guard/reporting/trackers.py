@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from passk_guard.estimation.records import ConflictCurve, ConflictEstimate, ProbeGram
+from passk_guard.reporting.html.heat_map import NEGATIVE, POSITIVE, UNDEFINED, colour_limit
 from passk_guard.reporting.log_rows import PREFIX
-from passk_guard.reporting.pixels import NEGATIVE, POSITIVE, UNDEFINED, colour_limit
 from passk_guard.utils.text import describe_error
 
 if TYPE_CHECKING:

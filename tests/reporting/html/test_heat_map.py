@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from passk_guard.reporting.html.heat_map import heat_map
-from passk_guard.reporting.pixels import averaged_down, colour_limit, encode_png, signed_pixels
+from passk_guard.reporting.html.heat_map import averaged_down, colour_limit, encode_png, heat_map, signed_pixels
 
 NAN = float("nan")
 
