@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passk_guard.mitigation.engines.inner_products import local_inner_products
-from passk_guard.mitigation.engines.protocol import Parts
+from passk_guard.mitigation.engines.protocol import Parts, local_inner_products
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.patching import Method, MethodPatch
 from passk_guard.utils.private_api import REWEIGHT, requires
