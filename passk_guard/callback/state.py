@@ -17,7 +17,7 @@ from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.records import ProbeGram, Status
 from passk_guard.estimation.verdict import DecisionState
 from passk_guard.mitigation import FloorState
-from passk_guard.utils.checkpoint import save_whole
+from passk_guard.utils.files import save_whole
 
 FILE_NAME = "passk_guard.pt"
 _FORMAT = 1

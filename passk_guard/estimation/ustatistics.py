@@ -265,10 +265,10 @@ def jackknife_overshoot(kernels: Tensor) -> Tensor:
     r"""[m, S, S] expected excess of the jackknife covariance of S U-statistics over their covariance: prompts' shares.
 
     By Hoeffding (1948) the kernel of a pair splits into $h(x, y) = \theta + h_1(x) + h_1(y) + h_2(x, y)$. The
-    jackknife is right about the variance from $h_1$ and counts that of the degenerate $h_2$ twice, which is most of it
+    jackknife is right about the variance from $h_1$. It counts that of the degenerate $h_2$ twice, which is most of it
     with few prompts or noisy gradients: $4 \zeta_2/(m(m-2))$ in place of $2 \zeta_2/(m(m-1))$ (Efron & Stein 1981,
     *The jackknife estimate of variance*, Sec. 4). $\zeta_2$ is estimated from the residuals of the additive fit,
-    without bias. The share of a prompt is that of the pairs in which it is the first; their spread is the error of their sum.
+    without bias. A prompt's share is that of the pairs in which it is the first, and shows the error of the sum.
 
     Args:
         kernels: [S, m, m] symmetric, one matrix of pair values for each statistic; the diagonals are not used.

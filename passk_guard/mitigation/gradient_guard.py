@@ -15,8 +15,8 @@ from passk_guard.mitigation.projection import plan_projection
 from passk_guard.mitigation.protected_direction import Share
 from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.sketch import TokenBatch, filler_batch
-from passk_guard.utils.checkpoint import save_whole
 from passk_guard.utils.errors import FailedRefresh
+from passk_guard.utils.files import save_whole
 from passk_guard.utils.ranks import Ranks
 from passk_guard.utils.text import Once, describe_error, one_line
 

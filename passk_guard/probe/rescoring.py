@@ -20,8 +20,8 @@ from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.sketch import TokenBatch, filler_batch, token_batches
 from passk_guard.sketch.backward import forward_logits
-from passk_guard.utils.checkpoint import save_whole
 from passk_guard.utils.errors import FailedRefresh
+from passk_guard.utils.files import save_whole
 from passk_guard.utils.isolation import sampling_mode
 from passk_guard.utils.ranks import Ranks
 

@@ -10,6 +10,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 _BLOCK = 1 << 16
 _LONGEST_LINE = 1 << 24
@@ -68,3 +71,13 @@ def cut_unfinished(path: Path) -> None:
                 raise OSError("the file has no lines: it is none of the guard's")
         if start < end:
             file.truncate(start)
+
+
+def save_whole(content: Any, path: Path) -> None:
+    """`torch.save` under another name, then renamed; on a full disk nothing is left of it, and an older file stays.
+
+    Raises:
+        OSError, RuntimeError: it cannot be written; torch reports a full disk as a RuntimeError.
+    """
+    with replacing(path, path.with_name(path.name + ".partial")) as partial:
+        torch.save(content, partial)

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard import GuardConfig, PassKGuardCallback
-from passk_guard.mitigation.engines import inner_products
+from passk_guard.mitigation.engines import protocol
 from passk_guard.mitigation.engines.backward import BackwardEngine
 from passk_guard.reporting.journal import JOURNAL_NAME
 from passk_guard.sketch import ScoreSketcher
@@ -133,7 +133,7 @@ def inner_products_fail(stack, trainer, given):
             probing.pop()
 
     if RANK == 0:
-        stack.enter_context(patch.object(inner_products, "_dots", dots_of_a_step))
+        stack.enter_context(patch.object(protocol, "_dots", dots_of_a_step))
         stack.enter_context(patch.object(PassKGuardCallback, "_refresh", refresh_with_room))
 
 

@@ -222,7 +222,7 @@ class Bf16(DeepSpeedGradient):
 
 
 class _Offloaded(DeepSpeedGradient):
-    """Optimizer offload to the CPU, where the gradient is complete only in the fp32 master partition. Its parts: `.grad` of each flat fp32 partition, on the CPU.
+    """Optimizer offload: the gradient is complete only on the CPU, as `.grad` of each flat fp32 partition.
 
     DeepSpeed takes the norm of each parameter's share during backward and clips by those: after an edit they are taken
     again, else clipping would use the norms of a gradient that is no more.
