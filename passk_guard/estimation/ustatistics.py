@@ -94,10 +94,8 @@ def coefficients(probe: ProbeGram, ks: Tensor, *, floor: Tensor | None = None, c
     """[K, 2m] rows that turn the 2m score sums into g_k of each prompt: alpha+ of m prompts, then alpha-.
 
     With bounds, the prompt weight of g_k is clipped to [floor, cap] as in `sample_coefficients`. `floor` holds [F, 1]
-    floors, which give one row each at the one k.
-
-    Raises:
-        GuardError: bounds for samples of an earlier policy, for which no clipped weight is unbiased.
+    floors, which give one row each at the one k. Samples of an earlier policy, for which no clipped weight is unbiased,
+    have no bounds: GuardError.
     """
     ks = ks.cpu()
     positive, negative = sample_coefficients(probe.num_samples, probe.num_correct, ks[:, None], floor=floor, cap=cap)

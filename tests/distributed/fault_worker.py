@@ -120,7 +120,7 @@ def gradient_is_infinite_in_training(stack, trainer, given):
 @fault(gives_up=False)
 def inner_products_fail(stack, trainer, given):
     """Fail on rank 0 and outside the refresh: rank 0's numbers count where all ranks hold the same gradient."""
-    dots, refresh, probing = inner_products._dots, PassKGuardCallback._refresh, []
+    dots, refresh, probing = protocol._dots, PassKGuardCallback._refresh, []
 
     def dots_of_a_step(*pairs):
         return dots(*pairs) if probing else no_room()
