@@ -22,8 +22,7 @@ from passk_guard.estimation.ustatistics import (
     prompt_kernel,
     refresh_moments,
 )
-from passk_guard.passk.closed_forms import unbiased_passk_weight
-from passk_guard.passk.population import population_conflict
+from passk_guard.passk.closed_forms import population_conflict, unbiased_passk_weight
 from tests.helpers.populations import DIM, draw, population, true_moments
 
 PAPER = json.loads((Path(__file__).parents[1] / "reference" / "paper_toy.json").read_text())["float64"]
