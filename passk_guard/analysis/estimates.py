@@ -29,11 +29,6 @@ def off_diagonal_rows(kernel: Tensor) -> tuple[Tensor, Tensor]:
     return means, (squares / ((m - 1) * max(m - 2, 1))).sqrt()
 
 
-def normal_quantile(confidence: float) -> float:
-    """Quantile of the standard normal distribution for a two-sided interval."""
-    return float(torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64)))
-
-
 def mean(values: Tensor, confidence: float, *, low: float = -math.inf, high: float = math.inf) -> Number:
     """Mean of independent values [m] with its standard error and Student's interval, cut to [low, high].
 
@@ -48,7 +43,7 @@ def mean(values: Tensor, confidence: float, *, low: float = -math.inf, high: flo
 
 def wilson(correct: int, samples: int, confidence: float) -> Number:
     """c/n with Wilson's interval (1927), which stays inside [0, 1] and opens at c = 0 and c = n."""
-    z, p = normal_quantile(confidence), correct / samples
+    z, p = student_t_quantile((1 + confidence) / 2, math.inf), correct / samples
     centre = (p + z * z / (2 * samples)) / (1 + z * z / samples)
     room = z / (1 + z * z / samples) * math.sqrt(p * (1 - p) / samples + z * z / (4 * samples**2))
     low = 0.0 if correct == 0 else max(0.0, centre - room)

@@ -83,7 +83,9 @@ def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
-        digest.update(_canonical(_without_places(config.to_dict())))
+        # Where a model was loaded from, and by which version, does not change what it computes.
+        settings = {n: v for n, v in config.to_dict().items() if n not in ("_name_or_path", "transformers_version")}
+        digest.update(_canonical(settings))
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -94,11 +96,6 @@ def model_fingerprint(model: nn.Module) -> str:
 def keys_fingerprint(keys: Sequence[str]) -> str:
     """32 hexadecimal digits from the keys of the prompts, in order."""
     return hashlib.blake2b(_canonical(list(keys)), digest_size=16).hexdigest()
-
-
-def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    # Where a model was loaded from, and by which version, does not change what it computes.
-    return {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
 
 
 def _canonical(value: Any) -> bytes:

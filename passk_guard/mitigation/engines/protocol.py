@@ -28,36 +28,30 @@ class GradientEngine(Protocol):
 
     def install(self, before_step: Callable[[], None]) -> None:
         """Call `before_step` once before each optimizer step, on every rank. Raises GuardError when installed."""
-        ...
 
     def remove(self) -> None:
         """Take the hook out; does nothing when there is none."""
-        ...
 
     def gradient(self) -> list[Tensor]:
         """This rank's share of the accumulated gradient times `loss_scale`: aliases, to be written to through `add_`.
 
         Only inside `before_step`. A parameter that no loss reached counts as zero.
         """
-        ...
 
     def loss_scale(self) -> float:
         """What `gradient` is multiplied by (fp16); 1.0 otherwise."""
-        ...
 
     def inner_products(self, pairs: Sequence[tuple[Parts, Parts]]) -> list[float]:
         """Global inner products of pairs of vectors, accumulated in float64, all in one all_reduce of scalars.
 
         The same numbers on every rank, to the last bit: ranks decide by them.
         """
-        ...
 
     def add_(self, direction: Parts, coefficient: float) -> None:
         """gradient += coefficient * direction in place, with whatever the engine derived from the gradient.
 
         The gradient is that of `gradient`, loss scale included. Coefficient 0 changes no bit.
         """
-        ...
 
     def probe_gradient(
         self, batches: Sequence[Batch], loss: Callable[[nn.Module, Batch], Tensor], dtype: Any = None
@@ -77,7 +71,6 @@ class GradientEngine(Protocol):
             FailedRefresh: where `loss` went well but not on another rank. An engine that communicates in the forward
                 pass (sharded weights) cannot know: there `loss` must raise on all ranks or on none.
         """
-        ...
 
 
 def local_inner_products(pairs: Sequence[tuple[Parts, Parts]], device: torch.device) -> Tensor:

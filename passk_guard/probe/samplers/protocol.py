@@ -39,7 +39,6 @@ class Sampler(Protocol):
     @property
     def temperature(self) -> float:
         """Sampling temperature; log-probabilities of the samples are taken at the same one."""
-        ...
 
     def sample(self, rows: Sequence[Mapping[str, Any]], num_samples: int, seed: int) -> Samples:
         """Sample n = `num_samples` completions of the prompt of each row, with `seed`.
@@ -47,11 +46,9 @@ class Sampler(Protocol):
         Model, tokenizer and torch's random generators are left as they were. With several ranks each passes the
         same number of rows, and a different seed.
         """
-        ...
 
     def check_lengths(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Raise GuardError when a prompt is empty or leaves no room for its completion."""
-        ...
 
 
 def refuse_misfits(lengths: Sequence[int], context: int | None, max_new_tokens: int, argument: str) -> None:
