@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from passk_guard.reporting.html.page import page_kind
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import cut_unfinished, write_whole
-from passk_guard.utils.text import describe_invalid, one_line
+from passk_guard.utils.text import describe_invalid, first_of, one_line
 
 JSON_NAME, PAGE_NAME, ROLLOUTS_NAME = "analysis.json", "analysis.html", "rollouts"
 PAGE_KIND = "analysis"
@@ -45,10 +45,9 @@ def check_folder(folder: Path, fingerprint: str, settings: dict[str, Any], *, fo
         return
     foreign = sorted(entry.name for entry in folder.iterdir() if not _ours(entry))
     if foreign:
-        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise GuardError(
-            f"Expected an empty output folder, or one of an earlier analysis; found {shown} in {str(folder)!r}. "
-            "Pass another folder, or --force (force=True) to write next to them."
+            f"Expected an empty output folder, or one of an earlier analysis; found {first_of(foreign, 3)} in "
+            f"{str(folder)!r}. Pass another folder, or --force (force=True) to write next to them."
         )
     if (folder / JSON_NAME).exists():
         _check_finished(folder / JSON_NAME, fingerprint, settings)
