@@ -6,7 +6,6 @@ import base64
 import math
 import struct
 import zlib
-from collections.abc import Sequence
 
 import torch
 from markupsafe import Markup
@@ -20,42 +19,31 @@ _LARGEST = 400  # rows and columns that are drawn one by one; more are averaged
 _WIDTH, _SIDE, _LEFT, _TOP = 640, 400, 96, 12
 
 
-def heat_map(
-    matrix: Tensor,
-    *,
-    alt: str,
-    title: str = "",
-    label: str = "prompt",
-    boundaries: Sequence[int] = (),
-    caption: str = "",
-) -> Markup:
+def heat_map(matrix: Tensor, *, alt: str, title: str = "", label: str = "prompt") -> Markup:
     """Rows downwards, columns to the right, in colours around zero, full from the 98% quantile of |value| on.
 
     Args:
         matrix: [m, m] real numbers, m >= 1; NaN is grey.
         alt: what the picture shows, for those who do not see it.
-        title: above the picture; `label`: beneath and beside it; `caption`: further text beneath.
-        boundaries: row and column numbers before which a group begins, marked by lines.
+        title: above the picture. label: beneath and beside it.
     """
     small, block = averaged_down(matrix, _LARGEST)
     top = colour_limit(small)
     beside = f"translate(18 {_TOP + _SIDE / 2}) rotate(-90)"
     parts = [
         _image(signed_pixels(small, top), _LEFT, _SIDE, crisp=len(small) <= 200),
-        *_edges([b / len(matrix) * _SIDE for b in boundaries if 0 < b < len(matrix)]),
         tag("rect", x=_LEFT, y=_TOP, width=_SIDE, height=_SIDE, class_="frame"),
         *_ticks(len(matrix)),
         tag("text", label, x=_LEFT + _SIDE / 2, y=_TOP + _SIDE + 48, text_anchor="middle", class_="axis-name"),
         tag("text", label, text_anchor="middle", class_="axis-name", transform=beside),
         *_colour_bar(top),
     ]
-    beneath = tag("div", " ".join(_remarks(small, top, block, caption)), class_="note")
+    beneath = tag("div", " ".join(_remarks(small, top, block)), class_="note")
     return figure(parts, beneath, title=title, alt=alt, size=(_WIDTH, _TOP + _SIDE + 56))
 
 
-def _remarks(values: Tensor, top: float, block: int, caption: str) -> list[str]:
-    remarks = [caption] if caption else []
-    remarks.append("Vermillion: below zero, blue: above.")
+def _remarks(values: Tensor, top: float, block: int) -> list[str]:
+    remarks = ["Vermillion: below zero, blue: above."]
     if block > 1:
         remarks.append(f"Each cell is the mean of {block} x {block} entries.")
     beyond = float((values.abs() > top).double().mean())
@@ -81,15 +69,6 @@ def _ticks(count: int) -> list[Markup]:
         x, y = round(_LEFT + at, 1), round(_TOP + at + 5, 1)
         parts.append(tag("text", value, x=x, y=_TOP + _SIDE + 22, text_anchor="middle", class_=class_))
         parts.append(tag("text", value, x=_LEFT - 8, y=y, text_anchor="end", class_="tick"))
-    return parts
-
-
-def _edges(places: Sequence[float]) -> list[Markup]:
-    parts = []
-    for at in places:
-        x, y = round(_LEFT + at, 1), round(_TOP + at, 1)
-        parts.append(tag("line", x1=_LEFT, x2=_LEFT + _SIDE, y1=y, y2=y, class_="edge"))
-        parts.append(tag("line", x1=x, x2=x, y1=_TOP, y2=_TOP + _SIDE, class_="edge"))
     return parts
 
 

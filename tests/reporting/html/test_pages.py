@@ -35,7 +35,7 @@ def charts(text):
         line_chart([Series(text, xs, ys)], markers=[mark], levels=[level], y_label=text, **axes),
         scatter([Points(text, xs, ys, [text] * 3)], levels=[level], y_label=text, **axes),
         histogram([Distribution(text, ys)], [mark], y_label=text, **axes),
-        heat_map(torch.tensor([[1.0, -1.0]] * 2), alt=text, title=text, label=text, caption=text),
+        heat_map(torch.tensor([[1.0, -1.0]] * 2), alt=text, title=text, label=text),
     ]
 
 
