@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from passk_guard.estimation.evidence import Check
-from passk_guard.estimation.jackknife import jackknife_overshoot
-from passk_guard.estimation.ustatistics import Moments
+from passk_guard.estimation.ustatistics import Moments, jackknife_overshoot
 from passk_guard.passk.closed_forms import sample_coefficients
 
 

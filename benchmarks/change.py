@@ -30,10 +30,9 @@ from examples.interference.train import train
 from examples.interference.warm_start import warm_start
 from passk_guard.change import ChangeSums, Fused, estimate_change, estimate_level
 from passk_guard.estimation.intervals import student_t_quantile
-from passk_guard.probe.held_out import HeldOut
-from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.prompts import HeldOut, ProbeSet
+from passk_guard.probe.records import padding_token
 from passk_guard.probe.rescoring import Rescorer, Window
-from passk_guard.probe.rollout_checks import padding_token
 from passk_guard.probe.samplers import TRLSampler
 from passk_guard.probe.verifier import Verifier
 from passk_guard.utils.isolation import seeded, untouched

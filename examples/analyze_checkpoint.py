@@ -23,7 +23,7 @@ from examples.interference.exact import gradient_cosine
 from examples.interference.task import correct, make_prompts
 from examples.interference.warm_start import warm_start
 from passk_guard.analysis import Analysis, analyze
-from passk_guard.analysis.terminal import print_analysis
+from passk_guard.analysis.words import print_analysis
 
 KS = (1, 2, 3, 4, 8, 16)
 

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from passk_guard.mitigation import combine, project_gradient, smooth_floor, solve_floor
     from passk_guard.mitigation.objective import PassKObjective
     from passk_guard.passk import Weighting, named_weighting
-    from passk_guard.passk.closed_forms import pass_at_k, passk_advantages, passk_weight
-    from passk_guard.passk.population import population_conflict
+    from passk_guard.passk.closed_forms import pass_at_k, passk_advantages, passk_weight, population_conflict
     from passk_guard.probe.prompts import ProbeSet
     from passk_guard.probe.samplers import GenerateSampler, Sampler, TRLSampler
     from passk_guard.probe.verifier import Verifier
@@ -38,8 +37,7 @@ _PLACES = {
     "mitigation": ("combine", "project_gradient", "smooth_floor", "solve_floor"),
     "mitigation.objective": ("PassKObjective",),
     "passk": ("Weighting", "named_weighting"),
-    "passk.closed_forms": ("pass_at_k", "passk_advantages", "passk_weight"),
-    "passk.population": ("population_conflict",),
+    "passk.closed_forms": ("pass_at_k", "passk_advantages", "passk_weight", "population_conflict"),
     "probe.prompts": ("ProbeSet",),
     "probe.samplers": ("GenerateSampler", "Sampler", "TRLSampler"),
     "probe.verifier": ("Verifier",),

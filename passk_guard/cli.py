@@ -179,7 +179,7 @@ def _analyze(
     from passk_guard.analysis.load import import_function, load_model, load_tokenizer
     from passk_guard.analysis.run import choose_prompts
     from passk_guard.analysis.store import JSON_NAME, PAGE_NAME
-    from passk_guard.analysis.terminal import print_analysis
+    from passk_guard.analysis.words import print_analysis
     from passk_guard.probe.prompts import ProbeSet
     from passk_guard.probe.verifier import resolve_verifier
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from passk_guard.analysis.results import Number
 from passk_guard.estimation.agreement import informative
 from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
-from passk_guard.estimation.jackknife import jackknife_overshoot
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.estimation.ustatistics import Moments, coefficients, prompt_kernel
+from passk_guard.estimation.ustatistics import coefficients, moments_of
 
 
 def gradient_row(probe: ProbeGram, k: int) -> Tensor:
@@ -30,11 +29,6 @@ def off_diagonal_rows(kernel: Tensor) -> tuple[Tensor, Tensor]:
     return means, (squares / ((m - 1) * max(m - 2, 1))).sqrt()
 
 
-def normal_quantile(confidence: float) -> float:
-    """Quantile of the standard normal distribution for a two-sided interval."""
-    return float(torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64)))
-
-
 def mean(values: Tensor, confidence: float, *, low: float = -math.inf, high: float = math.inf) -> Number:
     """Mean of independent values [m] with its standard error and Student's interval, cut to [low, high].
 
@@ -49,7 +43,7 @@ def mean(values: Tensor, confidence: float, *, low: float = -math.inf, high: flo
 
 def wilson(correct: int, samples: int, confidence: float) -> Number:
     """c/n with Wilson's interval (1927), which stays inside [0, 1] and opens at c = 0 and c = n."""
-    z, p = normal_quantile(confidence), correct / samples
+    z, p = student_t_quantile((1 + confidence) / 2, math.inf), correct / samples
     centre = (p + z * z / (2 * samples)) / (1 + z * z / samples)
     room = z / (1 + z * z / samples) * math.sqrt(p * (1 - p) / samples + z * z / (4 * samples**2))
     low = 0.0 if correct == 0 else max(0.0, centre - room)
@@ -93,14 +87,10 @@ def angle(probe: ProbeGram, left: Tensor, right: Tensor, confidence: float) -> N
     """
     if int(informative(probe).sum()) < 3:
         return Number()
-    pairs = [(left, right), (right, right), (left, left)]
-    kernels = [prompt_kernel(probe, *pair) for pair in pairs]
-    values, changes = zip(*(_statistic(kernel) for kernel in kernels), strict=True)
-    value, influence = torch.stack(values), torch.stack(changes)
+    moments = moments_of(probe, left[None], right[None])
+    value = moments.value[0]
     if not bool((value[1:] > 0).all()):
         return Number()
-    symmetric = torch.stack([(kernel + kernel.T) / 2 for kernel in kernels])
-    moments = Moments(value[None], influence.T[:, None], value[None], lambda: jackknife_overshoot(symmetric)[:, None])
     covariance = moments.covariance[0]
     cosine, error = corrected_cosine(value, covariance)
     degrees = float(moments.degrees_at(torch.tensor([cosine], dtype=torch.float64))[0])
@@ -108,11 +98,3 @@ def angle(probe: ProbeGram, left: Tensor, right: Tensor, confidence: float) -> N
     if (low, high) == (-1.0, 1.0):
         return Number()
     return Number(cosine, error, low, high)
-
-
-def _statistic(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean off the diagonal, and [m] what it is with each prompt left out."""
-    m = kernel.shape[0]
-    others = kernel - torch.diag(kernel.diagonal())
-    total = others.sum()
-    return total / (m * (m - 1)), (total - others.sum(0) - others.sum(1)) / ((m - 1) * (m - 2))

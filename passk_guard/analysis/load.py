@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from passk_guard.utils.errors import GuardError
-from passk_guard.utils.text import describe_error
+from passk_guard.utils.text import describe_error, first_of
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -200,8 +200,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _listed(place: Path) -> str:
-    names = sorted(entry.name for entry in place.iterdir())
-    return "nothing" if not names else ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return first_of(sorted(entry.name for entry in place.iterdir()), 6) or "nothing"
 
 
 def last_hidden_layer(model: nn.Module) -> nn.Module:

@@ -28,9 +28,8 @@ from passk_guard.estimation.noise import measure_noise
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.probe.progress import SketchWithBar, bar, wanted
 from passk_guard.probe.prompts import ProbeSet
-from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.records import Outcomes, Rollouts, check_rollouts, limits_of, padding_token
 from passk_guard.probe.refresh import Refresh, Refresher
-from passk_guard.probe.rollout_checks import check_rollouts, limits_of, padding_token
 from passk_guard.probe.samplers import GenerateSampler, Sampler
 from passk_guard.probe.verifier import Verifier, resolve_verifier
 from passk_guard.utils.errors import FailedRefresh, GuardError

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from passk_guard.reporting.html.page import page_kind
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import cut_unfinished, write_whole
-from passk_guard.utils.text import describe_invalid, one_line
+from passk_guard.utils.text import describe_invalid, first_of, one_line
 
 JSON_NAME, PAGE_NAME, ROLLOUTS_NAME = "analysis.json", "analysis.html", "rollouts"
 PAGE_KIND = "analysis"
@@ -45,10 +45,9 @@ def check_folder(folder: Path, fingerprint: str, settings: dict[str, Any], *, fo
         return
     foreign = sorted(entry.name for entry in folder.iterdir() if not _ours(entry))
     if foreign:
-        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise GuardError(
-            f"Expected an empty output folder, or one of an earlier analysis; found {shown} in {str(folder)!r}. "
-            "Pass another folder, or --force (force=True) to write next to them."
+            f"Expected an empty output folder, or one of an earlier analysis; found {first_of(foreign, 3)} in "
+            f"{str(folder)!r}. Pass another folder, or --force (force=True) to write next to them."
         )
     if (folder / JSON_NAME).exists():
         _check_finished(folder / JSON_NAME, fingerprint, settings)
@@ -83,7 +82,9 @@ def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
-        digest.update(_canonical(_without_places(config.to_dict())))
+        # Where a model was loaded from, and by which version, does not change what it computes.
+        settings = {n: v for n, v in config.to_dict().items() if n not in ("_name_or_path", "transformers_version")}
+        digest.update(_canonical(settings))
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -94,11 +95,6 @@ def model_fingerprint(model: nn.Module) -> str:
 def keys_fingerprint(keys: Sequence[str]) -> str:
     """32 hexadecimal digits from the keys of the prompts, in order."""
     return hashlib.blake2b(_canonical(list(keys)), digest_size=16).hexdigest()
-
-
-def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    # Where a model was loaded from, and by which version, does not change what it computes.
-    return {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
 
 
 def _canonical(value: Any) -> bytes:

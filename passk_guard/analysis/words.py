@@ -1,14 +1,22 @@
-"""The numbers of an analysis as text: with their uncertainty, as verdicts, as undetermined."""
+"""The numbers of an analysis as text: with their uncertainty, as verdicts, as undetermined, as tables in a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from passk_guard.reporting.html.axes import write_number
+from passk_guard.utils.errors import GuardError
+from passk_guard.utils.text import plain_text
+
+if TYPE_CHECKING:
+    from passk_guard.analysis.results import Analysis
 
 UNDETERMINED = "undetermined"
 _TIED = "\u00a0"  # keeps an interval on one line of a narrow column
+_PROMPTS = 10
+_STYLES = {"bad": "bold red", "good": "green", "": "yellow"}
 Data = Mapping[str, Any]
 
 
@@ -123,3 +131,103 @@ def _fixed(number: float, digits: int) -> str:
 def _short(number: float) -> str:
     text = f"{number:.0f}" if 100 <= abs(number) < 1e6 else f"{number:.2g}"
     return text.replace("-", "−")
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Headings and rows of text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def print_analysis(analysis: Analysis, file: Any = None) -> None:
+    """Print the verdict and the tables with rich.
+
+    Args:
+        analysis: of one checkpoint.
+        file: a text stream; standard output by default.
+
+    Raises:
+        GuardError: rich is not installed.
+    """
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError as error:
+        raise GuardError("Expected rich, to print tables. pip install 'passk-guard[report]'") from error
+    console, data = Console(file=file, highlight=False), analysis.to_dict()
+    sentence, kind = verdict(data)
+    console.print(Text(plain_text(sentence), style=_STYLES[kind]))
+    console.print(Text(plain_text(_about(data)), style="dim"))
+    for content in tables(data):
+        # Text and not str: rich reads "[...]" in a str as markup.
+        table = Table(title=Text(content.title), title_justify="left")
+        for column, cells in zip(content.columns, zip(*content.rows, strict=True), strict=True):
+            table.add_column(Text(column), overflow="fold", min_width=_longest_word(cells))
+        for row in content.rows:
+            table.add_row(*(Text(plain_text(cell)) for cell in row))
+        console.print(table)
+
+
+def _longest_word(cells: Iterable[str]) -> int:
+    """Room for a status on one line; longer words may be folded."""
+    return min(12, max(len(word) for cell in cells for word in plain_text(cell).split(" ")))
+
+
+def tables(data: Data) -> Iterator[TextTable]:
+    """The tables of an analysis that have rows."""
+    for table in (_at_k(data), _prompts(data), _mitigations(data)):
+        if table.rows:
+            yield table
+
+
+def _about(data: Data) -> str:
+    remark = f" {data['remark']}." if data["remark"] else ""
+    return (
+        f"{data['model']['name']}: {data['num_prompts']} prompts x {data['settings']['num_samples']} samples; "
+        f"{data['never_solved']} never solved, {data['always_solved']} always, {data['left_out']} left out.{remark}"
+    )
+
+
+def _at_k(data: Data) -> TextTable:
+    rows = [
+        (
+            str(at["k"]),
+            with_interval(at["pass_rate"]),
+            "1" if at["k"] == 1 else with_interval(at["mean_weight"], 2),
+            "" if at["status"] is None else with_interval(at["cosine"], 2),
+            at["status"] or "",
+        )
+        for at in data["at_k"]
+    ]
+    title = f"pass@k and its angle to pass@1, {level(data)} intervals. {k_star(data)}"
+    return TextTable(title, ("k", "pass@k", "E[w_k]", "cos(∇J_k, ∇J_1)", "status"), rows)
+
+
+def _prompts(data: Data) -> TextTable:
+    texts = {p["place"]: p["text"] for p in data["prompts"]}
+    rows = [
+        (
+            excerpt(p["text"], 60),
+            with_interval(p["share"], 2),
+            with_interval(p["pass_rate"], 2),
+            with_interval(p["weight"], 2),
+            scientific(p["agreement"]),
+            hurt(p, texts, 24, most=1),
+        )
+        for p in most_negative(data, _PROMPTS)
+    ]
+    columns = ("prompt", "share of the conflict", "p-hat", "w_k", "agreement", "hurts most")
+    return TextTable("The most negatively interfering prompts", columns, rows)
+
+
+def _mitigations(data: Data) -> TextTable:
+    rows = [
+        (p["name"], p["setting"], with_interval(p["cosine"], 2), with_interval(p["kept"], 2), p["note"])
+        for p in data["predictions"]
+    ]
+    columns = ("mitigation", "setting", "cosine to expect", "pass@k gain kept", "note")
+    return TextTable("What the mitigations would do", columns, rows)

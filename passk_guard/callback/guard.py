@@ -26,14 +26,13 @@ from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
 from passk_guard.planning import decision_rule, outlook
-from passk_guard.probe.held_out import HeldOut
 from passk_guard.probe.out_of_memory import until_it_fits
 from passk_guard.probe.progress import sampling_bar, wanted
-from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.prompts import HeldOut
+from passk_guard.probe.records import Outcomes, Rollouts, check_rollouts, limits_of, padding_token
 from passk_guard.probe.refresh import Refresh, Refresher
 from passk_guard.probe.rescoring import Rescorer
 from passk_guard.probe.reuse import RolloutKeeper
-from passk_guard.probe.rollout_checks import check_rollouts, limits_of, padding_token
 from passk_guard.probe.samplers import BatchTap, Sampler
 from passk_guard.reporting import Reporter
 from passk_guard.sketch import ScoreSketcher
@@ -328,7 +327,8 @@ class PassKGuardCallback(TrainerCallback):
     def _report_window(self, window: WindowResult, control: Any, seconds: float) -> None:
         """Report what the updates did; end the training where the user asked for it."""
         details = window.details(self._change.prompt)
-        self._reporter.window(window.ended, window.metrics, remark=window.reason, seconds=seconds, **details)
+        metrics = window.metrics | {"probe_seconds": seconds}
+        self._reporter.window(window.ended, metrics, remark=window.reason, **details)
         if window.verdict.changed:
             action = self._mitigator.action(self.memory)
             before, after = window.verdict.previous, window.verdict.outcome

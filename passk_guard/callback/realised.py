@@ -29,7 +29,7 @@ from passk_guard.change import (
 )
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.evidence import Check, RunEvidence
-from passk_guard.probe.held_out import HeldOut
+from passk_guard.probe.prompts import HeldOut
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.rescoring import Rescorer, Window, load_window, save_window
 from passk_guard.utils.errors import FailedRefresh, GuardError

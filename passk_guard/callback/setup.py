@@ -7,8 +7,7 @@ from typing import Any
 
 from passk_guard.config import GuardConfig
 from passk_guard.mitigation.objective import PassKObjective
-from passk_guard.probe.held_out import HeldOut
-from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.prompts import HeldOut, ProbeSet
 from passk_guard.probe.samplers import Sampler, TRLSampler, choose_sampler
 from passk_guard.probe.verifier import Verifier, resolve_verifier
 from passk_guard.sketch.coverage import SHARDED_NEEDS

@@ -3,7 +3,7 @@ r"""The realised change: what the updates did to pass@1 and pass@k, from complet
 Completions of held-out prompts, drawn from $\pi_t$ and scored again under $\pi_{t+1}$, say without bias how much
 pass@1 and pass@k changed between, for any objective, optimizer and engine. Three conditions: they must not have
 steered the updates between, both scores are of the policy that drew them, and the ratios are those of whole sequences
-at the sampling temperature. `per_prompt` has the forms and `controls` what takes noise off them.
+at the sampling temperature. `per_prompt` has the forms, and the controls that take noise off them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from passk_guard.change.controls import adjusted
-from passk_guard.change.per_prompt import prompt_changes
+from passk_guard.change.per_prompt import adjusted, prompt_changes
 from passk_guard.change.samples import Samples, checked_samples
 from passk_guard.passk.closed_forms import pass_at_k
 from passk_guard.passk.importance import effective_share

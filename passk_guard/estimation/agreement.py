@@ -68,9 +68,3 @@ def weight_and_agreement(probes: Sequence[ProbeGram], k: int) -> dict[str, Any]:
         mean_weight += m / total * float(weight.mean())
         covariance += m / total * (inner - triples)
     return {"mean_weight": mean_weight, "weight_agreement_cov": covariance}
-
-
-def mean_positive_and_negative(probe: ProbeGram) -> tuple[float, float]:
-    """A+ = E[max(a, 0)] and A- = E[max(-a, 0)] of the agreement scores; noise in the scores raises both alike."""
-    agreement = agreement_sums(probe) / (probe.num_samples.numel() - 1)
-    return float(agreement.clamp(min=0).mean()), float((-agreement).clamp(min=0).mean())

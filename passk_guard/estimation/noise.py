@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -61,15 +61,8 @@ class Noise:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for JSON; `planning.inputs.read_noise` is the inverse."""
-        return {
-            "prompts": self.prompts,
-            "value": self.value.tolist(),
-            "linear": self.linear.tolist(),
-            "degenerate": self.degenerate.tolist(),
-            "degrees": self.degrees,
-            "solved": self.solved,
-            "failed": self.failed,
-        }
+        values = {name: value for name, value in vars(self).items() if name != "refreshes"}
+        return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in values.items()}
 
 
 def measure_noise(probe: ProbeGram, k: int) -> Noise | None:
@@ -110,17 +103,12 @@ def average_noise(parts: Sequence[Noise]) -> Noise:
     weights = torch.tensor([part.prompts * part.refreshes for part in parts], dtype=torch.float64)
     weights = weights / weights.sum()
 
-    def mean(name: str) -> Tensor:
+    def mean(name: str) -> Any:
         values = torch.stack([torch.as_tensor(getattr(part, name), dtype=torch.float64) for part in parts])
-        return torch.tensordot(weights, values, dims=1)
+        found = torch.tensordot(weights, values, dims=1)
+        return found if found.ndim else float(found)
 
     return Noise(
-        prompts=float(mean("prompts")),
         refreshes=sum(part.refreshes for part in parts),
-        value=mean("value"),
-        linear=mean("linear"),
-        degenerate=mean("degenerate"),
-        degrees=float(mean("degrees")),
-        solved=float(mean("solved")),
-        failed=float(mean("failed")),
+        **{field.name: mean(field.name) for field in fields(Noise) if field.name != "refreshes"},
     )

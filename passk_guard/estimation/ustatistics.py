@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from passk_guard.estimation.jackknife import overshoot_by_rows, without_overshoot
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.passk import Weighting
 from passk_guard.passk.closed_forms import sample_coefficients
@@ -17,6 +16,7 @@ from passk_guard.passk.importance import reweighted
 from passk_guard.utils.errors import GuardError
 
 _ROWS = 64
+_LARGEST_SHARE = 0.5  # a variance that is all degenerate is counted twice, no other more often
 _REUSED = "samples of an earlier policy (`misses`). Pass the refreshes with fresh ones"
 
 Rows = Callable[[ProbeGram], Tensor]
@@ -94,10 +94,8 @@ def coefficients(probe: ProbeGram, ks: Tensor, *, floor: Tensor | None = None, c
     """[K, 2m] rows that turn the 2m score sums into g_k of each prompt: alpha+ of m prompts, then alpha-.
 
     With bounds, the prompt weight of g_k is clipped to [floor, cap] as in `sample_coefficients`. `floor` holds [F, 1]
-    floors, which give one row each at the one k.
-
-    Raises:
-        GuardError: bounds for samples of an earlier policy, for which no clipped weight is unbiased.
+    floors, which give one row each at the one k. Samples of an earlier policy, for which no clipped weight is unbiased,
+    have no bounds: GuardError.
     """
     ks = ks.cpu()
     positive, negative = sample_coefficients(probe.num_samples, probe.num_correct, ks[:, None], floor=floor, cap=cap)
@@ -162,14 +160,16 @@ def refresh_moments(probe: ProbeGram, rows: Rows) -> Moments:
         probe: m >= 3 prompts. Moments of `passk_rows` are computed once for each probe, and kept with it.
         rows: of the K gradients that are compared with g_1, e.g. `passk_rows(ks)`.
     """
-    if isinstance(rows, PassKRows):
-        return probe.keep(rows, lambda: _moments(probe, rows(probe)))
-    return _moments(probe, rows(probe))
+
+    def make() -> Moments:
+        return moments_of(probe, rows(probe), coefficients(probe, torch.ones(1, dtype=torch.int64)))
+
+    return probe.keep(rows, make) if isinstance(rows, PassKRows) else make()
 
 
-def _moments(probe: ProbeGram, many: Tensor) -> Moments:
+def moments_of(probe: ProbeGram, many: Tensor, one: Tensor) -> Moments:
+    """The same for K rows `many` [K, 2m] against the row `one` [1, 2m] of any other gradient in the place of g_1."""
     m = probe.num_samples.numel()
-    one = coefficients(probe, torch.ones(1, dtype=torch.int64))
     one_product, many_product = one @ probe.gram, many @ probe.gram
     own = torch.stack([probe.gram.diagonal()[:m], probe.gram.diagonal()[m:], probe.gram.diagonal(m)])
 
@@ -197,9 +197,9 @@ def _moments(probe: ProbeGram, many: Tensor) -> Moments:
     return Moments(value, change.transpose(0, 1).contiguous(), naive, partial(_overshoots, bare, many, one[0]))
 
 
-def _overshoots(probe: ProbeGram, many: Tensor, one: Tensor) -> Tensor:
+def _overshoots(probe: ProbeGram, rows: Tensor, one: Tensor) -> Tensor:
     """[m, K, 3, 3] for the kernels of U_k1, U_11 and U_kk."""
-    return torch.stack([_overshoot(probe, row, one) for row in many], dim=1)
+    return torch.stack([_overshoot(probe, row, one) for row in rows], dim=1)
 
 
 def _overshoot(probe: ProbeGram, many: Tensor, one: Tensor) -> Tensor:
@@ -257,3 +257,64 @@ def pooled_moments(probes: Sequence[ProbeGram], rows: Rows) -> Moments:
         naive=torch.stack([w * part.naive for w, part in weighted]).sum(0),
         find_overshoot=lambda: by_prompt([w**2 * part.overshoots for w, part in weighted]),
     )
+
+
+def jackknife_overshoot(kernels: Tensor) -> Tensor:
+    r"""[m, S, S] expected excess of the jackknife covariance of S U-statistics over their covariance: prompts' shares.
+
+    By Hoeffding (1948) the kernel of a pair splits into $h(x, y) = \theta + h_1(x) + h_1(y) + h_2(x, y)$. The
+    jackknife is right about the variance from $h_1$. It counts that of the degenerate $h_2$ twice, which is most of it
+    with few prompts or noisy gradients: $4 \zeta_2/(m(m-2))$ in place of $2 \zeta_2/(m(m-1))$ (Efron & Stein 1981,
+    *The jackknife estimate of variance*, Sec. 4). $\zeta_2$ is estimated from the residuals of the additive fit,
+    without bias. A prompt's share is that of the pairs in which it is the first, and shows the error of the sum.
+
+    Args:
+        kernels: [S, m, m] symmetric, one matrix of pair values for each statistic; the diagonals are not used.
+
+    Returns:
+        Zero for fewer than 4 prompts, where no degree of freedom is left.
+    """
+    return overshoot_by_rows([kernels], kernels.sum(2) - kernels.diagonal(dim1=1, dim2=2))
+
+
+def overshoot_by_rows(blocks: Iterable[Tensor], sums: Tensor) -> Tensor:
+    """The same from blocks of rows of the kernels, so that no m x m matrix is needed.
+
+    Args:
+        blocks: [S, b, m] consecutive rows of the kernels, from the first to the last.
+        sums: [S, m] sum of each row without its diagonal.
+    """
+    count, m = sums.shape
+    shares, first = sums.new_zeros(m, count, count), 0
+    if m < 4:
+        return shares
+    mean = sums / (m - 1)
+    overall = mean.mean(1, keepdim=True)
+    effect = (m - 1) / (m - 2) * (mean - overall)  # the best additive fit: theta + h_1(x) + h_1(y)
+    for block in blocks:
+        here = slice(first, first := first + block.shape[1])
+        residuals = block - (overall + effect)[:, None] - effect[:, here, None]
+        residuals.diagonal(here.start, 1, 2).zero_()
+        shares[here] = torch.einsum("sbm,tbm->bst", residuals, residuals)
+    return shares / (m * (m - 3)) * (4 / (m * (m - 2)) - 2 / (m * (m - 1)))
+
+
+def without_overshoot(jackknife: Tensor, overshoot: Tensor) -> Tensor:
+    """[..., S, S] jackknife - overshoot, in no direction less than half the jackknife.
+
+    Args:
+        jackknife: [..., S, S] covariance, positive semidefinite.
+        overshoot: [..., S, S] of the same statistics.
+    """
+    spread = jackknife.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    unit = torch.where(spread > 0, spread, torch.ones_like(spread))  # the statistics may differ by many powers of ten
+    scale = unit[..., :, None] * unit[..., None, :]
+    size, axes = torch.linalg.eigh(jackknife / scale)
+    size = size.clamp(min=1e-12)
+    to_white, from_white = axes / size.sqrt()[..., None, :], axes * size.sqrt()[..., None, :]
+    share = to_white.mT @ (overshoot / scale) @ to_white
+    amount, rotation = torch.linalg.eigh((share + share.mT) / 2)
+    taken = from_white @ rotation
+    kept = jackknife - scale * (taken * amount.clamp(0, _LARGEST_SHARE)[..., None, :] @ taken.mT)
+    missing = (1 - _LARGEST_SHARE) * spread.square() - kept.diagonal(dim1=-2, dim2=-1)  # rounding of what is singular
+    return kept + torch.diag_embed(missing.clamp(min=0))

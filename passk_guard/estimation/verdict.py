@@ -118,8 +118,8 @@ def step(
     """Advance the decision by one estimate; pure, so that a resumed run repeats it exactly.
 
     A new status must hold for `patience` refreshes in a row. Out of CONFLICT it takes `cooldown` refreshes in a
-    row without an established conflict, whichever of the other two they say. A void refresh is no estimate: do not
-    call this for it.
+    row without an established conflict, whichever of the other two they say. A failed refresh is no estimate: do
+    not call this for it.
 
     Args:
         state: the state so far.

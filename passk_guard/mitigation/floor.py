@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from passk_guard.estimation.agreement import mean_positive_and_negative
+from passk_guard.estimation.agreement import agreement_sums
 from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.ustatistics import Moments, coefficients, pooled_moments
@@ -197,5 +197,6 @@ def _jackknife_error(moments: Moments, gamma: float, grid: Tensor) -> float:
 
 
 def _weight_ratio_bound(probe: ProbeGram) -> float | None:
-    positive, negative = mean_positive_and_negative(probe)
+    agreement = agreement_sums(probe)
+    positive, negative = float(agreement.clamp(min=0).sum()), float((-agreement).clamp(min=0).sum())
     return positive / negative if negative > 0 else None

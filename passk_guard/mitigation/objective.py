@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -90,9 +89,7 @@ class PassKObjective:
     def __enter__(self) -> PassKObjective:
         return self.install()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def advantages(self, rewards: Tensor, num_generations: int) -> Tensor:

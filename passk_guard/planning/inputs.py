@@ -68,22 +68,13 @@ def read_noise(data: Mapping[str, Any]) -> Noise:
         GuardError: fields that are missing, or that hold anything but finite numbers in the right shapes.
     """
     try:
-        record = _NoiseRecord.model_validate(dict(data))
+        values = _NoiseRecord.model_validate(dict(data)).model_dump()
     except ValidationError as error:
         raise GuardError(
             f"Expected the noise of a refresh as a run writes it; found {describe_invalid(error)}."
         ) from None
-    tensors = {
-        name: torch.tensor(getattr(record, name), dtype=torch.float64) for name in ("value", "linear", "degenerate")
-    }
-    return Noise(
-        prompts=record.prompts,
-        refreshes=1,
-        degrees=record.degrees,
-        solved=record.solved,
-        failed=record.failed,
-        **tensors,
-    )
+    tensors = {name: torch.tensor(values[name], dtype=torch.float64) for name in ("value", "linear", "degenerate")}
+    return Noise(refreshes=1, **values | tensors)
 
 
 @dataclass(frozen=True)

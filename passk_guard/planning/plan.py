@@ -156,7 +156,9 @@ def make_plan(
         raise GuardError(f"Expected 0 < `power` <= {_MOST_POWER}; found {power}.")
     if any(m < 4 for m in prompts):
         raise GuardError(f"Expected `prompts` >= 4; found {min(prompts)}.")
-    cost, own, pooled = cost or Cost(), round(noise.prompts), _pooled_samplings(config)
+    cost, own = cost or Cost(), round(noise.prompts)
+    # Refreshes with fresh samples in the pool of a refresh that samples.
+    pooled = 1 + math.ceil((config.pool_refreshes - 1) / config.resample_refreshes)
     signal = signal_of(noise, config.confidence)
 
     def option(m: int) -> Option:
@@ -176,25 +178,12 @@ def make_plan(
         steps = None if found is None else found * config.refresh_steps * config.resample_refreshes
         return Option(m, found, low, high, steps, seconds, share)
 
-    single = {}
-    if signal.size is not None:
-        for pool in sorted({1, pooled}):
-            single[pool] = fewest_prompts(
-                noise,
-                signal.size,
-                cosine,
-                power,
-                refreshes=pool,
-                threshold=config.threshold,
-                confidence=config.confidence,
-            )
+    limits = {"threshold": config.threshold, "confidence": config.confidence}
+    single: dict[int, int | None] = {}
+    if (size := signal.size) is not None:
+        single = {n: fewest_prompts(noise, size, cosine, power, refreshes=n, **limits) for n in sorted({1, pooled})}
     options = [option(m) for m in sorted({*prompts, own})]
     return Plan(config, cosine, power, noise, signal, options, single, cost)
-
-
-def _pooled_samplings(config: GuardConfig) -> int:
-    """Refreshes with fresh samples in the pool of a refresh that samples."""
-    return 1 + math.ceil((config.pool_refreshes - 1) / config.resample_refreshes)
 
 
 def decision_rule(config: GuardConfig) -> DecisionRule:

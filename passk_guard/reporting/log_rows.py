@@ -72,19 +72,12 @@ def state_change(
     A CONFLICT names `run_p_value`, which established it, where the rule is one for the whole run.
     """
     source = "" if held_out else " (training batch, not held out)"
-    why = ""
+    low, high, why = estimate.ci_low, estimate.ci_high, ""
     if verdict == "conflict" and run_p_value is not None:
         why = f"; p = {run_p_value:.2g} over the whole run"
-    elif _needs_a_reason(verdict, estimate):
-        why = f"; {estimate.reason}"
+    elif low is not None and high is not None and (verdict == "undetermined" or low <= estimate.threshold <= high):
+        why = f"; {estimate.reason}"  # the interval alone does not explain a verdict that one-sided bounds decide
     return f"passk_guard step {step}: {verdict.upper()} {describe_estimate(estimate)}{source}{why}; action: {action}"
-
-
-def _needs_a_reason(verdict: Status, estimate: ConflictEstimate) -> bool:
-    """Where the interval alone does not explain the verdict, which one-sided bounds decide."""
-    if estimate.ci_low is None or estimate.ci_high is None:
-        return False
-    return verdict == "undetermined" or estimate.ci_low <= estimate.threshold <= estimate.ci_high
 
 
 class LogRows:

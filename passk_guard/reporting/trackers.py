@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from passk_guard.estimation.records import ConflictCurve, ConflictEstimate, ProbeGram
+from passk_guard.reporting.html.heat_map import NEGATIVE, POSITIVE, UNDEFINED, colour_limit
 from passk_guard.reporting.log_rows import PREFIX
-from passk_guard.reporting.pixels import NEGATIVE, POSITIVE, UNDEFINED, colour_limit
-from passk_guard.utils.text import describe_error
+from passk_guard.utils.text import Once, describe_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ class Images:
     def __init__(self, trainer: Any, every: int) -> None:
         self._trainer, self._every = trainer, every
         self._seen = 0
-        self._logged: set[str] = set()
+        self._logged = Once()
 
     def refresh(self, step: int, estimate: ConflictEstimate, probe: ProbeGram | None = None) -> list[str]:
         """Count a refresh that has a kernel and, where it is due, send its pictures; return whom they reached.
@@ -141,8 +141,7 @@ class Images:
         return True
 
     def _warn(self, what: str, error: Exception) -> None:
-        if what not in self._logged:
-            self._logged.add(what)
+        if self._logged.new(what):
             logger.warning("passk_guard: %s: %s", what, describe_error(error))
 
     def _trackers(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from passk_guard.sketch.head import head_of
 from passk_guard.sketch.layers import Use, find_uses
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.private_api import requires
+from passk_guard.utils.text import first_of
 
 WARN_BELOW = 0.95
 SHARDED_NEEDS = requires(
@@ -131,7 +132,4 @@ def _largest_first(names: Iterable[str], sizes: Mapping[str, int]) -> list[str]:
 
 
 def _listed(names: Iterable[str], sizes: Mapping[str, int]) -> str:
-    ordered = _largest_first(names, sizes)
-    shown = ", ".join(f"{name} ({sizes[name]:,})" for name in ordered[:_NAMED_IN_WARNING])
-    rest = len(ordered) - _NAMED_IN_WARNING
-    return shown + (f" and {rest} more" if rest > 0 else "")
+    return first_of((f"{name} ({sizes[name]:,})" for name in _largest_first(names, sizes)), _NAMED_IN_WARNING)

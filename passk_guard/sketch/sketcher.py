@@ -7,14 +7,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from passk_guard.sketch.accumulator import Accumulator, Layout, Projections, lay_out
+from passk_guard.sketch.accumulator import (
+    Accumulator,
+    CountSketchAccumulator,
+    IdentityAccumulator,
+    Layout,
+    Projections,
+    lay_out,
+)
 from passk_guard.sketch.backward import score_pass
-from passk_guard.sketch.batches import TokenBatch
-from passk_guard.sketch.checks import check_batch, check_dim, check_log_probs, check_prompts
-from passk_guard.sketch.countsketch import CountSketchAccumulator, IdentityAccumulator
+from passk_guard.sketch.batches import TokenBatch, check_batch, check_dim, check_log_probs, check_prompts
 from passk_guard.sketch.coverage import Coverage, find_sketched_parameters, warn_if_low, warn_missed
 from passk_guard.sketch.kronecker import KroneckerAccumulator
 from passk_guard.utils.errors import FailedRefresh, GuardError
+from passk_guard.utils.text import first_of
 
 Method = Literal["kronecker", "countsketch", "identity"]
 
@@ -197,10 +203,7 @@ def _check_finite(sketch: Tensor, log_probs: Tensor) -> None:
     if bool(sketch.isfinite().all()):
         return
     found = (~log_probs.isfinite()).nonzero().flatten().tolist()
-    shown = ", ".join(map(str, found[:10])) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
-    cause = (
-        f"log pi(y|x) is not finite for samples {shown} of the batch"
-        if found
-        else "every log-probability is finite, so the backward overflowed"
-    )
+    cause = "every log-probability is finite, so the backward overflowed"
+    if found:
+        cause = f"log pi(y|x) is not finite for samples {first_of(found, 10)} of the batch"
     raise FailedRefresh(f"The sketched score vectors hold NaN or infinity: {cause}.")

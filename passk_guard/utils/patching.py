@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Hashable
-from types import TracebackType
 from typing import Any
 
 from passk_guard.utils.errors import GuardError
@@ -32,22 +31,14 @@ class MethodPatch:
     """
 
     def __init__(
-        self,
-        obj: Any,
-        name: str,
-        make_wrapper: Callable[[Method], Method],
-        *,
-        owner: Hashable = "passk_guard",
+        self, obj: Any, name: str, make_wrapper: Callable[[Method], Method], *, owner: Hashable = "passk_guard"
     ) -> None:
         if not callable(getattr(obj, name, None)):
             raise GuardError(
                 f"Expected an object with a method `{name}`; found {type(obj).__name__}, which has none. "
                 "Pass a trainer or engine that this version of the guard supports."
             )
-        self.obj = obj
-        self.name = name
-        self.owner = owner
-        self._make_wrapper = make_wrapper
+        self.obj, self.name, self.owner, self._make_wrapper = obj, name, owner, make_wrapper
         self._layer: _Layer | None = None
 
     @property
@@ -82,9 +73,7 @@ class MethodPatch:
     def __enter__(self) -> MethodPatch:
         return self.install()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 _LONGEST = 2000
@@ -47,6 +48,12 @@ def describe_invalid(error: Any, most: int = 3) -> str:
         name, text = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
         texts.append(f"`{name}`: {text}; found {brief(problem['input'])}" if name else text)
     return one_line("; ".join(texts)) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
+
+
+def first_of(names: Iterable[Any], most: int) -> str:
+    """`a, b and 3 more`."""
+    known = list(map(str, names))
+    return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
 
 
 class Once:

@@ -7,7 +7,7 @@ import pytest
 
 from passk_guard.analysis import words
 from passk_guard.analysis.page import analysis_page
-from passk_guard.analysis.terminal import print_analysis, tables
+from passk_guard.analysis.words import print_analysis, tables
 from passk_guard.utils.text import plain_text
 from tests.analysis.cases import synthetic
 

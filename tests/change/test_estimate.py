@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from passk_guard import GuardError
-from passk_guard.change import controls, estimate_change, estimate_level
+from passk_guard.change import estimate_change, estimate_level, per_prompt
 from passk_guard.change.per_prompt import prompt_changes
 from passk_guard.estimation.intervals import student_t_quantile
 from tests.change.worlds import World, every_draw
@@ -31,7 +31,7 @@ def two_completions(policy):
 
 @pytest.mark.parametrize(("sizes", "kinds"), [((2, 2, 2), 3), ((3, 2, 2, 1), 2)], ids=["equal", "varying"])
 def test_exactly_unbiased_with_coefficients_fitted_on_the_other_prompts(sizes, kinds, monkeypatch):
-    monkeypatch.setattr(controls, "_FEWEST_PROMPTS", 3)
+    monkeypatch.setattr(per_prompt, "_FEWEST_PROMPTS", 3)
     m, most = len(sizes), max(sizes)
     then, now, right = THEN[:m], NOW[:m], RIGHT[:m]
     if kinds == 2:

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard import GuardConfig, PassKGuardCallback
-from passk_guard.mitigation.engines import inner_products
+from passk_guard.mitigation.engines import protocol
 from passk_guard.mitigation.engines.backward import BackwardEngine
 from passk_guard.reporting.journal import JOURNAL_NAME
 from passk_guard.sketch import ScoreSketcher
@@ -120,7 +120,7 @@ def gradient_is_infinite_in_training(stack, trainer, given):
 @fault(gives_up=False)
 def inner_products_fail(stack, trainer, given):
     """Fail on rank 0 and outside the refresh: rank 0's numbers count where all ranks hold the same gradient."""
-    dots, refresh, probing = inner_products._dots, PassKGuardCallback._refresh, []
+    dots, refresh, probing = protocol._dots, PassKGuardCallback._refresh, []
 
     def dots_of_a_step(*pairs):
         return dots(*pairs) if probing else no_room()
@@ -133,7 +133,7 @@ def inner_products_fail(stack, trainer, given):
             probing.pop()
 
     if RANK == 0:
-        stack.enter_context(patch.object(inner_products, "_dots", dots_of_a_step))
+        stack.enter_context(patch.object(protocol, "_dots", dots_of_a_step))
         stack.enter_context(patch.object(PassKGuardCallback, "_refresh", refresh_with_room))
 
 

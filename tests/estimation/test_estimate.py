@@ -12,18 +12,17 @@ from passk_guard import GuardError, ProbeGram, estimate_conflict, estimate_poole
 from passk_guard.estimation import ustatistics
 from passk_guard.estimation.agreement import weight_and_agreement
 from passk_guard.estimation.evidence import conflict_check
-from passk_guard.estimation.jackknife import jackknife_overshoot
 from passk_guard.estimation.noise import measure_noise
 from passk_guard.estimation.ustatistics import (
     coefficients,
+    jackknife_overshoot,
     other_prompt_sums,
     passk_rows,
     pooled_moments,
     prompt_kernel,
     refresh_moments,
 )
-from passk_guard.passk.closed_forms import unbiased_passk_weight
-from passk_guard.passk.population import population_conflict
+from passk_guard.passk.closed_forms import population_conflict, unbiased_passk_weight
 from tests.helpers.populations import DIM, draw, population, true_moments
 
 PAPER = json.loads((Path(__file__).parents[1] / "reference" / "paper_toy.json").read_text())["float64"]
@@ -78,8 +77,13 @@ def test_leave_one_out_changes_are_what_leaving_out_does():
 
 def test_a_refresh_computes_its_moments_once(monkeypatch):
     """For the estimate, the evidence, the noise and later pools: one for k and one for the curve over k."""
-    calls, compute = [], ustatistics._moments
-    monkeypatch.setattr(ustatistics, "_moments", lambda probe, many: calls.append(len(many)) or compute(probe, many))
+    calls, compute = [], ustatistics.moments_of
+
+    def counted(probe, many, one):
+        calls.append(len(many))
+        return compute(probe, many, one)
+
+    monkeypatch.setattr(ustatistics, "moments_of", counted)
     generator = torch.Generator().manual_seed(0)
     probes = [draw(population(-0.4), 256, 16, generator) for _ in range(2)]
     assert estimate_pooled(probes[:1], 8).curve is not None

@@ -2,7 +2,7 @@
 
 import torch
 
-from passk_guard.estimation.jackknife import jackknife_overshoot, without_overshoot
+from passk_guard.estimation.ustatistics import jackknife_overshoot, without_overshoot
 
 
 def pair_means(x, y):

@@ -12,8 +12,7 @@ from examples.interference.train import build_trainer
 from examples.interference.warm_start import warm_start
 from passk_guard import ScoreSketcher
 from passk_guard.estimation.ustatistics import passk_rows, pooled_moments
-from passk_guard.probe.held_out import HeldOut
-from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.prompts import HeldOut, ProbeSet
 from passk_guard.probe.refresh import Refresher
 from passk_guard.probe.samplers import TRLSampler
 from passk_guard.probe.verifier import Verifier

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from passk_guard.mitigation.engines.inner_products import local_inner_products
+from passk_guard.mitigation.engines.protocol import local_inner_products
 from passk_guard.mitigation.gradient_guard import StepGuard
 from passk_guard.mitigation.protected_direction import Pass1Loss
 from passk_guard.probe.out_of_memory import halved, out_of_memory, until_it_fits

@@ -11,7 +11,7 @@ from passk_guard.analysis import Analysis, Settings
 from passk_guard.analysis.page import analysis_page
 from passk_guard.analysis.results import to_json
 from passk_guard.analysis.store import PromptRollouts, RolloutStore, check_folder
-from passk_guard.analysis.terminal import print_analysis
+from passk_guard.analysis.words import print_analysis
 from passk_guard.utils.errors import GuardError
 from tests.analysis.cases import synthetic
 from tests.fuzz.strategies import ANY_TEXT, JSON_VALUE, NUMBER, ODD_TEXT, SCALAR, as_json, damaged, replaced, scratch

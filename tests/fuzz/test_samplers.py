@@ -5,8 +5,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from passk_guard.probe.records import Rollouts
-from passk_guard.probe.rollout_checks import check_rollouts
+from passk_guard.probe.records import Rollouts, check_rollouts
 from passk_guard.sketch import token_batches
 from passk_guard.utils.errors import FailedRefresh
 from tests.fuzz.strategies import NUMBER, SCALAR

@@ -7,7 +7,7 @@ import torch
 
 from passk_guard.callback.state import load_memory
 from passk_guard.mitigation import projection_coefficient
-from passk_guard.mitigation.engines.inner_products import local_inner_products
+from passk_guard.mitigation.engines.protocol import local_inner_products
 from passk_guard.mitigation.gradient_guard import StepGuard
 from passk_guard.utils.ranks import Ranks
 

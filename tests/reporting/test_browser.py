@@ -67,7 +67,7 @@ def _parts():
         line_chart([Series(HOSTILE[:30], xs, xs)], [band], [Upright(5, HOSTILE)], y_label="y", **axes),
         scatter([Points("p", xs, xs, [HOSTILE] * 20)], y_label="y", **axes),
         histogram([Distribution("before", xs), Distribution("after", xs[5:])], **axes),
-        heat_map(kernel, alt=HOSTILE, title="300 prompts", boundaries=[100]),
+        heat_map(kernel, alt=HOSTILE, title="300 prompts"),
         heat_map(kernel[:20, :20], alt="k", title="20 prompts"),
         heat_map(kernel.repeat(4, 4)[:1000, :1000], alt="k", title="1000 prompts"),
     ]

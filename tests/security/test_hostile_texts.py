@@ -13,7 +13,7 @@ import torch
 
 from passk_guard.analysis import analyze
 from passk_guard.analysis.page import analysis_page
-from passk_guard.analysis.terminal import print_analysis
+from passk_guard.analysis.words import print_analysis
 from passk_guard.cli import main
 from passk_guard.probe.verifier import Verifier
 from passk_guard.reporting import Reporter

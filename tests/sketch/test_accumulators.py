@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from passk_guard.sketch.accumulator import Projections, lay_out
-from passk_guard.sketch.countsketch import CountSketchAccumulator, IdentityAccumulator
+from passk_guard.sketch.accumulator import CountSketchAccumulator, IdentityAccumulator, Projections, lay_out
 from passk_guard.sketch.kronecker import KroneckerAccumulator
 
 SQUARE, VOCABULARY, LORA_DOWN, LORA_UP = (24, 24), (200, 24), (3, 40), (40, 3)

@@ -106,7 +106,7 @@ def test_sketching_is_linear_in_the_exact_gradient(method, monkeypatch):
     model, batch = tiny_model("qwen2"), ragged_batch()
     sketcher = ScoreSketcher(model, dim=256, method=method)
     whole = sketcher.sketch(**batch, num_slots=6)
-    monkeypatch.setattr("passk_guard.sketch.countsketch._CHUNK", 100)
+    monkeypatch.setattr("passk_guard.sketch.accumulator._CHUNK", 100)
     monkeypatch.setattr("passk_guard.sketch.head._CHUNK_SCALARS", {"cpu": 200})
     monkeypatch.setattr("passk_guard.sketch.head._FEWEST_TOKENS", 1)
     assert relative_error(sketcher.sketch(**batch, num_slots=6), whole) < 1e-5

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passk_guard.mitigation.engines.inner_products import local_inner_products
-from passk_guard.mitigation.engines.protocol import Parts
-from passk_guard.utils.errors import GuardError
+from passk_guard.mitigation.engines.protocol import Parts, local_inner_products
 from passk_guard.utils.patching import Method, MethodPatch
 from passk_guard.utils.private_api import REWEIGHT, requires
 
@@ -56,11 +54,8 @@ class BackwardEngine:
 
             return backward_then_edit
 
-        if self._patch is not None:
-            raise GuardError(f"Expected one install of the {self.name} engine; it is installed. Call `remove()` first.")
-        self._patch = MethodPatch(
-            accelerator, "backward", make_wrapper, owner="passk_guard.mitigation.engines"
-        ).install()
+        patch = MethodPatch(accelerator, "backward", make_wrapper, owner="passk_guard.mitigation.engines")
+        self._patch = patch.install()
 
     def remove(self) -> None:
         if self._patch is not None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from passk_guard.probe.samplers.protocol import Samples, context_length, refuse_misfits
+from passk_guard.probe.records import context_length
+from passk_guard.probe.samplers.protocol import Samples, refuse_misfits
 from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.isolation import sampling_mode
 

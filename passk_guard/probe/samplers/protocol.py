@@ -1,4 +1,4 @@
-"""What a sampler takes and returns, and which prompts fit into a model's context."""
+"""What a sampler takes and returns, and the refusal of prompts without room in a model's context."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ class Sampler(Protocol):
     @property
     def temperature(self) -> float:
         """Sampling temperature; log-probabilities of the samples are taken at the same one."""
-        ...
 
     def sample(self, rows: Sequence[Mapping[str, Any]], num_samples: int, seed: int) -> Samples:
         """Sample n = `num_samples` completions of the prompt of each row, with `seed`.
@@ -47,17 +46,9 @@ class Sampler(Protocol):
         Model, tokenizer and torch's random generators are left as they were. With several ranks each passes the
         same number of rows, and a different seed.
         """
-        ...
 
     def check_lengths(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Raise GuardError when a prompt is empty or leaves no room for its completion."""
-        ...
-
-
-def context_length(model: Any) -> int | None:
-    """Positions the model can attend to (config.max_position_embeddings), None when its config does not give it."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
 
 
 def refuse_misfits(lengths: Sequence[int], context: int | None, max_new_tokens: int, argument: str) -> None:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from passk_guard.probe.samplers.protocol import Samples, context_length, refuse_misfits
+from passk_guard.probe.records import context_length
+from passk_guard.probe.samplers.protocol import Samples, refuse_misfits
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.isolation import attributes, sampling_mode
 from passk_guard.utils.private_api import is_trl, requires

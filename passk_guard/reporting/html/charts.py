@@ -10,8 +10,7 @@ from markupsafe import Markup
 
 from passk_guard.reporting.html import frame
 from passk_guard.reporting.html.axes import Axis, is_number, make_axis, padded, write_number
-from passk_guard.reporting.html.frame import BOTTOM, LEFT, RIGHT, TOP, Key, Level, Upright, classes, dot, swatch
-from passk_guard.reporting.html.markup import tag
+from passk_guard.reporting.html.frame import BOTTOM, LEFT, RIGHT, TOP, Key, Level, Upright, classes, dot, swatch, tag
 
 _DOTS_UP_TO = 60  # points of a curve; beyond, single points only where the curve is broken on both sides
 _LABELLED_UP_TO = 3000

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from passk_guard.reporting.html.axes import is_number, write_number
-from passk_guard.reporting.html.markup import visible
+from passk_guard.reporting.html.frame import visible
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import write_whole
 
@@ -76,12 +76,12 @@ def _kind_mark(kind: str) -> Markup:
     return Markup('<meta name="passk-guard-page" content="{}">').format(kind)
 
 
-def in_a_frame(page: str, height: int = 720) -> Markup:
+def in_a_frame(page: str) -> Markup:
     """A whole page as one element, for notebooks: its styles and its policy stay inside."""
     return Markup(
-        '<iframe srcdoc="{}" width="100%" height="{}" frameborder="0" sandbox="allow-scripts" title="passk_guard">'
+        '<iframe srcdoc="{}" width="100%" height="720" frameborder="0" sandbox="allow-scripts" title="passk_guard">'
         "</iframe>"
-    ).format(page, height)
+    ).format(page)
 
 
 def save_page(page: str, path: str | Path, *, kind: str, force: bool = False) -> Path:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from passk_guard.reporting.html.axes import make_axis
-from passk_guard.reporting.html.frame import LEFT, RIGHT, WIDTH, Key, classes, figure, legend, swatch, x_ticks
-from passk_guard.reporting.html.markup import tag
+from passk_guard.reporting.html.frame import LEFT, RIGHT, WIDTH, Key, classes, figure, legend, swatch, tag, x_ticks
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from passk_guard.mitigation.engines.inner_products import local_inner_products
 from passk_guard.mitigation.engines.native import NativeEngine
+from passk_guard.mitigation.engines.protocol import local_inner_products
 from passk_guard.utils.errors import GuardError
 from tests.mitigation.engines import oracle
 
@@ -159,7 +159,7 @@ def test_before_step_comes_with_the_last_micro_batch_only():
 
 @pytest.mark.parametrize("scale", [1e-10, 1.0, 1e15])
 def test_inner_products_are_float64(scale, monkeypatch):
-    monkeypatch.setattr("passk_guard.mitigation.engines.inner_products._CPU_SLICE", 100)
+    monkeypatch.setattr("passk_guard.mitigation.engines.protocol._CPU_SLICE", 100)
     generator = torch.Generator().manual_seed(0)
     shapes = [(30, 40), (), (7,), (0,), (3, 5)]
     a = [scale * torch.randn(shape, generator=generator) for shape in shapes]

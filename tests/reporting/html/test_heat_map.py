@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from passk_guard.reporting.html.heat_map import heat_map
-from passk_guard.reporting.pixels import averaged_down, colour_limit, encode_png, signed_pixels
+from passk_guard.reporting.html.heat_map import averaged_down, colour_limit, encode_png, heat_map, signed_pixels
 
 NAN = float("nan")
 
@@ -84,10 +83,3 @@ def test_a_small_matrix_is_shown_entry_by_entry_and_a_large_one_in_means():
     assert image_of(large).shape == (334, 334, 4)
     assert "Each cell is the mean of 3 x 3 entries" in large
     assert len(large) < 600_000
-
-
-def test_boundaries_stand_between_groups():
-    markup = heat_map(torch.eye(4), alt="a", boundaries=[0, 1, 4])
-    edges = re.findall(r'x1="(\S+)" x2="(\S+)" y1="(\S+)" y2="(\S+)" class="edge"', markup)
-    assert len(edges) == 2, "one across and one down, none at the border"
-    assert float(edges[0][2]) == 12 + 100

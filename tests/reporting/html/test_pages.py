@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from passk_guard.reporting.html.charts import Distribution, Points, Series, histogram, line_chart, scatter
-from passk_guard.reporting.html.frame import Level, Upright
+from passk_guard.reporting.html.frame import Level, Upright, escape, join, tag
 from passk_guard.reporting.html.heat_map import heat_map
-from passk_guard.reporting.html.markup import escape, join, tag
 from passk_guard.reporting.html.page import SCRIPT, STYLE, TEMPLATES, in_a_frame, page_kind, render_page
 from tests.helpers.hostile import HOSTILE, PAYLOADS, Page
 
@@ -36,7 +35,7 @@ def charts(text):
         line_chart([Series(text, xs, ys)], markers=[mark], levels=[level], y_label=text, **axes),
         scatter([Points(text, xs, ys, [text] * 3)], levels=[level], y_label=text, **axes),
         histogram([Distribution(text, ys)], [mark], y_label=text, **axes),
-        heat_map(torch.tensor([[1.0, -1.0]] * 2), alt=text, title=text, label=text, caption=text),
+        heat_map(torch.tensor([[1.0, -1.0]] * 2), alt=text, title=text, label=text),
     ]
 
 

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from passk_guard.mitigation.engines.deepspeed.restore import engine_untouched
-from passk_guard.mitigation.engines.inner_products import local_inner_products
-from passk_guard.mitigation.engines.protocol import Batch, Parts
+from passk_guard.mitigation.engines.protocol import Batch, Parts, local_inner_products
 from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.patching import Method, MethodPatch
 from passk_guard.utils.private_api import REWEIGHT, Requires, requires

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from passk_guard.mitigation.engines.deepspeed.base import DeepSpeedGradient
-from passk_guard.mitigation.engines.deepspeed.offload import Zero3Offload, Zero12Offload
-from passk_guard.mitigation.engines.deepspeed.stages import Bf16, Zero0, Zero3, Zero12
+from passk_guard.mitigation.engines.deepspeed.stages import Bf16, Zero0, Zero3, Zero3Offload, Zero12, Zero12Offload
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.private_api import REWEIGHT, installed, requires
 
