@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from passk_guard.analysis import Analysis, analyze
+    from passk_guard.analysis.compare import Comparison, compare
     from passk_guard.callback.guard import PassKGuardCallback
     from passk_guard.change import ChangeEstimate, RunChange, cumulate, estimate_change
     from passk_guard.config import Advanced, GuardConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "analysis": ("Analysis", "analyze"),
+    "analysis.compare": ("Comparison", "compare"),
     "callback.guard": ("PassKGuardCallback",),
     "change": ("ChangeEstimate", "RunChange", "cumulate", "estimate_change"),
     "config": ("Advanced", "GuardConfig"),
@@ -51,6 +53,7 @@ __all__ = [
     "Advanced",
     "Analysis",
     "ChangeEstimate",
+    "Comparison",
     "ConflictEstimate",
     "FailedRefresh",
     "GenerateSampler",
@@ -69,6 +72,7 @@ __all__ = [
     "Weighting",
     "analyze",
     "combine",
+    "compare",
     "cumulate",
     "estimate_change",
     "estimate_conflict",

@@ -1,7 +1,7 @@
-"""`passk-guard`: analyse a checkpoint, report a run, plan its probe, check settings.
+"""`passk-guard`: analyse a checkpoint, compare two, report a run, plan its probe, check settings.
 
 Each command imports what it needs when it runs: `--help` loads neither torch nor transformers nor pydantic. The
-defaults of `analyze` are those of `analysis.Settings`, which a test compares.
+defaults of `analyze` are those of `analysis.Settings` and those of `compare` are the function's, which tests check.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version as installed_version
 from itertools import takewhile
@@ -21,9 +22,30 @@ import typer
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import one_line
 
+_LOWER, _NO_ANSWER = 1, 2  # of `compare`: a gate tells a loss from an error
 _INTERRUPTED, _NO_READER = 130, 141  # as a shell reports SIGINT and SIGPIPE
 _FILES = ("model", "probe", "correct", "out", "force", "adapter", "base", "progress")
 Option, Argument = typer.Option, typer.Argument
+
+# Options of `analyze` and `compare`.
+Correct = Annotated[
+    str,
+    Option(
+        metavar="MODULE:FUNCTION",
+        help="The reward function that means correct, in TRL's signature, imported from the current directory.",
+    ),
+]
+Base = Annotated[Path | None, Option(metavar="DIR", help="Base of a PEFT adapter given as a model.")]
+Progress = Annotated[
+    bool | None, Option("--progress/--no-progress", help="Progress bars; by default in a terminal only.")
+]
+Temperature = Annotated[float, Option(help="Of the softmax.")]
+MaxNewTokens = Annotated[int, Option(help="Longest completion.")]
+BatchSize = Annotated[int, Option(help="Completions generated at once.")]
+Seed = Annotated[int, Option(help="Of the choice of prompts, the completions, and the sketch or the bootstrap.")]
+CorrectThreshold = Annotated[float, Option(help="Rewards at or above it are correct.")]
+_PROBE = "JSONL: on each line a `prompt` and the verifier's columns."
+_LIMIT = "Prompts sampled at random from the probe; all by default."
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -36,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 after a user's error, which is one line on standard error; 2 for wrong usage; 130 after
-        Ctrl-C; 141 if the reader of the output has gone.
+        Ctrl-C; 141 if the reader of the output has gone. `compare` leaves with 1 where pass@1 is lower and with 2 after
+        an error.
     """
     arguments = _one_value(list(sys.argv[1:] if argv is None else argv))
     try:
@@ -94,9 +117,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
+def _whole_numbers(text: str | None) -> tuple[int, ...] | None:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return None if text is None else tuple(int(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"expected whole numbers such as 1,2,4,8; found {text!r}") from None
 
@@ -113,30 +136,20 @@ def _program(
 @_command
 def analyze(
     model: Annotated[Path, Argument(metavar="MODEL_DIR", help="A local model, or a PEFT adapter.")],
-    probe: Annotated[Path, Option(metavar="FILE", help="JSONL: on each line a `prompt` and the verifier's columns.")],
-    correct: Annotated[
-        str,
-        Option(
-            metavar="MODULE:FUNCTION",
-            help="The reward function that means correct, in TRL's signature, imported from the current directory.",
-        ),
-    ],
+    probe: Annotated[Path, Option(metavar="FILE", help=_PROBE)],
+    correct: Correct,
     out: Annotated[Path, Option(metavar="DIR", help="Where samples and results go.")],
     force: Annotated[bool, Option("--force", help="Write into DIR although it holds other content.")] = False,
     adapter: Annotated[Path | None, Option(metavar="DIR", help="A PEFT adapter to put on MODEL_DIR.")] = None,
-    base: Annotated[Path | None, Option(metavar="DIR", help="Base of an adapter given as MODEL_DIR.")] = None,
-    progress: Annotated[
-        bool | None, Option("--progress/--no-progress", help="Progress bars; by default in a terminal only.")
-    ] = None,
+    base: Base = None,
+    progress: Progress = None,
     num_samples: Annotated[int, Option("--samples", help="Completions of each prompt.")] = 32,
-    prompts: Annotated[
-        int | None, Option(metavar="M", help="Prompts sampled at random from the probe; all by default.")
-    ] = None,
-    temperature: Annotated[float, Option(help="Of the softmax.")] = 1.0,
-    max_new_tokens: Annotated[int, Option(help="Longest completion.")] = 256,
-    batch_size: Annotated[int, Option(help="Completions generated at once.")] = 64,
-    seed: Annotated[int, Option(help="Of the choice of prompts, the completions and the sketch.")] = 0,
-    correct_threshold: Annotated[float, Option(help="Rewards at or above it are correct.")] = 1.0,
+    prompts: Annotated[int | None, Option(metavar="M", help=_LIMIT)] = None,
+    temperature: Temperature = 1.0,
+    max_new_tokens: MaxNewTokens = 256,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    correct_threshold: CorrectThreshold = 1.0,
     ks: Annotated[
         str, Option("--k", callback=_whole_numbers, metavar="K,K,...", help="Comma-separated, each at most --samples.")
     ] = "1,2,4,8,16",
@@ -209,6 +222,69 @@ def _analyze(
     state.wait_for_everyone()
     if state.num_processes > 1:
         state.destroy_process_group()
+
+
+@_command
+def compare(
+    a: Annotated[Path, Argument(metavar="A", help="A local model or a PEFT adapter, e.g. a run's start.")],
+    b: Annotated[Path, Argument(metavar="B", help="The same, e.g. the run's end.")],
+    probe: Annotated[Path, Option("--prompts", "--probe", metavar="FILE", help=_PROBE)],
+    correct: Correct,
+    base: Base = None,
+    progress: Progress = None,
+    num_samples: Annotated[int, Option("--num-samples", "--samples", help="Completions of each prompt.")] = 16,
+    prompts: Annotated[int | None, Option("--limit", metavar="M", help=_LIMIT)] = None,
+    temperature: Temperature = 1.0,
+    max_new_tokens: MaxNewTokens = 256,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    correct_threshold: CorrectThreshold = 1.0,
+    ks: Annotated[
+        str | None,
+        Option("--k", callback=_whole_numbers, metavar="K,K,...", help="Each at most --num-samples; all by default."),
+    ] = None,
+    confidence: Annotated[float, Option(help="Of the band and of the verdict on pass@1.")] = 0.95,
+    tolerance: Annotated[float, Option(help="Loss of pass@1 that is accepted.")] = 0.0,
+    format: Annotated[Literal["text", "json", "markdown"], Option(help="Of the output.")] = "text",
+) -> int:
+    """Compare pass@k of two checkpoints, as a gate.
+
+    The same prompts and seeds for both, and a band of B - A that covers all k together. Leave with 1 where pass@1 of B
+    is established to be lower than that of A by more than --tolerance, with 0 where it is not, with 2 after an error.
+    """
+    options = {name: value for name, value in dict(locals()).items() if name not in ("a", "b", "correct", "format")}
+    try:
+        shown, lower, first = _compare(a, b, correct, format, options)
+    except (GuardError, OSError) as error:
+        _complain(str(error))
+        return _NO_ANSWER
+    except Exception:  # Python would leave with 1, as after a loss
+        traceback.print_exc()
+        return _NO_ANSWER
+    if first:
+        _accept_any_terminal()
+        print(shown)
+    return _LOWER if lower else 0
+
+
+def _compare(a: Path, b: Path, correct: str, form: str, options: dict[str, Any]) -> tuple[str, bool, bool]:
+    """What to print, whether pass@1 is lower, and whether this process is the one that prints."""
+    import torch
+    from accelerate import PartialState
+    from transformers.utils import logging
+
+    from passk_guard.analysis.compare import compare as compare_models
+    from passk_guard.analysis.load import import_function
+
+    function = import_function(correct)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    logging.set_verbosity_error()
+    found = compare_models(a, b, options.pop("probe"), function, **options)
+    state.wait_for_everyone()
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    shown = {"text": found.text, "markdown": found.markdown, "json": found.to_json}[form]()
+    return shown, found.established_lower, state.is_main_process
 
 
 def _accept_any_terminal() -> None:

@@ -88,6 +88,16 @@ def load_model(directory: str | Path, *, adapter: str | Path | None = None, base
     return model if on_top is None else _with_adapter(model, on_top)
 
 
+def is_adapter(directory: str | Path) -> bool:
+    """Whether the directory holds a PEFT adapter's config."""
+    return (Path(directory) / _ADAPTER_CONFIG).exists()
+
+
+def check_model(directory: str | Path, *, base: str | Path | None = None) -> None:
+    """Refuse a directory in which `load_model` would miss files, without loading it; errors as there."""
+    _check_weights(_model_and_adapter(directory, None, base)[0])
+
+
 def load_tokenizer(directory: str | Path, *, adapter: str | Path | None = None, base: str | Path | None = None) -> Any:
     """The tokenizer of the adapter if it has one, else of the model; arguments as for `load_model`.
 
@@ -110,7 +120,7 @@ def _model_and_adapter(
     directory: str | Path, adapter: str | Path | None, base: str | Path | None
 ) -> tuple[Path, Path | None]:
     place = _directory(directory, "model")
-    if not (place / _ADAPTER_CONFIG).exists():
+    if not is_adapter(place):
         if base is not None:
             raise GuardError(f"Expected `base` with an adapter only; found no {_ADAPTER_CONFIG} in {str(place)!r}.")
         return place, None if adapter is None else _adapter(adapter)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,7 @@ def measure(
     """Samples, verdicts and the Gram matrix of an analysis; arguments and errors as for `analyze`."""
     verifier = resolve_verifier(correct, threshold=settings.correct_threshold)
     prompts = choose_prompts(probe, verifier, settings)
-    sampler = sampler or GenerateSampler(
-        model,
-        tokenizer,
-        temperature=settings.temperature,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-    )
+    sampler = sampler or generate_sampler(model, tokenizer, settings)
     sampler.check_lengths(prompts.rows)
     if settings.last_layer:
         last_hidden_layer(model)  # refused now and not after an hour of sampling
@@ -136,15 +130,33 @@ def measure(
     fingerprint = model_fingerprint(model)
     store = RolloutStore(None if out is None else Path(out) / ROLLOUTS_NAME, ranks.index)
     _on_first(ranks, lambda: _prepare(store, fingerprint, prompts, settings, force))
-    job = _Job(model, tokenizer, prompts, verifier, sampler, settings, ranks, wanted(progress, ranks))
-    try:
+    job = Job(model, tokenizer, prompts, verifier, sampler, settings, ranks, wanted(progress, ranks))
+    with failure_as_error():
         refresh, sketch = job.run(store)
+    shown = name or getattr(getattr(model, "config", None), "_name_or_path", None) or type(model).__name__
+    return Measured(refresh, sketch, prompts, verifier.name, {"name": str(shown), "fingerprint": fingerprint}, settings)
+
+
+def generate_sampler(model: Any, tokenizer: Any, settings: Settings) -> GenerateSampler:
+    """The sampler of an analysis for which the user gave none."""
+    return GenerateSampler(
+        model,
+        tokenizer,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+    )
+
+
+@contextmanager
+def failure_as_error() -> Iterator[None]:
+    """Raise a stage's failure as the GuardError that caused it, or as one with its reason."""
+    try:
+        yield
     except FailedRefresh as error:
         if isinstance(error.__cause__, GuardError):
             raise error.__cause__ from None
         raise GuardError(f"The samples hold no answer: {error}.") from error
-    shown = name or getattr(getattr(model, "config", None), "_name_or_path", None) or type(model).__name__
-    return Measured(refresh, sketch, prompts, verifier.name, {"name": str(shown), "fingerprint": fingerprint}, settings)
 
 
 def choose_prompts(probe: Any, verifier: Verifier, settings: Settings) -> ProbeSet:
@@ -223,7 +235,7 @@ def reweighted_agreement(at: AtK) -> Number:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What the work with the model needs, checked."""
 
     model: Any
@@ -238,10 +250,14 @@ class _Job:
     def run(self, store: RolloutStore) -> tuple[Refresh, Sketch]:
         """Samples, verdicts and the Gram matrix. The model is left as it was found."""
         with untouched(self.model, self.tokenizer), seeded(self.settings.seed):
-            rollouts = self.ranks.together(lambda: self._sample(store))
-            outcomes = self.ranks.together(lambda: self.verifier.score(rollouts))
+            rollouts, outcomes = self.answers(store)
             with only_last_hidden_layer(self.model) if self.settings.last_layer else nullcontext():
                 return self._sketch(rollouts, outcomes)
+
+    def answers(self, store: RolloutStore) -> tuple[Rollouts, Outcomes]:
+        """This rank's completions and their verdicts."""
+        rollouts = self.ranks.together(lambda: self._sample(store))
+        return rollouts, self.ranks.together(lambda: self.verifier.score(rollouts))
 
     def _sample(self, store: RolloutStore) -> Rollouts:
         chosen = self.settings

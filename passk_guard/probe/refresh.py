@@ -84,7 +84,7 @@ class Refresher:
             FailedRefresh: a stage failed on some rank, too few prompts have k verdicts, or a score is not finite.
         """
         rollouts, outcomes = until_it_fits(self.ranks, lambda: self.ranks.together(sample), self.sample_fewer)
-        num_samples, num_correct = self._counts(rollouts, outcomes)
+        num_samples, num_correct = count_verdicts(rollouts, outcomes, self.ranks)
         failures = int(self.ranks.sum(torch.tensor([outcomes.failures]))[0])
         kept = (num_samples >= self.k).nonzero().squeeze(1)
         remark = _remark(outcomes, failures, num_correct, dropped=num_samples.numel() - kept.numel(), k=self.k)
@@ -111,16 +111,6 @@ class Refresher:
         """Inner products of S+ and S- [2m, dim] of the prompts kept, the same on every rank."""
         rows = torch.cat([kept, kept + len(sums) // 2])
         return self.ranks.from_first(self.ranks.together(lambda: gram_matrix(sums, rows)))
-
-    def _counts(self, rollouts: Rollouts, outcomes: Outcomes) -> tuple[Tensor, Tensor]:
-        """[m] samples with a verdict and [m] correct ones, over all ranks."""
-        index = torch.tensor(rollouts.prompt_index, dtype=torch.int64)
-        counts = torch.zeros(2, rollouts.num_prompts, dtype=torch.int64)
-        verdict = (outcomes.correct >= 0) & (index >= 0)
-        counts[0].index_add_(0, index[verdict], torch.ones_like(index[verdict]))
-        counts[1].index_add_(0, index[verdict], outcomes.correct[verdict].to(torch.int64))
-        counts = self.ranks.sum(counts)
-        return counts[0], counts[1]
 
     def _sketched(self, rollouts: Rollouts, slots: Tensor, seed: int) -> tuple[list[TokenBatch], list[Tensor], Tensor]:
         """The batches that fitted into memory, their log-probabilities, and their sums as of `score_sums`."""
@@ -194,6 +184,17 @@ class Refresher:
         for i in range(passes):  # all ranks agree after each pass: one alone would wait for weights of the others
             total = self.ranks.together(partial(plus, total, i))
         return sum_over_ranks_(total, self.ranks)
+
+
+def count_verdicts(rollouts: Rollouts, outcomes: Outcomes, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """[m] samples with a verdict and [m] correct ones, over all ranks."""
+    index = torch.tensor(rollouts.prompt_index, dtype=torch.int64)
+    counts = torch.zeros(2, rollouts.num_prompts, dtype=torch.int64)
+    verdict = (outcomes.correct >= 0) & (index >= 0)
+    counts[0].index_add_(0, index[verdict], torch.ones_like(index[verdict]))
+    counts[1].index_add_(0, index[verdict], outcomes.correct[verdict].to(torch.int64))
+    counts = ranks.sum(counts)
+    return counts[0], counts[1]
 
 
 def _slots(rollouts: Rollouts, outcomes: Outcomes, mixed: Tensor) -> Tensor:
