@@ -5,7 +5,7 @@ from pathlib import Path
 
 import passk_guard
 from passk_guard import PassKGuardCallback
-from passk_guard.config import GuardConfig
+from passk_guard.config import Advanced, GuardConfig
 from passk_guard.reporting.log_rows import estimate_metrics
 from tests.helpers.tiny import digit_reward, probe_rows, tiny_grpo_trainer
 
@@ -44,10 +44,13 @@ def test_metric_names_are_documented():
 
 def test_names_in_the_readme_exist():
     settings = "patience probe_prompts pool_refreshes num_samples failed_refresh_alert refresh_steps sketch_dim"
-    settings += " floor_gamma floor_average floor_max gate_confidence image_refreshes"
+    settings += " floor_gamma floor_max image_refreshes instruments group_by on_loss max_loss"
     for name in settings.split():
-        assert f"`{name}`" in README
+        assert re.search(rf"`{name}[`=]", README), name
         assert name in GuardConfig.__dataclass_fields__
+    for name in ("floor_average", "gate_confidence", "protected_average"):
+        assert f"`advanced.{name}`" in README
+        assert name in Advanced.__dataclass_fields__
     numbers = "floor floor_solved floor_se weight_ratio weight_ratio_bound train_cosine mitigated"
     for name in numbers.split():
         assert f"`{name}`" in README, name
