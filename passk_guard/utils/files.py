@@ -74,7 +74,7 @@ def cut_unfinished(path: Path) -> None:
 
 
 def save_whole(content: Any, path: Path) -> None:
-    """`torch.save` under another name, then renamed; on a full disk nothing is left of it, and an older file stays.
+    """`torch.save` under another name, then rename: on a full disk nothing is left of it, and an older file stays.
 
     Raises:
         OSError, RuntimeError: it cannot be written; torch reports a full disk as a RuntimeError.
