@@ -15,9 +15,9 @@ from passk_guard.analysis.measure import (
     inner_product_of,
     kernel_from,
     measure_at,
+    predictions,
     prompt_records,
 )
-from passk_guard.analysis.predict import predictions
 from passk_guard.analysis.results import Analysis, AtK, Number, Sketch
 from passk_guard.analysis.sampling import SharedSampling
 from passk_guard.analysis.settings import Settings
