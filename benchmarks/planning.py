@@ -33,8 +33,15 @@ from benchmarks.growth import slope
 from passk_guard import GuardConfig, ProbeGram
 from passk_guard.estimation.evidence import RunEvidence
 from passk_guard.estimation.intervals import student_t_quantile
-from passk_guard.estimation.noise import Noise, average_noise, measure_noise
-from passk_guard.estimation.power import look_of, looks_until_called, power_of_one, signal_of
+from passk_guard.estimation.power import (
+    Noise,
+    average_noise,
+    look_of,
+    looks_until_called,
+    measure_noise,
+    power_of_one,
+    signal_of,
+)
 from passk_guard.estimation.ustatistics import Moments
 from passk_guard.estimation.verdict import DecisionRule
 from passk_guard.planning import make_plan

@@ -15,16 +15,16 @@ from passk_guard.analysis.measure import (
     inner_product_of,
     kernel_from,
     measure_at,
+    predictions,
     prompt_records,
 )
-from passk_guard.analysis.predict import predictions
 from passk_guard.analysis.results import Analysis, AtK, Number, Sketch
 from passk_guard.analysis.sampling import SharedSampling
 from passk_guard.analysis.settings import Settings
 from passk_guard.analysis.store import ROLLOUTS_NAME, RolloutStore, check_folder, keys_fingerprint, model_fingerprint
 from passk_guard.estimation.agreement import informative
 from passk_guard.estimation.estimate import estimate_pooled
-from passk_guard.estimation.noise import measure_noise
+from passk_guard.estimation.power import measure_noise
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.probe.progress import SketchWithBar, bar, wanted
 from passk_guard.probe.prompts import ProbeSet

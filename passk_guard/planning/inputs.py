@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from passk_guard.config import GuardConfig
-from passk_guard.estimation.noise import Noise, average_noise
+from passk_guard.estimation.power import Noise, average_noise
 from passk_guard.planning.plan import Cost
 from passk_guard.reporting.journal import JOURNAL_NAME, Event, RunJournal, read_journal
 from passk_guard.utils.errors import GuardError

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from passk_guard.config import GuardConfig
-from passk_guard.estimation.noise import Noise
-from passk_guard.estimation.power import Signal, fewest_prompts, look_of, looks_until_called, signal_of
+from passk_guard.estimation.power import Noise, Signal, fewest_prompts, look_of, looks_until_called, signal_of
 from passk_guard.estimation.verdict import DecisionRule
 from passk_guard.utils.errors import GuardError
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from passk_guard.config import GuardConfig
-from passk_guard.estimation.noise import average_noise, measure_noise
-from passk_guard.estimation.power import MOST_LOOKS, MOST_PROMPTS
+from passk_guard.estimation.power import MOST_LOOKS, MOST_PROMPTS, average_noise, measure_noise
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.planning.plan import Cost, Option, Plan, make_plan
 

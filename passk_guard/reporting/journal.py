@@ -90,7 +90,7 @@ class _Line(BaseModel):
     reason: str | None = None
     message: str | None = None
     to: str | None = None
-    settings: dict[str, _Scalar | list[_Scalar]] = {}
+    settings: dict[str, _Scalar | list[_Scalar] | dict[str, _Scalar]] = {}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from passk_guard.estimation.noise import measure_noise
+from passk_guard.estimation.power import measure_noise
 from passk_guard.estimation.records import ConflictEstimate, ProbeGram, Status
 from passk_guard.reporting.journal import JOURNAL_NAME, Journal
 from passk_guard.reporting.log_rows import LogRows, Metrics, estimate_metrics, state_change

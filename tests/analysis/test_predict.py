@@ -7,7 +7,7 @@ import torch
 
 from passk_guard import estimate_conflict, passk_weight, project_gradient
 from passk_guard.analysis.estimates import jackknife_error
-from passk_guard.analysis.predict import floored, harmless_ratio, predictions, projected
+from passk_guard.analysis.measure import floored, harmless_ratio, predictions, projected
 from passk_guard.analysis.settings import Settings
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.mitigation.floor import solve_floor

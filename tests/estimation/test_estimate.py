@@ -12,7 +12,7 @@ from passk_guard import GuardError, ProbeGram, estimate_conflict, estimate_poole
 from passk_guard.estimation import ustatistics
 from passk_guard.estimation.agreement import weight_and_agreement
 from passk_guard.estimation.evidence import conflict_check
-from passk_guard.estimation.noise import measure_noise
+from passk_guard.estimation.power import measure_noise
 from passk_guard.estimation.ustatistics import (
     coefficients,
     jackknife_overshoot,

@@ -10,8 +10,16 @@ import torch
 from benchmarks.calibration_populations import with_cosine
 from benchmarks.planning import K, achieved_power, called_by, measured, predicted
 from passk_guard.estimation.evidence import Check, RunEvidence
-from passk_guard.estimation.noise import average_noise, measure_noise
-from passk_guard.estimation.power import Look, fewest_prompts, look_of, looks_until_called, power_of_one, signal_of
+from passk_guard.estimation.power import (
+    Look,
+    average_noise,
+    fewest_prompts,
+    look_of,
+    looks_until_called,
+    measure_noise,
+    power_of_one,
+    signal_of,
+)
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.ustatistics import passk_rows, refresh_moments
 from passk_guard.estimation.verdict import DecisionRule

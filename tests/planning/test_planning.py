@@ -13,7 +13,7 @@ from passk_guard.analysis import Analysis
 from passk_guard.analysis.store import JSON_NAME
 from passk_guard.callback.state import Memory
 from passk_guard.cli import main
-from passk_guard.estimation.noise import Noise, average_noise, measure_noise
+from passk_guard.estimation.power import Noise, average_noise, measure_noise
 from passk_guard.planning import Cost, make_plan, outlook
 from passk_guard.planning.inputs import past_of, read_noise
 from passk_guard.reporting import Journal

@@ -21,8 +21,7 @@ from passk_guard.mitigation.engines.deepspeed import choose as deepspeed
 from passk_guard.mitigation.engines.deepspeed import restore
 from passk_guard.mitigation.engines.deepspeed.base import DeepSpeedGradient
 from passk_guard.mitigation.engines.deepspeed.stages import Bf16, Zero3, Zero3Offload, Zero12, Zero12Offload
-from passk_guard.mitigation.engines.fsdp import ShardedEngine
-from passk_guard.mitigation.engines.native import NativeEngine
+from passk_guard.mitigation.engines.native import NativeEngine, ShardedEngine
 from passk_guard.probe.samplers import BatchTap, TRLSampler
 from passk_guard.sketch.coverage import SHARDED_NEEDS
 from passk_guard.utils import isolation, private_api

@@ -13,8 +13,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from passk_guard.mitigation.engines.fsdp import ShardedEngine
-from passk_guard.mitigation.engines.native import NativeEngine
+from passk_guard.mitigation.engines.native import NativeEngine, ShardedEngine
 from passk_guard.mitigation.engines.protocol import GradientEngine
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.private_api import REWEIGHT, requires

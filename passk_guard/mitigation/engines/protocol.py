@@ -109,9 +109,15 @@ def _alike(pairs: Sequence[tuple[Parts, Parts]]) -> list[list[int]]:
     for place, (left, right) in enumerate(pairs):
         shapes = tuple(tensor.shape for tensor in left)
         if shapes != (others := tuple(tensor.shape for tensor in right)):
-            raise ValueError(f"Expected parts of equal shapes; found {len(shapes)} and {len(others)} that differ.")
+            raise ValueError(f"Expected parts of equal shapes; found {_first_difference(shapes, others)}.")
         groups.setdefault(shapes, []).append(place)
     return list(groups.values())
+
+
+def _first_difference(shapes: Sequence[torch.Size], others: Sequence[torch.Size]) -> str:
+    if len(shapes) != len(others):
+        return f"{len(shapes)} and {len(others)} of them"
+    return next(f"{tuple(a)} and {tuple(b)}" for a, b in zip(shapes, others, strict=True) if a != b)
 
 
 def _dots(vectors: Sequence[Parts], columns: Sequence[tuple[int, int]], device: torch.device) -> Tensor:

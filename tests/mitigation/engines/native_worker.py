@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-from passk_guard.mitigation.engines.fsdp import ShardedEngine
+from passk_guard.mitigation.engines.native import ShardedEngine
 from passk_guard.utils.errors import FailedRefresh
 from tests.distributed.launch import leave
 from tests.helpers.tiny import tiny_grpo_trainer
