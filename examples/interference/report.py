@@ -189,7 +189,9 @@ def _draw_pass_rates(
                 continue
             steps, values = [r["step"] for r in run], [r[name] for r in run]
             axes.plot(steps, values, color=color, linewidth=2, linestyle=style)
-            _label(axes, steps[-1], values[-1], f"{arm}{label} {values[-1] - values[0]:+.3f}", color)
+            other = (records if run is guarded else guarded or records)[-1][name]
+            side = "center" if abs(values[-1] - other) > 0.03 else "bottom" if values[-1] > other else "top"
+            _label(axes, steps[-1], values[-1], f"{arm}{label} {values[-1] - values[0]:+.3f}", color, side)
         _draw_measured(axes, events, name, color)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.15 * (high - low))  # room for the labels of the alarms
@@ -229,5 +231,5 @@ def _draw_cosine(axes: Axes, records: Sequence[Record], events: Sequence[dict], 
     axes.set_ylabel(f"cos(pass@1, pass@{k})")
 
 
-def _label(axes: Axes, x: float, y: float, text: str, color: str) -> None:
-    axes.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+def _label(axes: Axes, x: float, y: float, text: str, color: str, side: str) -> None:
+    axes.annotate(text, (x, y), (6, 0), textcoords="offset points", va=side, color=color, fontsize=9)
