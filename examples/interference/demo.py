@@ -5,7 +5,7 @@
 Each seed has its own warm start and its own prompts. Two runs start from it: in `observe` the guard changes nothing, in
 `project` it turns each gradient before the optimizer step. In the folder of the seed:
 
-    demo.png                       both runs, and what the observing guard saw, on one time axis
+    demo.png                       both runs, and what the observing guard measured, on one time axis
     ARM/results.jsonl              exact pass@1, pass@8 and cosine at each evaluation, and a summary
     ARM/passk_guard.jsonl          what the guard saw, when its verdict changed, what it did
     ARM/tensorboard/               everything that TRL and the guard log
@@ -31,6 +31,7 @@ from rich.console import Console
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 from trl import GRPOTrainer
 
 from examples.interference import report
@@ -40,13 +41,19 @@ from examples.interference.warm_start import warm_start, warm_start_dir
 from passk_guard import GuardConfig, PassKGuardCallback, ProbeSet
 
 K, STEPS, LEARNING_RATE, EVALUATE_EVERY = 8, 60, 0.02, 2
+REFRESH_STEPS = {"observe": 3, "project": 5}
+"""LOSING took three windows: after three of five steps, the default, more than half of this fall is over."""
 
 
 class ProgressBar(TrainerCallback):
-    """One line for the run: pass@1 and pass@k (exact) and the guard's cosine, in place of a line for each step."""
+    """One line for the run: pass@1 and pass@k (exact) and the guard's cosine, in place of a line for each step.
+
+    Nothing where standard output is no terminal.
+    """
 
     def __init__(self, arm: str) -> None:
-        self.bar, self.shown = tqdm(total=STEPS, desc=f"GRPO on pass@{K}, {arm}"), {}
+        self.bar = tqdm(total=STEPS, desc=f"GRPO on pass@{K}, {arm}", disable=not sys.stdout.isatty())
+        self.shown = {}
 
     def on_log(self, args, state, control, logs=None, **_):
         names = {"pass@1": "exact/pass_at_1", f"pass@{K}": f"exact/pass_at_{K}", "cosine": "passk_guard/cosine"}
@@ -63,7 +70,8 @@ class ProgressBar(TrainerCallback):
 def attach_guard(trainer: GRPOTrainer, arm: str) -> None:
     """The guard as a user would add it. Observing only, the run is the one it would have been without it."""
     probe = ProbeSet.from_list(make_prompts("probe", 2048, seed=trainer.args.seed))
-    config = GuardConfig(k=K, mitigation="project" if arm == "project" else "off")
+    mitigation = "project" if arm == "project" else "off"
+    config = GuardConfig(k=K, refresh_steps=REFRESH_STEPS[arm], mitigation=mitigation)
     trainer.add_callback(PassKGuardCallback(trainer, probe=probe, correct=correct, config=config))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(arm))
@@ -110,7 +118,7 @@ def compare(seed: int, out: Path, cache: Path, console: Console) -> list[str]:
     model_dir = warm_start(cache, seed)
     records, events, summary = run("observe", seed, out / "observe", model_dir)
     report.print_table(console, f"seed {seed}, {STEPS} steps of GRPO on pass@{K}, observed", records, summary)
-    report.print_alarm(console, summary)
+    report.print_alarms(console, summary, events)
     guarded, _, guarded_summary = run("project", seed, out / "project", model_dir)
     report.print_table(console, f"seed {seed}, the same with mitigation='project'", guarded, guarded_summary)
     report.draw(out / "demo.png", records, events, K, guarded)
@@ -126,6 +134,9 @@ def main() -> int:
     args = parser.parse_args()
     # The matrices are tiny: a second thread gains a third at best, and on a busy machine the two wait for each other.
     torch.set_num_threads(args.threads)
+
+    if not sys.stdout.isatty():
+        disable_progress_bar()  # of a model being loaded
 
     console = Console()
     todo = sum(not warm_start_dir(args.cache, seed).exists() for seed in args.seeds)

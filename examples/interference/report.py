@@ -17,26 +17,28 @@ from rich.console import Console
 from rich.table import Table
 
 Record = dict[str, float]
+Alarm = tuple[int, float | None]
+"""Step of an alarm, and the share of the whole fall of pass@1 that came after it; None where pass@1 did not fall."""
 
+Z_95 = 1.96
 # Okabe and Ito: told apart with any colour vision, and in grey.
 PASS_1, PASS_K, GUARD, EXACT, ALARM = "#D55E00", "#0072B2", "#009E73", "#000000", "#666666"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The run in five numbers.
+    """The run in a few numbers.
 
     Attributes:
         pass_1, pass_k: exact (start, end) on held-out test prompts.
-        first_conflict: step of the first change to CONFLICT, None without one.
-        fall_to_come: share of the whole fall of pass@1 that came after that step; None without fall or conflict.
+        losing, conflict: the first alarm of each kind, None without one.
     """
 
     k: int
     pass_1: tuple[float, float]
     pass_k: tuple[float, float]
-    first_conflict: int | None
-    fall_to_come: float | None
+    losing: Alarm | None
+    conflict: Alarm | None
 
     def failures(self) -> list[str]:
         """Why the demo did not show what it is there to show; empty when it did."""
@@ -45,14 +47,19 @@ class Summary:
             failed.append("pass@1 did not fall: {:.3f} -> {:.3f}".format(*self.pass_1))
         if self.pass_k[1] <= self.pass_k[0]:
             failed.append("pass@{} did not rise: {:.3f} -> {:.3f}".format(self.k, *self.pass_k))
-        if self.first_conflict is None:
-            failed.append("the guard never said CONFLICT")
-        elif self.fall_to_come is not None and self.fall_to_come <= 0.5:
-            failed.append(
-                f"CONFLICT came late, at step {self.first_conflict}: only {self.fall_to_come:.0%} of the fall of "
-                "pass@1 was still to come"
-            )
+        for name, alarm in self.alarms.items():
+            if alarm is None:
+                failed.append(f"the guard never said {name}")
+            elif alarm[1] is not None and alarm[1] <= 0.5:
+                failed.append(
+                    f"{name} came late, at step {alarm[0]}: only {alarm[1]:.0%} of the fall of pass@1 was still to come"
+                )
         return failed
+
+    @property
+    def alarms(self) -> dict[str, Alarm | None]:
+        """The first alarm of each kind by its name."""
+        return {"LOSING": self.losing, "CONFLICT": self.conflict}
 
     def guarded_failures(self) -> list[str]:
         """Why a guarded run did not show what it is there to show; empty when it did."""
@@ -69,26 +76,29 @@ def read_events(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
-def conflict_steps(events: Sequence[dict]) -> list[int]:
-    """Steps at which the guard's verdict changed to CONFLICT."""
-    return [e["step"] for e in events if e["event"] == "state" and str(e["to"]).lower() == "conflict"]
+def alarms_of(events: Sequence[dict], verdict: str) -> list[dict]:
+    """Events in which a verdict of the guard changed to this one: "losing" on the outcome, "conflict" on the angle."""
+    return [e for e in events if e["event"] in ("outcome", "state") and str(e["to"]).lower() == verdict]
 
 
 def summarise(records: Sequence[Record], events: Sequence[dict], k: int) -> Summary:
     """Put the exact evaluations and the guard's events together."""
     start, end = records[0], records[-1]
-    alarms = conflict_steps(events)
-    first = alarms[0] if alarms else None
     fall = start["pass_at_1"] - end["pass_at_1"]
-    to_come = None
-    if first is not None and fall > 0:
-        to_come = (value_at(records, first, "pass_at_1") - end["pass_at_1"]) / fall
+
+    def first(verdict: str) -> Alarm | None:
+        steps = [event["step"] for event in alarms_of(events, verdict)]
+        if not steps:
+            return None
+        to_come = (value_at(records, steps[0], "pass_at_1") - end["pass_at_1"]) / fall if fall > 0 else None
+        return steps[0], to_come
+
     return Summary(
         k=k,
         pass_1=(start["pass_at_1"], end["pass_at_1"]),
         pass_k=(start[f"pass_at_{k}"], end[f"pass_at_{k}"]),
-        first_conflict=first,
-        fall_to_come=to_come,
+        losing=first("losing"),
+        conflict=first("conflict"),
     )
 
 
@@ -124,15 +134,19 @@ def print_table(console: Console, title: str, records: Sequence[Record], summary
     console.print(table)
 
 
-def print_alarm(console: Console, summary: Summary) -> None:
-    """When the guard spoke, and what was still to come then."""
-    if summary.first_conflict is None:
-        console.print("The guard never said CONFLICT.")
-    elif summary.fall_to_come is not None:
-        console.print(
-            f"First CONFLICT at step {summary.first_conflict}; {summary.fall_to_come:.0%} of the fall of pass@1 came "
-            "after it."
-        )
+def print_alarms(console: Console, summary: Summary, events: Sequence[dict]) -> None:
+    """The lines with which the guard raised its alarms, and what was still to come then."""
+    for verdict in ("losing", "conflict"):
+        for event in alarms_of(events, verdict)[:1]:
+            console.print(event["message"], soft_wrap=True, markup=False, highlight=False)
+    table = Table(title="alarms", title_justify="left")
+    table.add_column("the guard says")
+    for column in ("first at step", "fall of pass@1 still to come"):
+        table.add_column(column, justify="right")
+    for name, alarm in summary.alarms.items():
+        step, to_come = (None, None) if alarm is None else alarm
+        table.add_row(name, "never" if step is None else str(step), "-" if to_come is None else f"{to_come:.0%}")
+    console.print(table)
 
 
 def draw(path: Path, records: Sequence[Record], events: Sequence[dict], k: int, guarded: Sequence[Record] = ()) -> None:
@@ -143,17 +157,19 @@ def draw(path: Path, records: Sequence[Record], events: Sequence[dict], k: int, 
         events: of the guard that observed it.
         guarded: of a guarded run from the same start, drawn beside it in the upper panel.
     """
-    figure = Figure(figsize=(7.5, 6.0), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    _draw_pass_rates(top, records, k, guarded)
+    figure = Figure(figsize=(7.5, 6.5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[7, 4])
+    _draw_pass_rates(top, records, events, k, guarded)
     _draw_cosine(bottom, records, events, k)
-    for step in conflict_steps(events):
-        for axes in (top, bottom):
-            axes.axvline(step, color=ALARM, linewidth=1)
-        top.annotate(
-            f"CONFLICT, step {step}", (step, 1.0), (4, -4), xycoords=("data", "axes fraction"),
-            textcoords="offset points", va="top", color=ALARM, fontsize=9,
-        )  # fmt: skip
+    for line, (verdict, style) in enumerate((("losing", "-"), ("conflict", "--"))):
+        for step in (event["step"] for event in alarms_of(events, verdict)):
+            for axes in (top, bottom):
+                axes.axvline(step, color=ALARM, linewidth=1, linestyle=style)
+            top.annotate(
+                f"{verdict.upper()}, step {step}", (step, 1.0), (4, -4 - 12 * line),
+                xycoords=("data", "axes fraction"), textcoords="offset points", va="top", color=ALARM, fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )  # fmt: skip
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
     bottom.set_xticks(range(0, records[-1]["step"] + 1, max(1, records[-1]["step"] // 6)))
@@ -163,7 +179,9 @@ def draw(path: Path, records: Sequence[Record], events: Sequence[dict], k: int, 
     figure.savefig(path, dpi=160)
 
 
-def _draw_pass_rates(axes: Axes, records: Sequence[Record], k: int, guarded: Sequence[Record]) -> None:
+def _draw_pass_rates(
+    axes: Axes, records: Sequence[Record], events: Sequence[dict], k: int, guarded: Sequence[Record]
+) -> None:
     for name, label, color in ((f"pass_at_{k}", f"pass@{k}", PASS_K), ("pass_at_1", "pass@1", PASS_1)):
         axes.axhline(records[0][name], color=color, linestyle=":", linewidth=0.8, alpha=0.7)
         for run, style, arm in ((records, "-", ""), (guarded, "--", "guarded ")):
@@ -171,12 +189,24 @@ def _draw_pass_rates(axes: Axes, records: Sequence[Record], k: int, guarded: Seq
                 continue
             steps, values = [r["step"] for r in run], [r[name] for r in run]
             axes.plot(steps, values, color=color, linewidth=2, linestyle=style)
-            _label(axes, steps[-1], values[-1], f"{arm}{label} {values[-1] - values[0]:+.3f}", color)
+            other = (records if run is guarded else guarded or records)[-1][name]
+            side = "center" if abs(values[-1] - other) > 0.03 else "bottom" if values[-1] > other else "top"
+            _label(axes, steps[-1], values[-1], f"{arm}{label} {values[-1] - values[0]:+.3f}", color, side)
+        _draw_measured(axes, events, name, color)
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.1 * (high - low))  # room for the labels of the alarms
+    axes.set_ylim(low, high + 0.15 * (high - low))  # room for the labels of the alarms
     axes.set_ylabel("success rate")
-    title = f"GRPO on pass@{k}, exact rates on held-out prompts" + (" (dashed: guarded)" if guarded else "")
-    axes.set_title(title, loc="left", fontsize=11)
+    lines = "exact rates on held-out prompts" + (" (dashed: guarded)" if guarded else "")
+    axes.set_title(f"GRPO on pass@{k}, {lines}\ndots and 95% bands: measured by the guard", loc="left", fontsize=10)
+
+
+def _draw_measured(axes: Axes, events: Sequence[dict], name: str, color: str) -> None:
+    """What the guard measured: levels of all its samples and changes between them, fused, with their 95% bands."""
+    seen = [e for e in events if e["event"] == "change" and e.get(name) is not None]
+    steps, level, error = ([e[field] for e in seen] for field in ("step", name, f"{name}_se"))
+    low, high = ([x + sign * Z_95 * se for x, se in zip(level, error, strict=True)] for sign in (-1, 1))
+    axes.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
+    axes.plot(steps, level, "o", color=color, markersize=4, markeredgecolor="white", markeredgewidth=0.6)
 
 
 def _draw_cosine(axes: Axes, records: Sequence[Record], events: Sequence[dict], k: int) -> None:
@@ -201,5 +231,5 @@ def _draw_cosine(axes: Axes, records: Sequence[Record], events: Sequence[dict], 
     axes.set_ylabel(f"cos(pass@1, pass@{k})")
 
 
-def _label(axes: Axes, x: float, y: float, text: str, color: str) -> None:
-    axes.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+def _label(axes: Axes, x: float, y: float, text: str, color: str, side: str) -> None:
+    axes.annotate(text, (x, y), (6, 0), textcoords="offset points", va=side, color=color, fontsize=9)

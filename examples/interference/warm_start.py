@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def fit(
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
-    bar = tqdm(range(steps), desc=f"warm start, seed {seed}")
+    bar = tqdm(range(steps), desc=f"warm start, seed {seed}", disable=not sys.stdout.isatty())
     for step in bar:
         batch = [supervised_example(rng) for _ in range(batch_size)]
         loss = supervised_loss(model, tokenizer, batch)

@@ -94,6 +94,7 @@ class WindowResult:
     """One window, and where the run stands after it.
 
     Attributes:
+        k: the k of pass@k.
         began, ended: optimizer steps at its two ends.
         estimate: None where the window failed, for `reason`.
         keys: of the prompts that were measured, in the order of `estimate.per_prompt`.
@@ -103,6 +104,7 @@ class WindowResult:
         verdict: on the outcome.
     """
 
+    k: int
     began: int
     ended: int
     estimate: ChangeEstimate | None
@@ -116,8 +118,7 @@ class WindowResult:
     @property
     def metrics(self) -> Metrics:
         """The numbers of the log row, by name."""
-        found, total, fused = self.estimate, self.run, self.memory.fused
-        k = self.run.k if found is None else found.k
+        k, found, total, fused = self.k, self.estimate, self.run, self.memory.fused
         numbers: Metrics = {
             "pass_at_1": fused.pass_at_1.now if math.isfinite(fused.pass_at_1.now_se) else None,
             "pass_at_1_se": fused.pass_at_1.now_se if math.isfinite(fused.pass_at_1.now_se) else None,
@@ -164,7 +165,7 @@ class WindowResult:
         found, one = self.estimate, self.run.pass_at_1
         return {
             "since": self.began,
-            "k": self.run.k,
+            "k": self.k,
             "outcome": self.verdict.outcome,
             "reason": self.verdict.reason,
             "prompts": None if found is None else found.num_prompts,
@@ -322,6 +323,11 @@ def close_window(
                 f"the policy moved so far that the samples are worth {estimate.effective_samples:.2f} of their number, "
                 f"below min_effective_samples={config.min_effective_samples:g}: lower `refresh_steps`"
             )
+        elif estimate.pass_at_1_se == 0 and estimate.effective_samples < 1:
+            reason = (
+                "no prompt has right and wrong samples, so that nothing is known of the change: choose prompts that "
+                "are solved sometimes"
+            )
         elif not math.isfinite(estimate.pass_at_1_se):
             reason = "an importance ratio is beyond what a number can hold: lower `refresh_steps`"
     except (FailedRefresh, GuardError) as error:  # a GuardError here is a fault of the data, and not of the user
@@ -365,19 +371,13 @@ def _concluded(
         if found
         else before,
     )
-    return WindowResult(window.step, step, estimate, reason, keys, rates, after, run, verdict)
+    return WindowResult(config.k, window.step, step, estimate, reason, keys, rates, after, run, verdict)
 
 
 def _check(found: ChangeEstimate) -> Check:
     """A window as a check for a loss; its count is Kish's, of the squared deviations of the prompts' changes."""
     m, degrees = found.num_prompts, found.degrees
     return Check(-found.pass_at_1, found.pass_at_1_se**2, max(1.0, m * degrees / (degrees + 2 * m)))
-
-
-def _plus(total: tuple[float, float], rate: RateChange) -> tuple[float, float]:
-    if not rate.share or math.isnan(rate.pass_at_1_se):
-        return total
-    return total[0] + rate.pass_at_1, total[1] + rate.pass_at_1_se**2
 
 
 def _interval(curve: CurveChange) -> str:

@@ -9,6 +9,7 @@ import torch
 from passk_guard import GuardConfig, GuardError, PassKObjective
 from passk_guard.callback import guard as guard_module
 from passk_guard.callback.realised import measured_prompts
+from passk_guard.change import estimate_change
 from passk_guard.probe.rescoring import Rescorer
 from passk_guard.utils.errors import FailedRefresh
 from tests.callback.test_guard import TRAINERS, guard_of, journal, run
@@ -80,6 +81,9 @@ def test_a_forward_that_fails_costs_the_window_and_nothing_else(tmp_path, monkey
     first, second = windows(tmp_path / "with")
     assert first["remark"] == "the forward pass failed"
     assert "pass_at_1_change" not in first
+    assert (first["k"], first["outcome"]) == (4, "undetermined")
+    assert first["pass_at_4"] is None, "no level is known after steps that no window has seen"
+    assert not [name for name in first if "None" in name]
     assert (second["since"], second["windows"], second["missed"]) == (2, 1, 1)
 
 
@@ -103,6 +107,124 @@ def test_a_refresh_without_samples_leaves_the_window_open(tmp_path):
 
     trained(tiny_lm_trainer, tmp_path, 5, {"correct": fails_once})
     assert [(event["since"], event["step"]) for event in windows(tmp_path)] == [(0, 4)]
+
+
+def number_of(prompt):
+    return 10 * int(prompt[0]) + int(prompt[2])
+
+
+def with_gaps(prompts, completions, **_):
+    """By prompt: no verdict, one verdict, all wrong, all right, every third without a verdict."""
+    found, seen = [], dict[str, int]()
+    for prompt, right in zip(prompts, digit_reward(completions), strict=True):
+        place = seen[prompt] = seen.get(prompt, -1) + 1
+        verdicts = [None, None if place else right, 0.0, 1.0, None if place % 3 == 1 else right]
+        found.append(verdicts[number_of(prompt) % 5])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["lm", "grpo"])
+def test_samples_without_a_verdict_do_not_count(kind, tmp_path, monkeypatch):
+    scored, seen = Rescorer.log_ratios, []
+
+    def noting(self, window):
+        seen.append((window, scored(self, window)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(Rescorer, "log_ratios", noting)
+    _, guard = trained(TRAINERS[kind], tmp_path, 3, {"correct": with_gaps, "probe_prompts": 40})
+    (event,) = windows(tmp_path)
+    ((window, log_ratios),) = seen
+    kinds = torch.tensor([number_of(guard._change.prompt(key)) % 5 for key in window.keys])
+    sizes = [(window.correct[kinds == kind] >= 0).sum(1).unique().tolist() for kind in range(5)]
+    assert sizes == [[0], [1], [8], [8], [5]]
+    assert window.correct[kinds == 2].unique().tolist() == [0]
+    assert window.correct[kinds == 3].unique().tolist() == [1]
+    assert (log_ratios[window.correct < 0] == 0).all()
+    kept = kinds != 0
+    assert event["prompts"] == int(kept.sum()) == 32
+    expected = estimate_change(log_ratios[kept], window.correct[kept], 4)
+    assert expected.num_prompts_k == 24, "a single verdict is too few for pass@4"
+    for name in ("pass_at_1", "pass_at_1_se", "pass_at_k", "pass_at_k_se"):
+        logged = name.replace("_at_k", "_at_4").replace("_se", "")
+        assert event[logged + "_change" + "_se" * name.endswith("_se")] == getattr(expected, name)
+
+
+def only_the_first(prompts, completions, **_):
+    """A verdict on the first completion of a prompt alone."""
+    firsts = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
+    right = digit_reward(completions)
+    return [right[i] if firsts[prompt] == i else None for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize(
+    ("correct", "remark"),
+    [
+        (lambda completions, **_: [0.0] * len(completions), "no prompt has right and wrong samples"),
+        (lambda completions, **_: [1.0] * len(completions), "no prompt has right and wrong samples"),
+        (only_the_first, "Expected `k` samples or more of at least 3 prompts; found k=4"),
+    ],
+    ids=["all wrong", "all right", "one verdict a prompt"],
+)
+def test_verdicts_that_say_nothing_make_no_change(correct, remark, tmp_path):
+    trainer, guard = trained(tiny_grpo_trainer, tmp_path, 5, {"correct": correct, "instruments": "change"})
+    found = windows(tmp_path)
+    assert [(event["since"], event["step"]) for event in found] == [(0, 2), (2, 4)]
+    for event in found:
+        assert remark in event["remark"]
+        assert event["outcome"] == "undetermined"
+        assert "pass_at_1_change" not in event
+    assert guard.memory.change.sums.missed == 2
+    assert trainer.state.global_step == 5
+
+
+def test_without_any_verdict_no_window_is_closed(tmp_path):
+    settings = {"correct": lambda completions, **_: [None] * len(completions), "instruments": "change"}
+    trainer, _ = trained(tiny_grpo_trainer, tmp_path, 5, settings)
+    assert not [event for event in windows(tmp_path) if "pass_at_1_change" in event]
+    assert trainer.state.global_step == 5
+
+
+def without_adapters(model):
+    """A plain model with the same function: W + scaling B A in place of each adapted W."""
+    plain, base = tiny_model(), model.get_base_model()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            where, _, kind = name.rpartition(".")
+            layer = base.get_submodule(where)
+            parameter.copy_(getattr(getattr(layer, "base_layer", layer), kind))
+            if hasattr(layer, "lora_A") and kind == "weight":
+                b, a = (part["default"].weight for part in (layer.lora_B, layer.lora_A))
+                parameter.add_(layer.scaling["default"] * b @ a)
+    return plain
+
+
+def test_adapters_have_a_change_and_train_bit_for_bit_the_same(tmp_path, monkeypatch):
+    from peft import LoraConfig
+
+    def adapted(folder, **args):
+        lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.1, init_lora_weights=False)
+        torch.manual_seed(0)
+        return tiny_grpo_trainer(folder, peft_config=lora, learning_rate=3e-3, **args)
+
+    scored, both = Rescorer.log_ratios, []
+
+    def noting(self, window):
+        plain = dataclasses.replace(self, model=without_adapters(self.model))
+        both.append((scored(self, window), scored(plain, window)))
+        return both[-1][0]
+
+    weights, rows, seen, _ = run(adapted, tmp_path / "without", False)
+    monkeypatch.setattr(Rescorer, "log_ratios", noting)
+    guarded_weights, guarded_rows, guarded_seen, _ = run(adapted, tmp_path / "with", True)
+    assert rows == guarded_rows
+    assert seen == guarded_seen
+    assert all(torch.equal(weights[name], guarded_weights[name]) for name in weights)
+    assert len(both) == len(windows(tmp_path / "with")) == 2
+    for found, expected in both:
+        assert expected.abs().max() > 0.01
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert all(event["pass_at_1_change"] != 0 for event in windows(tmp_path / "with"))
 
 
 def test_kept_samples_chain_their_windows(tmp_path):

@@ -22,11 +22,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from passk_guard import GuardConfig, PassKGuardCallback
 from passk_guard.mitigation.engines import protocol
 from passk_guard.mitigation.engines.backward import BackwardEngine
+from passk_guard.probe import rescoring
 from passk_guard.reporting.journal import JOURNAL_NAME
 from passk_guard.sketch import ScoreSketcher
 from tests.distributed.launch import leave
 from tests.distributed.projection_worker import GUARD, arguments, gathered
-from tests.distributed.worker import SameEverywhere
+from tests.distributed.worker import SameEverywhere, change_of, noted_windows
 from tests.faults.harness import PROJECT, At, Broken
 from tests.helpers.tiny import digit_reward, probe_rows, tiny_lm_trainer, tiny_model
 
@@ -94,6 +95,57 @@ def sketch_raises(stack, trainer, given):
         return sketch(self, *args, **kwargs)
 
     stack.enter_context(patch.object(ScoreSketcher, "sketch", broken))
+
+
+def rescoring_raises(stack, method):
+    """On rank 1 the second of the passes fails that this method of `Rescorer` makes."""
+    scored, forward, passes = getattr(rescoring.Rescorer, method), rescoring.forward_logits, []
+
+    def counting(self, *args):
+        passes[:] = [0]
+        try:
+            return scored(self, *args)
+        finally:
+            passes.clear()
+
+    def broken(model, input_ids, attention_mask, **options):
+        if passes:
+            passes[0] += 1
+            if RANK == 1 and passes[0] == 2:
+                raise ArithmeticError("not foreseen")
+        return forward(model, input_ids, attention_mask, **options)
+
+    stack.enter_context(patch.object(rescoring.Rescorer, method, counting))
+    stack.enter_context(patch.object(rescoring, "forward_logits", broken))
+
+
+@fault(engines=("ddp", "zero3"), mitigation="off", gives_up=False, max_probe_tokens=50)
+def closing_a_window_raises(stack, trainer, given):
+    rescoring_raises(stack, "log_ratios")
+
+
+@fault(engines=("ddp", "zero3"), mitigation="off", gives_up=False, max_probe_tokens=50)
+def opening_a_window_raises(stack, trainer, given):
+    rescoring_raises(stack, "open")
+
+
+@fault(mitigation="off", gives_up=False)
+def a_layer_raises_as_a_window_closes(stack, trainer, given):
+    scored = rescoring.Rescorer.log_ratios
+
+    def broken(self, window):
+        layer = next(module for name, module in self.model.named_modules() if name.endswith("layers.1"))
+        handle = layer.register_forward_hook(no_number)
+        try:
+            return scored(self, window)
+        finally:
+            handle.remove()
+
+    def no_number(*_):
+        raise ArithmeticError("not foreseen")
+
+    if RANK == 1:
+        stack.enter_context(patch.object(rescoring.Rescorer, "log_ratios", broken))
 
 
 @fault()
@@ -235,6 +287,7 @@ def guarded(engine, folder, prepare, config, more):
         config = GuardConfig(**(GUARD | PROJECT | {"verifier_timeout": 1.0} | config))
         guard = PassKGuardCallback(trainer, given["probe"], given["correct"], config, given["sampler"])
         trainer.add_callback(guard)
+        windows = noted_windows(guard)
         began = time.monotonic()
         result = finish(trainer)
     journal = Path(trainer.args.output_dir) / JOURNAL_NAME
@@ -245,6 +298,8 @@ def guarded(engine, folder, prepare, config, more):
         "refreshes": len(guard.memory.history),
         "reasons": [e["reason"] for e in events if e["event"] == "failed_refresh"],
         "logged": logged,
+        "windows": windows,
+        "change": change_of(guard),
         "passes": given.get("passes", []),
         "mitigated": [r["passk_guard/mitigated"] for r in trainer.state.log_history if "passk_guard/mitigated" in r],
         "gram": guard.memory.history[0].gram.tolist() if guard.memory.history else None,

@@ -7,14 +7,17 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from torch.distributed.fsdp import FSDPModule
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard import GuardConfig, PassKGuardCallback
 from passk_guard.mitigation.protected_direction import Pass1Loss
 from tests.distributed.launch import leave
-from tests.distributed.worker import SameEverywhere
+from tests.distributed.worker import SameEverywhere, change_of, noted_windows
 from tests.helpers.tiny import digit_reward, probe_rows, tiny_lm_trainer, tiny_model
+from tests.mitigation.engines.native_worker import shard, weights_of
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 GUARD = {"k": 4, "num_samples": 8, "probe_prompts": 11, "refresh_steps": 2, "patience": 1, "sketch_dim": 1024}
@@ -58,9 +61,15 @@ def gathered(parameters):
 
 
 def weights(trainer):
+    if is_sharded(trainer.model):
+        return weights_of(trainer)
     parameters = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     with gathered(list(parameters.values())):
         return {name: p.detach().double().tolist() for name, p in parameters.items()}
+
+
+def is_sharded(model):
+    return isinstance(model, FSDPModule)
 
 
 @contextmanager
@@ -82,13 +91,17 @@ def harvest_failing_on_rank_1():
 
 def run(engine, variant, folder):
     """Train once and describe the result."""
-    trainer = tiny_lm_trainer(folder / f"rank{RANK}", model=tiny_model(initializer_range=0.1), **arguments(engine))
-    guard = None
+    model = tiny_model(initializer_range=0.1)
+    if engine == "fsdp2":
+        model = shard(model)
+    trainer = tiny_lm_trainer(folder / f"rank{RANK}", model=model, **arguments(engine))
+    guard, windows = None, []
     if variant != "without":
         config = GuardConfig(**GUARDS[variant])
         sampler = SameEverywhere(trainer.processing_class)
         guard = PassKGuardCallback(trainer, probe_rows(), digit_reward, config, sampler)
         trainer.add_callback(guard)
+        windows = noted_windows(guard)
     with harvest_failing_on_rank_1() if variant == "rank_1_fails" else nullcontext():
         trainer.train()
     rows = [row for row in trainer.state.log_history if "passk_guard/mitigated" in row]
@@ -102,6 +115,8 @@ def run(engine, variant, folder):
         "newest_gram": newest and newest.gram.tolist(),
         "misses": newest.misses.tolist() if newest and newest.reused else None,
         "kept": guard._keeper.metrics() if guard else {},
+        "windows": windows,
+        "change": guard and change_of(guard),
         "steps": trainer.state.global_step,
     }
 
@@ -119,6 +134,8 @@ def run_all(engine, folder):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target = Path(sys.argv[2])
+    if sys.argv[1] == "fsdp2":
+        dist.init_process_group("gloo")
     result = run_all(sys.argv[1], target)
     (target / f"rank{RANK}.json").write_text(json.dumps(result))
     leave()

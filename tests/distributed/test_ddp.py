@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What each of two ranks found in every scenario. To start the processes takes longer than a scenario."""
-    return launch("without,with,with_training_batch,resampled", tmp_path_factory.mktemp("two"), 2)
+    return launch("without,with,with_training_batch,same_everywhere,resampled", tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.mark.parametrize("guarded", ["with", "with_training_batch"])
@@ -22,13 +22,31 @@ def test_training_on_two_ranks_is_bit_for_bit_the_same(guarded, two_ranks):
             assert rank["without"][what] == rank[guarded][what]
     first, second = (rank[guarded] for rank in two_ranks)
     assert first["gram"] is not None
-    for what in ("status", "gram", "num_correct", "inner_product"):
+    for what in ("status", "gram", "num_correct", "inner_product", "change"):
         assert first[what] == second[what], "ranks must decide the same"
 
 
 def test_three_ranks_together_see_what_one_process_sees(tmp_path):
-    """11 prompts do not divide by 3: fillers must not count. Two ranks are compared in test_projection.py."""
-    compare("same_everywhere", launch("same_everywhere", tmp_path / "three", 3), tmp_path)
+    """11 prompts do not divide by 3: fillers must not count. Engines are compared in test_projection.py."""
+    compare_windows(launch("same_everywhere", tmp_path / "three", 3), tmp_path)
+
+
+def test_two_ranks_together_see_what_one_process_sees(two_ranks, tmp_path):
+    compare_windows(two_ranks, tmp_path)
+
+
+def compare_windows(ranks, tmp_path):
+    """Assert that windows of the realised change, and all they add up to, are those of one process."""
+    single = compare("same_everywhere", ranks, tmp_path)
+    assert [(window["since"], window["step"]) for window in single["windows"]] == [(0, 1), (1, 2), (2, 3)]
+    assert all(abs(window["numbers"]["pass_at_1_change"]) > 1e-3 for window in single["windows"])
+    assert all(len(window["per_prompt"]) == 11 for window in single["windows"])
+    for rank in (each["same_everywhere"] for each in ranks):
+        for what in ("windows", "change"):
+            assert rank[what] == ranks[0]["same_everywhere"][what], "the same bits on every rank"
+    first = ranks[0]["same_everywhere"]
+    assert_close(first["windows"], single["windows"])
+    assert_close(first["change"], single["change"])
 
 
 def test_ranks_sample_again_together(two_ranks, tmp_path):
@@ -38,6 +56,21 @@ def test_ranks_sample_again_together(two_ranks, tmp_path):
     for rank in two_ranks:
         for name, value in single["kept"].items():
             assert rank["resampled"]["kept"][name] == (None if value is None else pytest.approx(value, abs=1e-3))
+
+
+def assert_close(found, expected, absolute=1e-5):
+    """Assert that lists, mappings and numbers in them agree but for rounding in float32."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for a, b in zip(found, expected, strict=True):
+            assert_close(a, b, absolute)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-3, abs=absolute)
+    else:
+        assert found == expected
 
 
 def compare(scenario, ranks, tmp_path):

@@ -18,7 +18,14 @@ REASONS = {
 LOGGED = {
     "no_report_gets_out": ["takes no more events, metrics go to the log only: [Errno 28]", "trackio did not take the"],
     "checkpoint_on_a_full_disk": ["the checkpoint holds no memory of the guard: RuntimeError: PytorchStreamWriter"],
+    "opening_a_window_raises": ["no window of the realised change begins here: rank 1: ArithmeticError"],
     "gradient_is_infinite_in_training": ["steps stay unchanged where"],
+}
+WINDOWS = {
+    "closing_a_window_raises": ["rank 1: ArithmeticError: not foreseen"],
+    "a_layer_raises_as_a_window_closes": ["rank 1: ArithmeticError: not foreseen"],
+    "opening_a_window_raises": [],
+    "rank_without_data": [None],
 }
 CASES = [(engine, name) for name, (_, engines, _) in FAULTS.items() for engine in engines]
 
@@ -46,7 +53,7 @@ def test_a_fault(engine, name, outcomes):
     for rank in ranks:
         assert rank["same"] == dict.fromkeys(("weights", "losses", "steps"), True)
         assert rank["seconds"] < 200
-        for what in ("failures", "refreshes"):
+        for what in ("failures", "refreshes", "windows", "change"):
             assert rank[what] == ranks[0][what], "all decide the same"
         if rank["gives_up"]:
             assert rank["failures"] == 2
@@ -59,6 +66,10 @@ def test_a_fault(engine, name, outcomes):
         assert [len(rank["gram"]) for rank in ranks] == [6, 6], "each of the three prompts once"
     if name in REASONS:
         assert REASONS[name] in ranks[0]["reasons"][0]
+    if name in WINDOWS:
+        found = [window["remark"] for window in ranks[0]["windows"]]
+        assert found == WINDOWS[name]
+        assert ranks[0]["change"]["sums"]["missed"] == len([remark for remark in found if remark])
     for words in LOGGED.get(name, ()):
         assert words in "\n".join(ranks[0]["logged"])
 

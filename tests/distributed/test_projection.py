@@ -5,10 +5,12 @@ import torch
 
 from tests.distributed.launch import launch
 from tests.distributed.projection_worker import run
+from tests.distributed.test_ddp import assert_close
 from tests.helpers.tiny import tiny_model
+from tests.mitigation.engines.test_fsdp import takes_sharded_models
 
 pytestmark = pytest.mark.distributed
-ENGINES = ["ddp", "zero0", "zero1", "zero2", "zero3"]
+ENGINES = ["ddp", "zero0", "zero1", "zero2", "zero3", pytest.param("fsdp2", marks=takes_sharded_models)]
 
 
 def flat(weights):
@@ -30,6 +32,12 @@ def reusing(tmp_path_factory):
     found = run("plain", "reuse", tmp_path_factory.mktemp("reusing"))
     assert 0.01 < found["kept"]["effective_samples"] < 1, "the newest refresh of the fixture must reuse its samples"
     return found
+
+
+@pytest.fixture(scope="module")
+def observing(tmp_path_factory):
+    """Runs of one plain process that change nothing, with new samples and with kept ones."""
+    return {name: run("plain", name, tmp_path_factory.mktemp(name)) for name in ("observe", "observe_reuse")}
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -58,6 +66,18 @@ def test_observing_is_bit_for_bit_no_guard(engine):
     for rank in engine:
         assert rank["observe"]["weights"] == rank["without"]["weights"]
         assert (rank["observe"]["failures"], rank["observe"]["steps"]) == (0, 4)
+
+
+@pytest.mark.parametrize(("variant", "ends"), [("observe", [(0, 2)]), ("observe_reuse", [(0, 1), (0, 2), (0, 3)])])
+def test_the_realised_change_is_that_of_one_plain_process(variant, ends, engine, observing):
+    """Also where no rank holds a whole weight between two passes."""
+    single, (first, second) = observing[variant], (rank[variant] for rank in engine)
+    assert [(window["since"], window["step"]) for window in single["windows"]] == ends
+    assert all(window["numbers"]["effective_samples"] < 0.95 for window in single["windows"]), "the policy must move"
+    assert abs(single["windows"][-1]["numbers"]["pass_at_1_change"]) > 0.01
+    for what in ("windows", "change"):
+        assert first[what] == second[what], "the same bits on every rank"
+        assert_close(first[what], single[what], absolute=5e-5)
 
 
 def test_kept_rollouts_are_reweighted_and_projected_as_in_one_plain_process(engine, reusing, plain):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -43,9 +44,35 @@ def weights(trainer):
     return {name: p.detach().double().tolist() for name, p in model.named_parameters()}
 
 
+def noted_windows(guard):
+    """What each window of this guard will say, as it ends: only the first rank writes a journal.
+
+    Returns:
+        A list that fills up with the two ends, the reason of a failure, all numbers of the log row, and [m] changes.
+    """
+    found, look = [], guard._change.look
+
+    def noting(*given):
+        window = look(*given)
+        if window is not None:
+            changes = None if window.estimate is None else window.estimate.per_prompt.tolist()
+            ends = {"since": window.began, "step": window.ended, "remark": window.reason}
+            found.append(ends | {"numbers": window.metrics, "per_prompt": changes})
+        return window
+
+    guard._change.look = noting
+    return found
+
+
+def change_of(guard):
+    """All that the windows of this guard add up to."""
+    return asdict(guard.memory.change)
+
+
 def report(guard, trainer):
     estimate = guard.estimate
     return {
+        "change": change_of(guard),
         "status": estimate and estimate.status,
         "inner_product": estimate and estimate.inner_product,
         "gram": guard.memory.history[-1].gram.tolist() if guard.memory.history else None,
@@ -78,23 +105,23 @@ class Shift(TrainerCallback):
                 p.add_(0.02 * torch.randn(p.shape, generator=generator))
 
 
-def same_everywhere(folder, moving=False, **config):
-    trainer = tiny_lm_trainer(folder, max_steps=2, learning_rate=0.0)
+def same_everywhere(folder, steps=2, **config):
+    trainer = tiny_lm_trainer(folder, max_steps=steps, learning_rate=0.0)
     sampler = SameEverywhere(trainer.processing_class)
     guard = PassKGuardCallback(trainer, probe_rows(), digit_reward, GuardConfig(**(CONFIG | config)), sampler)
     trainer.add_callback(guard)
-    if moving:
-        trainer.add_callback(Shift())
+    trainer.add_callback(Shift())
+    windows = noted_windows(guard)
     trainer.train()
-    return report(guard, trainer) | {"kept": guard._keeper.metrics()}
+    return report(guard, trainer) | {"kept": guard._keeper.metrics(), "windows": windows}
 
 
 SCENARIOS = {
     "without": lambda folder: bit_for_bit(folder, False),
     "with": lambda folder: bit_for_bit(folder, True),
     "with_training_batch": lambda folder: bit_for_bit(folder, True, source="training_batch", num_samples=4),
-    "same_everywhere": same_everywhere,
-    "resampled": lambda folder: same_everywhere(folder, moving=True, resample_refreshes=3, min_effective_samples=1.0),
+    "same_everywhere": lambda folder: same_everywhere(folder, steps=4, min_effective_samples=0.01),
+    "resampled": lambda folder: same_everywhere(folder, resample_refreshes=3, min_effective_samples=1.0),
 }
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from passk_guard.mitigation.engines.native import ShardedEngine
+from passk_guard.probe.records import Outcomes, Rollouts
+from passk_guard.probe.rescoring import Rescorer
 from passk_guard.utils.errors import FailedRefresh
+from passk_guard.utils.ranks import Ranks
 from tests.distributed.launch import leave
 from tests.helpers.tiny import tiny_grpo_trainer
 from tests.mitigation.engines import oracle
@@ -170,8 +173,23 @@ def fsdp(folder):
     return {case: run(case, folder, prepare=shard) for case in SHARDED}
 
 
+def rescored(model, rank, ranks):
+    """[5, 3] log-ratios of completions of five prompts, after every weight has moved; each rank has its prompts."""
+    mine = [x for x in range(5) for _ in range(3) if x % ranks == rank]
+    tokens = [oracle.tokens(2, x, place % 3).tolist() for place, x in enumerate(mine)]
+    rollouts = Rollouts([{}] * len(mine), mine, [t[0] for t in tokens], [t[1] for t in tokens], [""] * len(mine), 5)
+    rescorer = Rescorer(model, Ranks(torch.device("cpu")), 30, 0)
+    window = rescorer.open(rollouts, Outcomes(torch.ones(len(mine), dtype=torch.int8)), range(5), 0)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # as the backward of a training step would
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+    return rescorer.log_ratios(window)
+
+
 def fsdp_by_hand(folder):
-    """Without a Trainer: the probe gradient, gradients that were there before it, products, an edit."""
+    """Without a Trainer: the probe gradient, gradients that were there before it, products, an edit, a rescoring."""
     recipe = recipe_of("unused", RANKS)
     model = shard(oracle.build_model(recipe))
     accelerator = SimpleNamespace(device=torch.device("cpu"), scaler=None, has_lomo_optimizer=False)
@@ -185,11 +203,13 @@ def fsdp_by_hand(folder):
     untouched = all(p.grad is grad for (_, p), grad in zip(named, kept, strict=True))
     products = engine.inner_products([(probe, probe), (probe, engine.gradient())])
     engine.add_(probe, 0.5)
+    edited = {name: whole(p.grad).tolist() for name, p in named if p.grad is not None}
     return {
         "untouched": untouched,
         "products": products,
         "missing": [name for name, p in named if p.grad is None],
-        "edited": {name: whole(p.grad).tolist() for name, p in named if p.grad is not None},
+        "edited": edited,
+        "rescored": rescored(model, RANK, RANKS).tolist(),
     }
 
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from tests.distributed.launch import launch
 from tests.mitigation.engines import oracle
-from tests.mitigation.engines.native_worker import SHARDED, recipe_of
+from tests.mitigation.engines.native_worker import SHARDED, recipe_of, rescored
 from tests.mitigation.engines.test_native import WORKER, check_against_oracle
 
 pytestmark = pytest.mark.distributed
@@ -38,7 +38,11 @@ def test_by_hand(ranks, tmp_path):
     assert expected[missing].any(), "a missing gradient must be created where the direction is not zero"
     before = {name: 2.0 * torch.ones_like(p) * (name != missing) for name, p in expected.items()}
     p, g = oracle.flat(expected.values()), oracle.flat(before.values())
+    ratios = rescored(model, 0, 1)
+    assert float(ratios.abs().max()) > 0.1
     for rank in found:
+        assert rank["rescored"] == found[0]["rescored"], "the same bits on every rank"
+        assert torch.allclose(torch.tensor(rank["rescored"], dtype=torch.float64), ratios, atol=1e-4)
         assert rank["untouched"]
         assert rank["products"] == pytest.approx([float(p @ p), float(p @ g)], rel=1e-12)
         assert rank["missing"] == []
