@@ -41,8 +41,6 @@ from examples.interference.warm_start import warm_start, warm_start_dir
 from passk_guard import GuardConfig, PassKGuardCallback, ProbeSet
 
 K, STEPS, LEARNING_RATE, EVALUATE_EVERY = 8, 60, 0.02, 2
-REFRESH_STEPS = {"observe": 3, "project": 5}
-"""LOSING took three windows: after three of five steps, the default, more than half of this fall is over."""
 
 
 class ProgressBar(TrainerCallback):
@@ -70,8 +68,7 @@ class ProgressBar(TrainerCallback):
 def attach_guard(trainer: GRPOTrainer, arm: str) -> None:
     """The guard as a user would add it. Observing only, the run is the one it would have been without it."""
     probe = ProbeSet.from_list(make_prompts("probe", 2048, seed=trainer.args.seed))
-    mitigation = "project" if arm == "project" else "off"
-    config = GuardConfig(k=K, refresh_steps=REFRESH_STEPS[arm], mitigation=mitigation)
+    config = GuardConfig(k=K, mitigation="project" if arm == "project" else "off")
     trainer.add_callback(PassKGuardCallback(trainer, probe=probe, correct=correct, config=config))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(arm))

@@ -375,9 +375,8 @@ def _concluded(
 
 
 def _check(found: ChangeEstimate) -> Check:
-    """A window as a check for a loss; its count is Kish's, of the squared deviations of the prompts' changes."""
-    m, degrees = found.num_prompts, found.degrees
-    return Check(-found.pass_at_1, found.pass_at_1_se**2, max(1.0, m * degrees / (degrees + 2 * m)))
+    """A window as a check for a loss of pass@1."""
+    return Check(-found.pass_at_1, found.pass_at_1_se**2, found.degrees)
 
 
 def _interval(curve: CurveChange) -> str:
