@@ -216,7 +216,7 @@ class PassKGuardCallback(TrainerCallback):
             self.estimate = found.estimate
             self._report(step, found, seconds)
         if window is not None:
-            self._report_window(window, control, seconds)
+            self._report_window(window if sampled else window.unfinished(), control, seconds)
         if pool_filled:
             self._reporter.outlook(step, lambda: outlook(memory.history, self.config, seconds))
 

@@ -115,6 +115,10 @@ class WindowResult:
     run: RunChange
     verdict: OutcomeVerdict
 
+    def unfinished(self) -> WindowResult:
+        """The same while its samples are kept for another refresh: the verdict waits for the end of the window."""
+        return replace(self, verdict=replace(self.verdict, outcome=self.verdict.previous, stop=False))
+
     @property
     def metrics(self) -> Metrics:
         """The numbers of the log row, by name."""

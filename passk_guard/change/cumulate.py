@@ -1,7 +1,7 @@
-r"""Change since the start: the sum over windows, with an interval for one look and one for all of them.
+r"""Change since the start: the sum over windows, with an interval for one check and one for all of them.
 
 Given the past, each window's error has mean 0: the sum of the errors is a martingale S, and the windows' variances add
-up to V. The normal mixture $|S| \le \sqrt{(V + r) \log((V + r) / (r \alpha^2))}$ holds at *all* looks of an endless
+up to V. The normal mixture $|S| \le \sqrt{(V + r) \log((V + r) / (r \alpha^2))}$ holds at *all* checks of an endless
 run with a probability of at least $1 - \alpha$ (Robbins 1970; Howard et al. 2021, arXiv 1810.08240, Sec. 3.2), and
 with estimated variances as the prompts grow many (Waudby-Smith et al., arXiv 2103.06476, Sec. 2). For
 few of them both intervals take Student's t in place of the normal, at the degrees of freedom of the summed variance:
@@ -62,8 +62,8 @@ class CurveChange:
 
     Attributes:
         total: the sum. se: its standard error.
-        ci_low, ci_high: interval for this look by itself.
-        seq_low, seq_high: interval that holds at all looks together.
+        ci_low, ci_high: interval for this check by itself.
+        seq_low, seq_high: interval that holds at all checks together.
     """
 
     total: float
@@ -115,7 +115,7 @@ class ChangeSums:
     def with_window(self, window: ChangeEstimate | None) -> ChangeSums:
         """One window more. None, or one with an infinite error, is missed.
 
-        A second look at one draw replaces the first: add it to the sums from before that draw.
+        A second check of one sample replaces the first: add it to the sums from before that sample.
 
         Raises:
             GuardError: the window is of another k.
@@ -160,11 +160,11 @@ def cumulate(history: Iterable[ChangeEstimate | None], *, confidence: float = 0.
 
 
 def sequence_width(variance: float, unit: float, alpha: float, degrees: float = math.inf) -> float:
-    """Half the width of the interval for all looks.
+    """Half the width of the interval for all checks.
 
     Args:
         variance: V of the sum. unit: the variance of a typical window; the tightest sum has 20 of them.
-        alpha: chance that the interval fails at any look. degrees: of freedom of V.
+        alpha: chance that the interval fails at any check. degrees: of freedom of V.
     """
     if not variance > 0:
         return 0.0

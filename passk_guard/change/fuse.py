@@ -1,6 +1,6 @@
-r"""Level and change fused: each draw's noisy level of pass@k with each window's precise change. Needs torch alone.
+r"""Level and change fused: each sample's noisy level of pass@k with each window's precise change. Needs torch alone.
 
-At draw t the level is $y_t = J_t + \nu_t$; the window after it gives $D_t = J_{t+1} - J_t + \epsilon_t$, measured on
+At sample t the level is $y_t = J_t + \nu_t$; the window after it gives $D_t = J_{t+1} - J_t + \epsilon_t$, measured on
 the same completions, so that $c = cov(\nu_t, \epsilon_t) \ne 0$. Less $g y_t$ with $g = c / var(\nu_t)$, a change has
 an error of its own, and the pair (level now, level at the start) follows the Kalman filter of
 
@@ -8,7 +8,7 @@ $$ J_{t+1} = (1 + g) J_t + (D_t - g y_t) - \epsilon'_t, \qquad var(\epsilon'_t) 
 
 (Anderson & Moore 1979, *Optimal Filtering*, Sec. 5.5, for correlated noises.) This is generalised least squares over
 all levels and changes so far. A window without an estimate leaves the level after it unknown, and that at the start
-as it was. Levels of different draws are taken to err independently, as those of different prompts do.
+as it was. Levels of different samples are taken to err independently, as those of different prompts do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FusedCurve:
 
     Attributes:
         now, start: the levels. now_var, start_var, cov: their variances and covariance.
-        level, level_var: of the newest draw, which the next window shares its completions with; None without one.
+        level, level_var: of the newest sample, which the next window shares its completions with; None without one.
     """
 
     now: float = 0.5
@@ -45,7 +45,7 @@ class FusedCurve:
     level_var: float = 0.0
 
     def with_level(self, level: float, variance: float) -> FusedCurve:
-        """A draw gave this level, of this variance > 0."""
+        """A sample gave this level, of this variance > 0."""
         total, surprise = self.now_var + variance, level - self.now
         return FusedCurve(
             now=self.now + self.now_var / total * surprise,
@@ -58,7 +58,7 @@ class FusedCurve:
         )
 
     def with_window(self, change: float, variance: float, level_cov: float) -> FusedCurve:
-        """The policy moved on by this change, whose error has this covariance with that of the newest draw's level."""
+        """The policy moved on by this change, whose error has this covariance with that of the newest sample's level."""
         gain = 0.0 if self.level is None else level_cov / self.level_var
         behind = 0.0 if self.level is None else self.now - self.level
         return FusedCurve(
@@ -96,9 +96,9 @@ class FusedCurve:
 
 @dataclass(frozen=True)
 class Fused:
-    """The fused curves of a run: `with_level` at each draw, `with_window` when its window closes.
+    """The fused curves of a run: `with_level` at each sample, `with_window` when its window closes.
 
-    A second look at one draw replaces the first: go on from the state before the first look. The state survives a
+    A second check of one sample replaces the first: go on from the state before the first check. The state survives a
     checkpoint by `asdict` and `restored`.
 
     Attributes:
@@ -114,7 +114,7 @@ class Fused:
         return cls(FusedCurve(**saved["pass_at_1"]), FusedCurve(**saved["pass_at_k"]))
 
     def with_level(self, level: LevelEstimate | None) -> Fused:
-        """A draw; None for one without levels.
+        """A new sample; None for one without levels.
 
         Where no prompt differs from another the standard error is 0 and says nothing: m prompts never count as more
         precise than 1/m.
@@ -129,7 +129,7 @@ class Fused:
         )
 
     def with_window(self, window: ChangeEstimate | None) -> Fused:
-        """The window after the newest draw; None, or an infinite error, for one without an estimate."""
+        """The window after the newest sample; None, or an infinite error, for one without an estimate."""
         if window is None or not math.isfinite(window.pass_at_1_se + window.pass_at_k_se):
             return Fused(self.pass_at_1.with_gap(), self.pass_at_k.with_gap())
         one, many = window.pass_at_1_se**2, window.pass_at_k_se**2

@@ -1,4 +1,4 @@
-"""The samples of a draw, checked, and those of a prompt that recurs put together. Needs torch alone."""
+"""The completions of a sample, checked, and those of a prompt that recurs put together. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _require_ratios(logs: Tensor) -> None:
         row, column = bad.nonzero()[0].tolist()
         raise GuardError(
             f"Expected finite `log_ratios` of at most {_LARGEST_LOG:g}; found {float(logs[row, column])} at row {row}, "
-            f"sample {column}. Leave a sample without a score out by `mask`; where the policy moved so far, draw anew."
+            f"sample {column}. Leave a sample without a score out by `mask`; where the policy moved so far, resample."
         )
 
 

@@ -96,13 +96,13 @@ def judge(
 
     LOSING begins when the evidence of the whole run establishes that pass@1 is falling, and ends after
     `rule.cooldown` windows in a row at which the change since the loss began is no longer established to be below 0.
-    GAINING takes a sequence since the start above 0. HOLDING takes an interval since the start within the tolerance.
+    HOLDING takes an interval since the start within the tolerance, and not below 0. GAINING takes a sequence above 0.
 
     Args:
         state: the state so far.
         window: the newest one, or None where it has no estimate: nothing advances.
         run: the change since the start, this window included.
-        p_value: of "pass@1 is not falling" over the whole run, valid at all looks.
+        p_value: of "pass@1 is not falling" over the whole run, valid at all checks.
         rule: how much it takes.
 
     Raises:
@@ -137,10 +137,10 @@ def _without_alarm(run: RunChange, rule: OutcomeRule) -> tuple[Outcome, str]:
     found = f"The change of pass@1 since the start is {change.total:+.3f} [{low:+.3f}, {high:+.3f}]{missed}"
     if not run.windows:
         return "undetermined", "No window has an estimate yet: wait for the next refresh."
-    if change.seq_low > 0:
-        return "gaining", f"{found}, and above 0 by the interval for all looks."
     if -rule.tolerance <= low and 0 <= high <= rule.tolerance:
         return "holding", f"{found}, within {rule.tolerance:g} of 0."
+    if change.seq_low > 0:
+        return "gaining", f"{found}, and above 0 by the interval for all checks."
     half = (high - low) / 2
     if half > rule.tolerance:
         times = math.ceil((half / rule.tolerance) ** 2)

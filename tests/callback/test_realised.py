@@ -236,6 +236,21 @@ def test_kept_samples_chain_their_windows(tmp_path):
     assert guard.memory.change.sums.windows == 2
 
 
+def test_the_verdict_waits_for_the_end_of_a_window(tmp_path, monkeypatch):
+    """Each check of kept samples sees the loss that the next one sees, too: one alarm, when the window is over."""
+    looked = guard_module.RealisedChange.look
+
+    def losing(self, rescorer, memory, step):
+        found = looked(self, rescorer, memory, step)
+        return (
+            dataclasses.replace(found, verdict=dataclasses.replace(found.verdict, outcome="losing")) if found else None
+        )
+
+    monkeypatch.setattr(guard_module.RealisedChange, "look", losing)
+    trained(tiny_lm_trainer, tmp_path, 7, {"resample_refreshes": 3, "min_effective_samples": 0.01})
+    assert [event["step"] for event in journal(tmp_path) if event["event"] == "outcome"] == [6]
+
+
 def test_a_policy_that_moved_too_far_is_not_determined(tmp_path):
     trained(tiny_lm_trainer, tmp_path, 3, {"min_effective_samples": 1.0}, learning_rate=0.05)
     (event,) = windows(tmp_path)

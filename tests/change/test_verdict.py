@@ -51,11 +51,12 @@ def test_losing_ends_after_cooldown_windows_in_a_row_that_speak_for_it():
     assert interrupted[1:6] == ["losing"] * 5
 
 
-def test_gaining_takes_the_interval_for_all_looks():
-    outcomes, _, verdict = judged([0.012, 0.012, 0.012], [1, 1, 1])
-    assert outcomes[0] == "undetermined", "above 0 for this look alone is not enough"
+def test_gaining_takes_the_interval_for_all_checks():
+    outcomes, _, verdict = judged([0.010, 0.014, 0.014], [1, 1, 1])
+    assert outcomes[0] == "holding", "a gain within the tolerance is none to report"
+    assert judged([0.03], [1], se=0.012)[0] == ["undetermined"], "above 0 for this check alone is not enough"
     assert outcomes[-1] == "gaining"
-    assert "above 0 by the interval for all looks" in verdict.reason
+    assert "above 0 by the interval for all checks" in verdict.reason
 
 
 def test_holding_takes_an_interval_within_the_tolerance():
