@@ -58,7 +58,7 @@ class FusedCurve:
         )
 
     def with_window(self, change: float, variance: float, level_cov: float) -> FusedCurve:
-        """The policy moved on by this change, whose error has this covariance with that of the newest sample's level."""
+        """The policy moved on by this change, whose error has this covariance with the newest level's."""
         gain = 0.0 if self.level is None else level_cov / self.level_var
         behind = 0.0 if self.level is None else self.now - self.level
         return FusedCurve(

@@ -205,7 +205,7 @@ def spoiled(value, where="logs"):
     ("call", "message"),
     [
         (lambda: estimate_change(*spoiled(torch.nan), 4), "finite `log_ratios`.*found nan at row 2, sample 5"),
-        (lambda: estimate_change(*spoiled(-torch.inf), 4), "found -inf at row 2.*draw anew"),
+        (lambda: estimate_change(*spoiled(-torch.inf), 4), "found -inf at row 2.*resample"),
         (lambda: estimate_change(*spoiled(800.0), 4), "at most 700; found 800"),
         (lambda: estimate_change(*spoiled(3, "correct"), 4), "1 .right., 0 .wrong. and -1.*Compare rewards"),
         (lambda: estimate_change(*draw(), 0), "whole number `k` >= 1; found 0"),
