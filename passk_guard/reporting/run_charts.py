@@ -98,8 +98,36 @@ class Run:
         """(step, kind, text) of what raised an alert: changes of verdict, and failed refreshes in a row."""
         after = number(self.journal.settings.get("failed_refresh_alert")) or 3  # the default of GuardConfig
         failed = [e for e in self.failed if e.get("alert", e.get("streak") == after)]
-        changes = [(e["step"], str(e.get("to", "?")).upper(), e.get("message") or "") for e in self.journal.of("state")]
+        changes = [
+            (e["step"], str(e.get("to", "?")).upper(), e.get("message") or "")
+            for e in self.journal.of("state", "outcome")
+        ]
         return sorted(changes + [(e["step"], NO_REFRESH, e.get("reason") or "") for e in failed])
+
+    @property
+    def windows(self) -> list[Event]:
+        """The windows of the realised change."""
+        return self.journal.of("change")
+
+    def movers(self, kind: str, most: int = 10) -> list[tuple[int, str, float]]:
+        """(step, prompt, change of p) of the prompts that "lost" or "gained" most in any window."""
+        found = []
+        for event in self.windows:
+            pairs = event.get(kind)
+            for pair in pairs if isinstance(pairs, list) else []:
+                if isinstance(pair, list) and len(pair) == 2 and (change := number(pair[1])) is not None:
+                    found.append((event["step"], str(pair[0]), change))
+        return sorted(found, key=lambda one: -abs(one[2]))[:most]
+
+    @property
+    def by_solve_rate(self) -> list[tuple[str, float]]:
+        """Change of pass@1 since the start, of hard, medium and easy prompts."""
+        totals = {"hard": 0.0, "medium": 0.0, "easy": 0.0}
+        for event in self.windows:
+            rates = event.get("solve_rates")
+            for name, rate in zip(totals, rates if isinstance(rates, list) else [], strict=False):
+                totals[name] += (number(rate.get("pass_at_1")) or 0.0) if isinstance(rate, dict) else 0.0
+        return list(totals.items())
 
     @property
     def spans(self) -> list[Span]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from markupsafe import Markup
+
 from passk_guard.reporting.html.page import in_a_frame, render_page, save_page
 from passk_guard.reporting.journal import RunJournal, read_journal
 from passk_guard.reporting.run_charts import (
@@ -21,6 +23,11 @@ from passk_guard.reporting.run_charts import (
 KIND = "run report"
 PAGE_NAME = "passk_guard.html"
 _STEPS = ("steps",)
+_CHANGE = (
+    ("pass_at_1_total", "Change of pass@1 since the start", "pass@1", None, ("change",)),
+    ("pass_at_{k}_total", "Change of pass@{k} since the start", "pass@{k}", None, ("change",)),
+    ("effective_samples", "Effective share of the samples", "share", (0.0, 1.0), ("change",)),
+)
 _MITIGATION = (
     ("train_cosine", "Training gradient and protected direction, before", "cosine", None, _STEPS),
     ("mitigated", "Share of steps that were changed", "share of steps", (0.0, 1.0), _STEPS),
@@ -45,11 +52,21 @@ def run_page(runs: Sequence[Run]) -> str:
         number=number,
         state_of=state_of,
         rates=[*rate_charts(runs), cosine_chart(runs)],
+        change_charts=_change_charts(runs),
         verdicts=verdict_chart(runs),
         mitigation=[chart for each in _MITIGATION if (chart := single_chart(runs, *each))],
         step_costs=[(run.name, costs) for run in runs if (costs := run.numbers("mitigation_seconds", "steps"))],
         interference=[chart for each in interference if (chart := single_chart(runs, *each))],
     )
+
+
+def _change_charts(runs: Sequence[Run]) -> list[Markup]:
+    k = next((event["k"] for run in runs for event in run.windows if isinstance(event.get("k"), int)), 0)
+    charts = []
+    for name, title, label, y_range, kinds in _CHANGE:
+        chart = single_chart(runs, name.format(k=k), title.format(k=k), label.format(k=k), y_range, kinds)
+        charts += [chart] if chart else []
+    return charts
 
 
 @dataclass(frozen=True)

@@ -159,3 +159,36 @@ def test_the_journal_of_a_real_run(tmp_path):
     rates = [e["pass_at_1"] for e in read_journal(tmp_path).of("refresh")]
     assert len(rates) == 3
     assert f"{rates[0]:.3f} → {rates[-1]:.3f}" in Page(page).text
+
+
+def window(since, step, change, **fields):
+    rates = [{"low": low, "high": low + 0.33, "share": 0.3, "pass_at_1": x} for low, x in ((0.0, 0.01), (0.66, change))]
+    rates.insert(1, {"low": 0.33, "high": 0.66, "share": 0.0, "pass_at_1": None})
+    numbers = {"pass_at_1_change": change, "pass_at_1_change_se": 0.004, "pass_at_1_total": change, "k": 8}
+    return (
+        {"event": "change", "step": step, "since": since, "outcome": "losing", "solve_rates": rates} | numbers | fields
+    )
+
+
+def test_the_page_says_what_the_updates_did(folder):
+    events = [window(0, 5, -0.02, lost=[["an <easy> one", -0.3]], gained=[["a hard one", 0.2]])]
+    events += [window(5, 10, -0.01, lost=[["another", -0.4], "no pair"], pass_at_8_total=0.03)]
+    events += [{"event": "outcome", "step": 10, "from": "undetermined", "to": "losing", "message": "LOSING pass@1"}]
+    with (folder / "passk_guard.jsonl").open("w") as file:
+        file.writelines(
+            json.dumps(event) + "\n" for event in [{"event": "refresh", "step": 0, "pass_at_8": 0.5}, *events]
+        )
+    run = Run("r", read_journal(folder))
+    assert [event["step"] for event in run.windows] == [5, 10]
+    assert run.movers("lost") == [(10, "another", -0.4), (5, "an <easy> one", -0.3)]
+    assert run.movers("gained") == [(5, "a hard one", 0.2)]
+    assert run.by_solve_rate == [("hard", 0.02), ("medium", 0.0), ("easy", pytest.approx(-0.03))]
+    assert [(step, kind) for step, kind, _ in run.alerts] == [(10, "LOSING")]
+    page = report(folder).html
+    assert "What the updates did" in headings(page)
+    for text in ("an &lt;easy&gt; one", "Who pays", "Change of pass@8 since the start", "LOSING pass@1"):
+        assert text in page
+
+
+def test_a_run_without_windows_has_no_such_section(folder):
+    assert "What the updates did" not in headings(report(folder).html)
