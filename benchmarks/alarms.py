@@ -9,6 +9,8 @@ A run records at each check what any of the rules needs. The rules are applied t
 threshold can be changed without another run. Fresh samples are drawn from the exact pass rates of the policy: of new
 prompts, and of the same 64 prompts at each check. Entropy and KL are those of the guard's own completions.
 
+For the rules on fresh samples there are also simulated runs in which nothing moves.
+
 An alarm is false where exact pass@1 is at no check from then on 0.01 below what it was before that check: a forecast
 that comes true is no false alarm. A run's fall is the largest from one check to a later one. What is still to come of
 it at the alarm is a share of that fall, in runs whose fall is at least 0.01.
@@ -27,10 +29,11 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from benchmarks.calibration_file import Measurement, Record, read, take_missing
 from benchmarks.change import exact_rates, passed
@@ -39,6 +42,7 @@ from examples.interference.task import correct, make_prompts
 from examples.interference.train import train
 from examples.interference.warm_start import warm_start
 from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective, ProbeSet
+from passk_guard.change.cumulate import sequence_width
 from passk_guard.estimation.intervals import student_t_quantile
 from passk_guard.passk.closed_forms import pass_at_k
 from passk_guard.probe.rollout_checks import padding_token
@@ -84,6 +88,12 @@ def conflict(checks: Checks, alpha: float = 0.05) -> int | None:
     return _first(checks, lambda check: check["conflict_p"] <= alpha)
 
 
+def sequence_below(checks: Checks, alpha: float = 0.05) -> int | None:
+    """The change since the start is below 0 by its confidence sequence, taken as normal; no verdict of the guard's."""
+    unit = next((check["variance"] for check in checks if check["variance"]), 0.0)
+    return _first(checks, lambda c: c["total"] < -sequence_width(c["variance"], unit, alpha))
+
+
 def up_and_down(checks: Checks, name: str) -> int | None:
     """pass@k above and pass@1 below their values at the start, as they are; `name` is `new` or `same` prompts."""
     one, many = (checks[0][f"{name}_{rate}"] for rate in ("pass_at_1", "pass_at_k"))
@@ -115,12 +125,17 @@ def far_away(checks: Checks, nats: float = 0.1) -> int | None:
 RULES: dict[str, Callable[[Checks], int | None]] = {
     "LOSING": losing,
     "CONFLICT": conflict,
+    "total below 0 by its sequence": sequence_below,
     "pass@8 up, pass@1 down; new prompts": lambda checks: up_and_down(checks, "new"),
     "pass@8 up, pass@1 down; same prompts": lambda checks: up_and_down(checks, "same"),
     "paired test of pass@1; same prompts": paired_test,
     "entropy 20% lower": low_entropy,
     "KL above 0.1 a token": far_away,
 }
+
+
+SAMPLED = tuple(name for name in RULES if "prompts" in name)
+"""The rules on fresh samples alone."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +204,6 @@ class Checker(TrainerCallback):
         self.trainer, self.guard, self.sampler, self.seed = trainer, guard, sampler, seed
         self.records = list[Record]()
         self._rows = make_prompts("probe", POPULATION, seed=seed)
-        self._same = torch.arange(PROMPTS)
         model = trainer.accelerator.unwrap_model(trainer.model)
         with seeded(seed):  # a deep copy of a prepared model would call the original's forward
             self._start = type(model)(model.config)
@@ -202,9 +216,7 @@ class Checker(TrainerCallback):
         model, tokenizer = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.processing_class
         with untouched(model, tokenizer), seeded(1000 * self.seed + step):
             rates = exact_rates(model, tokenizer, self._rows)
-            same = torch.binomial(torch.full((PROMPTS,), float(SAMPLES), dtype=torch.float64), rates[self._same]).long()
-            chosen = rates[torch.randperm(POPULATION)[:PROMPTS]]
-            new = torch.binomial(torch.full((PROMPTS,), float(SAMPLES), dtype=torch.float64), chosen).long()
+            sampled = _sampled(rates)
             entropy, kl = self._entropy_and_kl(model, padding_token(tokenizer))
         memory = self.guard.memory
         estimate = self.guard.estimate
@@ -214,8 +226,8 @@ class Checker(TrainerCallback):
             | {"total": memory.change.sums.pass_at_1.total, "variance": memory.change.sums.pass_at_1.variance}
             | {"conflict_p": memory.evidence.p_value, "verdict": memory.decision.verdict}
             | {"cosine": None if estimate is None else estimate.cosine}
-            | {"right": same.tolist(), "same_pass_at_1": _rate(same, 1), "same_pass_at_k": _rate(same, K)}
-            | {"new_pass_at_1": _rate(new, 1), "new_pass_at_k": _rate(new, K), "entropy": entropy, "kl": kl}
+            | sampled
+            | {"entropy": entropy, "kl": kl}
         )
 
     @torch.no_grad()
@@ -243,6 +255,31 @@ class KeepingSampler(TRLSampler):
     def sample(self, rows: Any, num_samples: int, seed: int) -> Any:
         self.kept = super().sample(rows, num_samples, seed)
         return self.kept
+
+
+def _sampled(rates: Tensor) -> Record:
+    """What the rules on fresh samples need: of the first prompts, and of as many chosen anew."""
+    size = torch.full((PROMPTS,), float(SAMPLES), dtype=torch.float64)
+    same = torch.binomial(size, rates[:PROMPTS]).long()
+    new = torch.binomial(size, rates[torch.randperm(len(rates))[:PROMPTS]]).long()
+    return {"right": same.tolist(), "same_pass_at_1": _rate(same, 1), "same_pass_at_k": _rate(same, K)} | {
+        "new_pass_at_1": _rate(new, 1),
+        "new_pass_at_k": _rate(new, K),
+    }
+
+
+def still(start: int, cache: Path, runs: int = 2000) -> list[Record]:
+    """Runs in which nothing moves, simulated from the exact pass rates of a warm start: shares with an alarm."""
+    folder = warm_start(cache, start)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rates = exact_rates(model, tokenizer, make_prompts("probe", POPULATION, seed=start))
+    alarms = dict.fromkeys(SAMPLED, 0)
+    with seeded(start):
+        for _ in range(runs):
+            checks = [{"step": step} | _sampled(rates) for step in range(0, STEPS + 1, EVERY)]
+            for rule in SAMPLED:
+                alarms[rule] += RULES[rule](checks) is not None
+    return [{"rule": rule, "runs": runs, "share": count / runs} for rule, count in alarms.items()]
 
 
 def _rate(right: Tensor, k: int) -> float:
@@ -287,30 +324,31 @@ def plan(settings: list[str], seeds: list[int], starts: list[int] | None, cache:
         for name in settings:
             asked: Record = {"setting": name, "seed": seed}
             yield Measurement(asked, lambda name=name, seed=seed, start=start: run(name, seed, start, cache))
+    for start in starts or seeds:
+        yield Measurement({"setting": "still", "seed": start}, lambda start=start: still(start, cache))
 
 
 def print_table(console: Console, records: list[Record]) -> None:
     """Each rule in each setting."""
-    table = Table(title="alarms, a check every 5 steps of 40; medians over the runs with a true alarm")
-    headings = ("rule", "alarms", "false", "falls missed", "step", "still to come")
+    table = Table(title="alarms, a check every 5 steps of 40; medians over the runs with a true alarm", box=MARKDOWN)
+    headings = ("setting", "rule", "runs", "fall", "alarms", "false", "falls missed", "step", "still to come")
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left")
-    for name, setting in SETTINGS.items():
+        table.add_column(heading, justify="left" if i < 2 else "right")
+    for name in SETTINGS:
         runs = list(runs_of(records, name).values())
-        if not runs:
-            continue
-        ends = [f"{checks[0]['exact']:.3f} to {checks[-1]['exact']:.3f}" for checks in runs]
-        fell = sum(judge(losing, checks).fell for checks in runs)
-        table.add_section()
-        table.add_row(f"[bold]{name}[/]: {setting.title}; {len(runs)} runs, {fell} fall; pass@1 " + ", ".join(ends))
-        for title, rule in RULES.items():
+        for title, rule in RULES.items() if runs else ():
             f = figures(rule, runs)
             table.add_row(
-                *(title, str(f["alarms"]), str(f["false"]), f"{f['missed']} of {f['fell']}"),
+                *(name, title, *(str(f[column]) for column in ("runs", "fell", "alarms", "false", "missed"))),
                 "" if f["step"] is None else f"{f['step']:g}",
                 "" if f["to_come"] is None else f"{100 * f['to_come']:.0f}%",
             )
     console.print(table)
+    for rule in SAMPLED:
+        found = [r for r in records if r["setting"] == "still" and r["rule"] == rule]
+        shares = ", ".join(f"{100 * r['share']:.1f}%" for r in found)
+        if found:
+            console.print(f"{rule}: alarms in {shares} of {found[0]['runs']} runs in which nothing moves")
 
 
 def draw(path: Path, records: list[Record]) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -175,18 +176,22 @@ def window_figures(rows: Sequence[Record], suffix: str = "") -> dict[str, float]
     """What the windows in these records show, for pass@1, or for pass@k with the suffix `_k`.
 
     Returns:
-        windows, bias with its standard error, share of 95% intervals that hold the truth, and the rms errors of the
-        estimate, of two samples of different prompts and of two of the same prompts.
+        windows, bias with its standard error (windows of one sample err together), share of 95% intervals that hold
+        the truth, and the rms errors of the estimate, of two samples of different prompts and of two of the same.
     """
     errors = [r["change" + suffix] - r["exact" + suffix] for r in rows]
     covered = [
         abs(error) <= student_t_quantile(0.975, r["degrees" + suffix]) * r["se" + suffix]
         for error, r in zip(errors, rows, strict=True)
     ]
+    together: dict[tuple[str, int, int], float] = {}
+    for error, r in zip(errors, rows, strict=True):
+        sample = (r["optimizer"], r["seed"], r["step"])
+        together[sample] = together.get(sample, 0.0) + error
     return {
         "windows": len(rows),
         "bias": sum(errors) / len(errors),
-        "bias_se": _rms(errors) / math.sqrt(len(errors)),
+        "bias_se": math.sqrt(sum(error**2 for error in together.values())) / len(errors),
         "covered": sum(covered) / len(covered),
         "rms": _rms(errors),
         "fresh": _rms([r["fresh" + suffix] - r["exact" + suffix] for r in rows]),
@@ -221,14 +226,13 @@ def print_tables(console: Console, records: list[Record]) -> None:
             f"change of {rate} over one window; errors are root mean squares",
             ("optimizer", "steps", "windows", "bias", "95% covers", "error", "two samples", "same prompts", "ratios"),
         )
-        for optimizer, length in [(o, n) for o in OPTIMIZERS for n in LENGTHS]:
-            rows = [
-                r for r in records if r["what"] == "window" and (r["optimizer"], r["length"]) == (optimizer, length)
-            ]
+        windows = [r for r in records if r["what"] == "window"]
+        for optimizer, length in [*((o, n) for o in OPTIMIZERS for n in LENGTHS), ("both", None)]:
+            rows = [r for r in windows if length is None or (r["optimizer"], r["length"]) == (optimizer, length)]
             if rows:
                 f = window_figures(rows, suffix)
                 table.add_row(
-                    *(optimizer, str(length), str(f["windows"]), f"{f['bias']:+.4f} +- {f['bias_se']:.4f}"),
+                    *(optimizer, str(length or "all"), str(f["windows"]), f"{f['bias']:+.4f} +- {f['bias_se']:.4f}"),
                     *(f"{100 * f['covered']:.0f}%", f"{f['rms']:.4f}", f"{f['fresh']:.4f}", f"{f['again']:.4f}"),
                     f"{f['fresh'] / f['rms']:.1f}, {f['again'] / f['rms']:.1f}",
                 )
@@ -249,7 +253,7 @@ def print_tables(console: Console, records: list[Record]) -> None:
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=MARKDOWN)
     for heading in headings:
         table.add_column(heading, justify="right")
     return table

@@ -65,6 +65,8 @@ def test_each_rule_goes_at_its_first_check_beyond_the_threshold():
     checks = run(
         losing_p=[1.0, 0.2, 0.05, 0.01, 0.3],
         conflict_p=[0.04, 0.2, 0.3, 0.01, 0.3],
+        total=[0.0, -0.01, -0.02, -0.04, -0.05],
+        variance=[0.0, 1e-4, 1e-4, 1e-4, 1e-4],
         entropy=[1.0, 0.81, 0.80, 0.79, 0.5],
         kl=[0.0, 0.05, 0.1, 0.11, 0.2],
         new_pass_at_1=[0.6, 0.5, 0.7, 0.5, 0.5],
@@ -77,6 +79,7 @@ def test_each_rule_goes_at_its_first_check_beyond_the_threshold():
     assert found == {
         "LOSING": 10,
         "CONFLICT": 0,
+        "total below 0 by its sequence": 20,  # 5 standard errors; a single look asks for 2, all looks for more than 4
         "pass@8 up, pass@1 down; new prompts": 20,
         "pass@8 up, pass@1 down; same prompts": 5,
         "paired test of pass@1; same prompts": 15,  # -4/3 +- 1/3 of 16: t = -4, beyond -2.92
@@ -98,6 +101,8 @@ def test_the_picture_is_drawn_from_records(tmp_path):
     checks = run(
         losing_p=[1.0, 1.0, 0.01, 0.01, 0.01],
         conflict_p=[1.0] * 5,
+        total=[0.0] * 5,
+        variance=[0.0] * 5,
         right=[[8, 8, 8]] * 5,
         **{name: [0.5] * 5 for name in names},
     )

@@ -1,20 +1,24 @@
 """The figures of the realised change's benchmark, from records whose figures are known by hand."""
 
+import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.calibration_file import read
 from benchmarks.change import passed, plan, sampled_rates, total_figures, window_figures
 
 
-def window(change, exact, **others):
+def window(change, exact, step=0, **others):
+    place = {"optimizer": "sgd", "seed": 0, "step": step}
     found = {"change": change, "exact": exact, "se": 0.01, "degrees": 1e6, "fresh": exact + 0.03, "again": exact - 0.04}
-    return found | {name + "_k": value for name, value in found.items()} | others
+    return place | found | {name + "_k": value for name, value in found.items()} | others
 
 
 def test_figures_of_windows():
-    rows = [window(-0.02, -0.03), window(-0.05, -0.02), window(0.02, 0.02, change_k=0.12)]
+    rows = [window(-0.02, -0.03), window(-0.05, -0.02, 5), window(0.02, 0.02, 10, change_k=0.12)]
     found = window_figures(rows)
     rms = math.sqrt((0.01**2 + 0.03**2) / 3)
     assert found == pytest.approx(
@@ -29,6 +33,8 @@ def test_figures_of_windows():
         }
     )
     assert window_figures(rows, "_k")["bias"] == pytest.approx(0.08 / 3)
+    together = [row | {"step": 0} for row in rows]
+    assert window_figures(together)["bias_se"] == pytest.approx(0.02 / 3), "one sample, whose errors add up"
 
 
 def test_few_degrees_of_freedom_widen_the_interval():
@@ -69,3 +75,17 @@ def test_rates_of_solved_hopeless_and_even_prompts():
 def test_warm_starts_take_turns_and_a_run_is_asked_for_once(tmp_path):
     asked = [each.asked for each in plan(["sgd", "adamw"], [3, 4], [0], tmp_path)]
     assert asked == [{"optimizer": o, "seed": seed} for seed in (3, 4) for o in ("sgd", "adamw")]
+
+
+def test_the_kept_windows_show_what_is_promised():
+    records = read(Path(__file__).parents[2] / "benchmarks" / "change.jsonl")
+    windows = [r for r in records if r["what"] == "window"]
+    for suffix in ("", "_k"):
+        found = window_figures(windows, suffix)
+        assert abs(found["bias"]) <= 2 * found["bias_se"]
+        assert 0.92 <= found["covered"] <= 0.97
+    for kind in itertools.product(("sgd", "adamw"), (1, 2, 5)):
+        found = window_figures([r for r in windows if (r["optimizer"], r["length"]) == kind])
+        assert found["rms"] <= found["fresh"] / 5
+    totals = total_figures([r for r in records if r["what"] == "total"])
+    assert totals["within"] == totals["runs"] == 8
