@@ -154,7 +154,7 @@ class GuardConfig:
         "What follows when the loss of pass@1 is established to exceed max_loss: an alert, or the end of training.",
     )
     max_loss: Annotated[Real, Field(gt=0, lt=1)] | None = _setting(
-        None, "Largest loss of pass@1 since the start that on_loss accepts, such as 0.05; None accepts any."
+        None, "Largest loss of pass@1 since the start that on_loss accepts, such as 0.05. None accepts any."
     )
     source: Literal["held_out", "training_batch"] = _setting(
         "held_out",
