@@ -121,7 +121,7 @@ class Refresher:
             return add_scores_(total, self.sketcher, batches[i], rollouts.temperature, out)
 
         def attempt() -> Tensor:
-            batches[:] = self._batches(rollouts, slots, tokens)
+            batches[:] = shared_batches(self.ranks, rollouts, slots, tokens, self.pad_token_id)
             log_probs[:] = [torch.zeros(len(batch.slots), dtype=torch.float64) for batch in batches]
             return self.score_sums(len(batches), add, 2 * rollouts.num_prompts, seed)
 
@@ -136,23 +136,6 @@ class Refresher:
 
         sums = until_it_fits(self.ranks, attempt, smaller)
         return batches, log_probs, sums
-
-    def _batches(self, rollouts: Rollouts, slots: Tensor, tokens: int) -> list[TokenBatch]:
-        batches = self.ranks.together(
-            lambda: list(
-                token_batches(
-                    rollouts.prompt_ids,
-                    rollouts.completion_ids,
-                    slots.tolist(),
-                    max_tokens=tokens,
-                    pad_token_id=self.pad_token_id,
-                    device=self.ranks.device,
-                )
-            )
-        )
-        # Ranks that hold parts of one model must run equally many passes.
-        missing = self.ranks.max(len(batches)) - len(batches)
-        return batches + [filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)] * missing
 
     def _too_long(self, batches: list[TokenBatch]) -> str | None:
         """A remark on the longest sample of any rank that is above `max_tokens`, if there is one."""
@@ -195,6 +178,33 @@ def count_verdicts(rollouts: Rollouts, outcomes: Outcomes, ranks: Ranks) -> tupl
     counts[1].index_add_(0, index[verdict], outcomes.correct[verdict].to(torch.int64))
     counts = ranks.sum(counts)
     return counts[0], counts[1]
+
+
+def shared_batches(
+    ranks: Ranks, rollouts: Rollouts, slots: Tensor, max_tokens: int, pad_token_id: int
+) -> list[TokenBatch]:
+    """This rank's samples with a slot, in as many batches as any rank has: parts of one model run equally many passes.
+
+    Args:
+        rollouts: of this rank. slots: [B] int64, -1 for samples that are left out.
+        max_tokens: of one batch, padding included.
+    """
+
+    def own() -> list[TokenBatch]:
+        return list(
+            token_batches(
+                rollouts.prompt_ids,
+                rollouts.completion_ids,
+                slots.tolist(),
+                max_tokens=max_tokens,
+                pad_token_id=pad_token_id,
+                device=ranks.device,
+            )
+        )
+
+    batches = ranks.together(own)
+    missing = ranks.max(len(batches)) - len(batches)
+    return batches + [filler_batch(pad_token_id=pad_token_id, device=ranks.device)] * missing
 
 
 def _slots(rollouts: Rollouts, outcomes: Outcomes, mixed: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.probe.records import Outcomes, Rollouts
-from passk_guard.sketch import TokenBatch, filler_batch, token_batches
+from passk_guard.probe.refresh import shared_batches
+from passk_guard.sketch import TokenBatch, filler_batch
 from passk_guard.sketch.backward import forward_logits
 from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.files import save_whole
@@ -151,21 +152,7 @@ class Rescorer:
 
     def _batches(self, rollouts: Rollouts, slots: Tensor) -> list[TokenBatch]:
         tokens = min(self.max_tokens, max(1, _LOGITS // self.vocabulary)) if self.vocabulary else self.max_tokens
-
-        def own() -> list[TokenBatch]:
-            return list(
-                token_batches(
-                    rollouts.prompt_ids,
-                    rollouts.completion_ids,
-                    slots.tolist(),
-                    max_tokens=tokens,
-                    pad_token_id=self.pad_token_id,
-                    device=self.ranks.device,
-                )
-            )
-
-        batches = self.ranks.together(own)
-        return batches + [self._filler()] * (self.ranks.max(len(batches)) - len(batches))
+        return shared_batches(self.ranks, rollouts, slots, tokens, self.pad_token_id)
 
     def _filler(self) -> TokenBatch:
         return filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)
