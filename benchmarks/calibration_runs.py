@@ -38,9 +38,8 @@ class Course:
 
 COURSES = (
     Course("no conflict, 40 looks", 40, lambda look: 0.0, None),
-    Course("no conflict, 400 looks", 400, lambda look: 0.0, None),
-    *(Course(f"cosine {c:g} from the start", 40, lambda look, c=c: c) for c in (-0.1, -0.2, -0.4, -0.8)),
     Course("-0.6, drifting to 0 over 20 looks", 40, lambda look: min(0.0, -0.6 + 0.03 * look)),
+    *(Course(f"cosine {c:g} from the start", 40, lambda look, c=c: c) for c in (-0.1, -0.2, -0.4, -0.8)),
     Course("0.3 for 20 looks, then -0.4", 60, lambda look: 0.3 if look < 20 else -0.4, 20),
 )
 
