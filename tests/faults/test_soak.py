@@ -1,6 +1,7 @@
 """2,000 steps with faults all the way: nothing grows, nothing is left, and training is bit for bit unguarded."""
 
 import gc
+import io
 import json
 import logging
 import math
@@ -8,8 +9,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PrinterCallback
 
+from passk_guard.estimation.records import ConflictCurve
+from passk_guard.reporting.trackers import curve_figure, kernel_figure
 from tests.faults.gauges import Gauges, files, hooks, replaced, threads
 from tests.faults.harness import PROJECT, add_guard, assert_same, make, train
 from tests.faults.random_faults import FAULTS, RandomFaults
@@ -39,6 +43,7 @@ class Soak:
             trainer.add_callback(self.faults.ended)
             trainer.args.report_to = ["wandb"]
         trainer.add_callback(self.gauges)
+        open_fonts()
         self.before = self._left(trainer)
         self.run = train(trainer, guard)
         gc.collect()
@@ -55,6 +60,15 @@ class Soak:
             "timer": signal.getitimer(signal.ITIMER_VIRTUAL),
             "methods": replaced(trainer),
         }
+
+
+def open_fonts():
+    """matplotlib keeps the files of the fonts open that a picture has used: two, once in a process."""
+    k = torch.arange(2, 17)
+    values = torch.linspace(-1, 1, 15, dtype=torch.float64)
+    curve = ConflictCurve(k, values, values - 0.1, values + 0.1, values < 0)
+    for figure in (kernel_figure(torch.eye(4)), curve_figure(curve, 2)):
+        figure.savefig(io.BytesIO(), format="png")
 
 
 def assert_nothing_grows(gauges, after):
