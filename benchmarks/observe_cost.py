@@ -36,6 +36,7 @@ from examples.interference.warm_start import warm_start
 from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
 
 PROMPT_TOKENS = 7
+EVERY = 5
 PROBES = (("held_out", 1), ("held_out", 3), ("held_out", 5), ("training_batch", 1))
 """Where the probe comes from, and refreshes that a draw serves."""
 
@@ -109,7 +110,7 @@ class Clock(TrainerCallback):
 
 def measure(model_dir: Path, source: str, draws: int, steps: int, setting: Setting = SHORT) -> Seconds:
     """One guarded run, each draw of the probe serving `draws` refreshes."""
-    config = GuardConfig(k=8, source=source, resample_refreshes=draws)
+    config = GuardConfig(k=8, source=source, resample_refreshes=draws, probe_prompts=64, refresh_steps=EVERY)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
             model_dir,
@@ -133,8 +134,7 @@ def measure(model_dir: Path, source: str, draws: int, steps: int, setting: Setti
     spent: dict[bool, list[float]] = {True: [], False: []}
     for row in rows:
         spent["passk_guard/pass_at_1" in row].append(row["passk_guard/probe_seconds"])
-    every = config.refresh_steps
-    unguarded = [seconds for step, seconds in enumerate(clock.seconds) if step % every and step > 0]
+    unguarded = [seconds for step, seconds in enumerate(clock.seconds) if step % EVERY and step > 0]
     return Seconds(
         step=statistics.median(unguarded),
         sampled=statistics.median(spent[True]),

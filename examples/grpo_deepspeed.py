@@ -57,6 +57,7 @@ DEFAULTS = {
     "disable_tqdm": True,
     "mitigation": "project",
     "probe_prompts": 32,
+    "refresh_steps": 5,
 }
 
 

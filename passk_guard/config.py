@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
@@ -22,19 +22,19 @@ def _setting(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-_LARGEST = 2**31 - 1  # what torch and the seeds made of these numbers can hold
-Whole = Annotated[int, Field(le=_LARGEST)]
-AtLeast1 = Annotated[Whole, Field(ge=1)]
-Natural = Annotated[Whole, Field(ge=0)]
-Real = Annotated[float, Field(allow_inf_nan=False)]
-Share = Annotated[Real, Field(ge=0, lt=1)]
-
-
-def _no_switch_for_a_number(cls: Any, value: Any, info: ValidationInfo) -> Any:
+def _no_switch_for_a_number(value: Any) -> Any:
     """YAML 1.1 reads a bare `yes` as True, which would pass for 1."""
-    if isinstance(value, bool) and type(getattr(cls, str(info.field_name))) in (int, float):
+    if isinstance(value, bool):
         raise ValueError("expected a number, and not true or false")
     return value
+
+
+_LARGEST = 2**31 - 1  # what torch and the seeds made of these numbers can hold
+Whole = Annotated[int, BeforeValidator(_no_switch_for_a_number), Field(le=_LARGEST)]
+AtLeast1 = Annotated[Whole, Field(ge=1)]
+Natural = Annotated[Whole, Field(ge=0)]
+Real = Annotated[float, BeforeValidator(_no_switch_for_a_number), Field(allow_inf_nan=False)]
+Share = Annotated[Real, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -62,8 +62,6 @@ class Advanced:
         0.8, "Weight of the past in the average of the floor over refreshes. Without one the floor falls too early."
     )
 
-    _numbers = field_validator("*", mode="before")(classmethod(_no_switch_for_a_number))
-
     @model_validator(mode="before")
     @classmethod
     def _from_a_command_line(cls, given: Any) -> Any:
@@ -86,9 +84,20 @@ class GuardConfig:
     """
 
     k: Annotated[Whole, Field(ge=2)] = _setting(8, "The k of pass@k whose gradient is watched.")
-    probe_prompts: Annotated[Whole, Field(ge=3)] = _setting(64, "Probe prompts of each refresh, over all ranks.")
+    probe_prompts: Annotated[Whole, Field(ge=3)] | None = _setting(
+        None,
+        "Probe prompts of each refresh, over all ranks. None takes 64, or fewer (at least 16) where `overhead` has no "
+        "room for 8 refreshes of 64 in the run.",
+    )
     num_samples: Annotated[Whole, Field(ge=2)] = _setting(16, "Completions sampled for each probe prompt, at least k.")
-    refresh_steps: AtLeast1 = _setting(5, "Optimizer steps between two refreshes of the estimate.")
+    overhead: Annotated[Real, Field(gt=0, le=100)] = _setting(
+        0.1,
+        "Work of the probe over that of training: a refresh begins when those before it are at most so much. Work is "
+        "tokens: 1 for a forward pass, 3 with the backward pass, 4 for sampling.",
+    )
+    refresh_steps: AtLeast1 | None = _setting(
+        None, "Optimizer steps between two refreshes, whatever they cost. None leaves it to `overhead`."
+    )
     pool_refreshes: AtLeast1 = _setting(
         3, "Newest refreshes whose statistics are averaged. Completions that served several of them count once."
     )
@@ -186,8 +195,6 @@ class GuardConfig:
     )
     progress_bar: bool | None = _setting(None, "Show a progress bar while probing. None shows it in a terminal only.")
     advanced: Advanced = _setting(Advanced(), "Settings for developers of the guard, as a mapping or as JSON.")
-
-    _numbers = field_validator("*", mode="before")(classmethod(_no_switch_for_a_number))
 
     @field_validator("mitigation", mode="before")
     @classmethod

@@ -37,6 +37,9 @@ class Setting:
     cue: bool = True
 
 
+PROBE = {"probe_prompts": 64, "refresh_steps": 5}
+"""Of every arm, whatever it costs: arms that differ are compared at the same refreshes."""
+
 SETTINGS = {
     "main": Setting("k=8, n=16, SGD, 180 steps", steps=180),
     "adamw": Setting("k=8, n=16, AdamW 1e-4, 60 steps", trainer={"optim": "adamw_torch", "learning_rate": 1e-4}),
@@ -110,7 +113,7 @@ class Arm:
             return None
         seed = trainer.args.seed
         probe = ProbeSet.from_list(make_prompts("probe", 2048, seed, setting.mixture, cue=setting.cue))
-        config = GuardConfig(**({"k": setting.k, "probe_seed": seed} | setting.probe | self.guard))
+        config = GuardConfig(**(PROBE | {"k": setting.k, "probe_seed": seed} | setting.probe | self.guard))
         guard = self.callback(trainer, probe=probe, correct=correct, config=config)
         trainer.add_callback(guard)
         return guard

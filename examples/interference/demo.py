@@ -68,7 +68,7 @@ class ProgressBar(TrainerCallback):
 def attach_guard(trainer: GRPOTrainer, arm: str) -> None:
     """The guard as a user would add it. Observing only, the run is the one it would have been without it."""
     probe = ProbeSet.from_list(make_prompts("probe", 2048, seed=trainer.args.seed))
-    config = GuardConfig(k=K, mitigation="project" if arm == "project" else "off")
+    config = GuardConfig(k=K, refresh_steps=5, probe_prompts=64, mitigation="project" if arm == "project" else "off")
     trainer.add_callback(PassKGuardCallback(trainer, probe=probe, correct=correct, config=config))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(arm))

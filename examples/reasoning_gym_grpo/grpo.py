@@ -100,7 +100,7 @@ def run_arm(arm: str, model_dir: Path, out: Path, plan: Plan, seed: int) -> tupl
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )
     probe = ProbeSet.from_list(make_rows("probe", plan.probe_set, seed))
-    config = GuardConfig(k=plan.k, mitigation=ARMS[arm], probe_prompts=plan.probe_prompts)
+    config = GuardConfig(k=plan.k, mitigation=ARMS[arm], refresh_steps=5, probe_prompts=plan.probe_prompts)
     trainer.add_callback(PassKGuardCallback(trainer, probe=probe, correct=correct, config=config))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(f"GRPO on pass@{plan.k}, {arm}", plan))

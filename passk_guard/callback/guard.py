@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainerCallback
 
+from passk_guard.callback.budget import Meter, probe_size, tokens_of
 from passk_guard.callback.mitigator import Mitigator, NoMitigation
 from passk_guard.callback.realised import ChangeMemory, RealisedChange, WindowResult
 from passk_guard.callback.setup import Attachment, check_compatibility, check_groups, choose_verifier, held_out_source
@@ -25,7 +26,7 @@ from passk_guard.estimation.evidence import conflict_check
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
-from passk_guard.planning import decision_rule, outlook
+from passk_guard.planning import Cost, decision_rule, outlook
 from passk_guard.probe.out_of_memory import until_it_fits
 from passk_guard.probe.progress import sampling_bar, wanted
 from passk_guard.probe.prompts import HeldOut
@@ -41,6 +42,9 @@ from passk_guard.utils.isolation import seeded, untouched
 from passk_guard.utils.ranks import Ranks
 from passk_guard.utils.text import describe_error
 
+_FEW = 4
+"""Refreshes of a run below which the guard says that the budget is too small."""
+
 
 @dataclass(frozen=True)
 class _Angle:
@@ -55,8 +59,8 @@ class _Angle:
 class PassKGuardCallback(TrainerCallback):
     """Watch the angle between the pass@k and the pass@1 gradient of a run, and change nothing in it.
 
-    Every `refresh_steps` optimizer steps, before the step, the guard samples fresh probe prompts, scores the
-    completions and estimates cos(grad J_k, grad J_1) with its confidence interval (arXiv 2602.21189, Sec. 4). It
+    As often as the budget `overhead` allows, before an optimizer step, the guard samples fresh probe prompts, scores
+    the completions and estimates cos(grad J_k, grad J_1) with its confidence interval (arXiv 2602.21189, Sec. 4). It
     reports on the row of the loss, in one warning line when the verdict changes, in `passk_guard.jsonl`, and in an
     alert of wandb or trackio. Weights, losses, gradients and random states stay bit-for-bit as without it. When a
     refresh fails, the log gives the reason and training goes on.
@@ -93,6 +97,7 @@ class PassKGuardCallback(TrainerCallback):
         self._max_tokens = self.config.max_probe_tokens
         self._keeper = RolloutKeeper(self.config.resample_refreshes, self.config.min_effective_samples)
         self._verifier = choose_verifier(trainer, correct, self.config)
+        self._meter = Meter(trainer)
         self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
         self._reporter = Reporter(
             trainer,
@@ -130,7 +135,11 @@ class PassKGuardCallback(TrainerCallback):
         self._ranks = Ranks(self._trainer.accelerator.device)
         self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
         self._change.drop()
+        self._meter.install()
         self.memory = self._recall(args, state)
+        if self._source is not None:
+            size = probe_size(self._trainer, self.config, state.max_steps)
+            self._source = replace(self._source, size=size)
         self._mitigator = Mitigator(
             self._trainer, self.config, self._ranks, self._warn, lambda: self._attachment.stands
         )
@@ -143,9 +152,8 @@ class PassKGuardCallback(TrainerCallback):
         """Refresh from the probe set when this step is due."""
         if not self._training:  # the guard was added in the middle of train()
             self.on_train_begin(args, state, control)
-        source = self._source
-        if source is not None and state.global_step % self.config.refresh_steps == 0:
-            number = state.global_step // self.config.refresh_steps
+        source, number = self._source, self._due(state.global_step)
+        if source is not None and number is not None:
             self._refresh(state.global_step, lambda: self._sample(source, number), source.keys(number), control)
         self._mitigator.apply(self.memory)
 
@@ -155,6 +163,7 @@ class PassKGuardCallback(TrainerCallback):
         Kept rollouts are dropped, because a resumed run has none and must sample at the same refreshes.
         """
         self._keeper.drop()
+        self._settle()
         if state.is_world_process_zero:
             self._save(lambda folder: save_memory(self.memory, folder), _checkpoint(args, state))
         self._save(self._mitigator.save, _checkpoint(args, state))
@@ -169,10 +178,39 @@ class PassKGuardCallback(TrainerCallback):
         self._training = False
         self._attachment.release()
         self._reporter.close()
+        self._meter.remove()
         self._mitigator.remove()
         self._mitigator = NoMitigation()
         if self._tap is not None:
             self._tap.remove()
+
+    # When a refresh is due
+
+    def _due(self, step: int) -> int | None:
+        """The number of the refresh that is due before this step; None where none is."""
+        every = self.config.refresh_steps
+        if every is not None:
+            return step // every if step % every == 0 else None
+        return self.memory.account.refreshes if self._affords(step) else None
+
+    def _affords(self, step: int) -> bool:
+        """Whether the budget has room for a refresh; all ranks ask at the same steps."""
+        overhead, account = self.config.overhead, self.memory.account
+        if step < account.due:
+            return False
+        account, _ = self._meter.settle(account, self._ranks)
+        allowed = account.allows(step, overhead)
+        self.memory = replace(self.memory, account=account if allowed else account.planned(step, overhead))
+        if not allowed and account.refreshes == 1:
+            self._announce_cadence(step)
+        return allowed
+
+    def _settle(self, step: int | None = None, *, failed: bool = False) -> None:
+        """Bring the account up to date, with a refresh at `step` if there was one; every rank calls this."""
+        account, failed = self._meter.settle(self.memory.account, self._ranks, failed=failed)
+        if step is not None:
+            account = account.after_refresh(step, self.config.overhead, failed=failed)
+        self.memory = replace(self.memory, account=account)
 
     # One refresh
 
@@ -207,10 +245,15 @@ class PassKGuardCallback(TrainerCallback):
                     before = memory.change if window is None else window.memory
                     memory = memory.with_change(self._opened(rescorer, sampled[0], keys, before, step))
         except Exception as error:  # of any kind: the probe may not stop training
+            self._settle(step, failed=True)
             self._fail(step, str(error) if isinstance(error, FailedRefresh) else describe_error(error))
             return
         pool_filled = len(self.memory.history) < self.config.pool_refreshes == len(memory.history)  # once in a run
         self.memory = memory
+        scored = self._change.tokens * (1 + (window is not None))
+        trained = 0 if found is None else tokens_of(found.refresh.batches) * (1 + self._harvests)
+        self._meter.charge(sampled[0][0] if sampled and self._source is not None else None, trained, scored)
+        self._settle(step)
         seconds = time.perf_counter() - began
         if found is not None:
             self.estimate = found.estimate
@@ -218,7 +261,8 @@ class PassKGuardCallback(TrainerCallback):
         if window is not None:
             self._report_window(window if sampled else window.unfinished(), control, seconds)
         if pool_filled:
-            self._reporter.outlook(step, lambda: outlook(memory.history, self.config, seconds))
+            cost = Cost(seconds, None, self.memory.account.cadence(step, self.config.overhead))
+            self._reporter.outlook(step, lambda: outlook(memory.history, self.config, cost))
 
     def _angle(
         self, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable], seed: int, step: int
@@ -245,8 +289,9 @@ class PassKGuardCallback(TrainerCallback):
 
     def _on_training_batch(self, rollouts: Rollouts, rewards: torch.Tensor) -> None:
         """Refresh from a batch that the trainer has generated, which it need not do on every step."""
-        step = self._trainer.state.global_step
-        if self.memory.step < 0 or step - self.memory.step >= self.config.refresh_steps:
+        step, every = self._trainer.state.global_step, self.config.refresh_steps
+        due = self._affords(step) if every is None else step - self.memory.step >= every
+        if self.memory.step < 0 or due:
             self._refresh(step, lambda: (rollouts, self._batch_outcomes(rollouts, rewards)), ())
 
     def _batch_outcomes(self, rollouts: Rollouts, rewards: torch.Tensor) -> Outcomes:
@@ -312,7 +357,7 @@ class PassKGuardCallback(TrainerCallback):
         refresh, estimate, verdict = found.refresh, found.estimate, found.verdict
         p_value = self.memory.evidence.p_value
         extra = self._keeper.metrics() | self._mitigator.refresh_metrics(self.memory)
-        extra |= {"run_p_value": p_value, "probe_seconds": seconds}
+        extra |= {"run_p_value": p_value, "probe_seconds": seconds, "probe_share": self.memory.account.share}
         self._reporter.refresh(step, estimate, verdict.status, extra, remark=refresh.remark, probe=refresh.probe)
         if verdict.changed:
             self._reporter.change(
@@ -327,7 +372,7 @@ class PassKGuardCallback(TrainerCallback):
     def _report_window(self, window: WindowResult, control: Any, seconds: float) -> None:
         """Report what the updates did; end the training where the user asked for it."""
         details = window.details(self._change.prompt)
-        metrics = window.metrics | {"probe_seconds": seconds}
+        metrics = window.metrics | {"probe_seconds": seconds, "probe_share": self.memory.account.share}
         self._reporter.window(window.ended, metrics, remark=window.reason, **details)
         if window.verdict.changed:
             action = self._mitigator.action(self.memory)
@@ -348,6 +393,11 @@ class PassKGuardCallback(TrainerCallback):
     # Parts
 
     @property
+    def _harvests(self) -> bool:
+        """Whether a refresh takes the direction to protect: one more pass over its batches."""
+        return self._mitigator.steps is not None and self._mitigator.steps.open
+
+    @property
     def _rule(self) -> DecisionRule:
         return decision_rule(self.config)
 
@@ -359,10 +409,12 @@ class PassKGuardCallback(TrainerCallback):
         config, remark = self.config, self._mitigator.remark
         what = "the training batch (not held out)" if self._source is None else self._source.summary
         what += f", resampled every {config.resample_refreshes} refreshes" if config.resample_refreshes > 1 else ""
+        every = f"every {config.refresh_steps} steps"
+        if config.refresh_steps is None:
+            every = f"as often as overhead={config.overhead:g} allows"
         if self._sketcher is None:
             self._reporter.info(
-                f"passk_guard measures the change of pass@1 and pass@{config.k} every {config.refresh_steps} steps on "
-                f"{what}; action: observe"
+                f"passk_guard measures the change of pass@1 and pass@{config.k} {every} on {what}; action: observe"
             )
             return
         measured = ""
@@ -371,9 +423,29 @@ class PassKGuardCallback(TrainerCallback):
         elif self._source is None:
             what += ", from which no realised change can be measured"
         self._reporter.info(
-            f"passk_guard watches cos(pass@1, pass@{config.k}){measured} every {config.refresh_steps} steps on {what}; "
+            f"passk_guard watches cos(pass@1, pass@{config.k}){measured} {every} on {what}; "
             f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "
             f"action: {self._mitigator.action(self.memory)}" + (f" ({remark})" if remark else "")
+        )
+
+    def _announce_cadence(self, step: int) -> None:
+        """Say what a refresh costs, once training has shown what a step does; warn where few fit into the run."""
+        config, account, source = self.config, self.memory.account, self._source
+        every = account.cadence(step, config.overhead)
+        if every is None:
+            return
+        what = "the training batch" if source is None else f"{source.size} x {source.num_samples} completions"
+        cost = f"a refresh of {what} costs as much as {every * config.overhead:.2g} steps of training"
+        last = self._trainer.state.max_steps
+        if last // every >= _FEW:
+            self._reporter.info(
+                f"passk_guard step {step}: {cost}: one every {every} steps, about {1 + config.overhead:.2f}x"
+            )
+            return
+        more = account.refresh * (step - account.since) / account.run * _FEW / last
+        self._warn(
+            f"{cost}: {last // every + 1} in the {last} steps of this run keep to overhead={config.overhead:g}. For "
+            f"{_FEW} of them set overhead={float(f'{more:.1g}'):g} or lower num_samples"
         )
 
     def _warn(self, reason: str) -> None:

@@ -213,6 +213,11 @@ class RealisedChange:
         """Whether there is anything to measure."""
         return self._source is not None and self._config.instruments != "angle"
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass over the open window on this rank."""
+        return 0 if self._window is None else sum(batch.input_ids.numel() for batch in self._window.batches)
+
     def look(self, rescorer: Rescorer, memory: ChangeMemory, step: int) -> WindowResult | None:
         """What the updates since the window was opened did; None where none is open, or there were no updates."""
         if self._window is None or step == self._window.step:
@@ -325,7 +330,8 @@ def close_window(
         if estimate.effective_samples < config.min_effective_samples:
             reason = (
                 f"the policy moved so far that the samples are worth {estimate.effective_samples:.2f} of their number, "
-                f"below min_effective_samples={config.min_effective_samples:g}: lower `refresh_steps`"
+                f"below min_effective_samples={config.min_effective_samples:g}: raise `overhead` or lower "
+                "`refresh_steps`"
             )
         elif estimate.pass_at_1_se == 0 and estimate.effective_samples < 1:
             reason = (
@@ -333,7 +339,7 @@ def close_window(
                 "are solved sometimes"
             )
         elif not math.isfinite(estimate.pass_at_1_se):
-            reason = "an importance ratio is beyond what a number can hold: lower `refresh_steps`"
+            reason = "an importance ratio is beyond what a number can hold: raise `overhead` or lower `refresh_steps`"
     except (FailedRefresh, GuardError) as error:  # a GuardError here is a fault of the data, and not of the user
         reason = str(error)
     if reason is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from passk_guard.callback.budget import MOST_PROMPTS
 from passk_guard.config import GuardConfig
 from passk_guard.mitigation.objective import PassKObjective
 from passk_guard.probe.prompts import HeldOut, ProbeSet
@@ -111,7 +112,7 @@ def held_out_source(
         trainer=trainer,
     )
     sampler.check_lengths(prompts.rows)
-    return HeldOut(prompts, sampler, config.probe_prompts, config.num_samples, config.probe_seed)
+    return HeldOut(prompts, sampler, config.probe_prompts or MOST_PROMPTS, config.num_samples, config.probe_seed)
 
 
 def _refuse_overlap(prompts: ProbeSet, training: Any, allowed: bool) -> None:

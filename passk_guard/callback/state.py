@@ -11,6 +11,7 @@ import torch
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictStr, model_validator
 from torch import Tensor
 
+from passk_guard.callback.budget import Account
 from passk_guard.callback.realised import ChangeMemory
 from passk_guard.estimation.evidence import Check, RunEvidence
 from passk_guard.estimation.gram import checked_probe
@@ -37,6 +38,7 @@ class Memory:
         taken: number of each refresh in `history`, failed ones not counted.
         floor_before: that of the refresh before, which no sample of the newest has steered.
         change: what the windows of the realised change add up to.
+        account: work of the run and of its probe.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
@@ -48,6 +50,7 @@ class Memory:
     taken: tuple[int, ...] = ()
     floor_before: FloorState = field(default_factory=FloorState)
     change: ChangeMemory = field(default_factory=ChangeMemory)
+    account: Account = field(default_factory=Account)
 
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
         """Add one refresh, which ends a streak of failures.
@@ -126,6 +129,14 @@ class _Floor(BaseModel):
     precision: _AtLeast0 = 0.0
 
 
+class _Account(BaseModel):
+    run: _Count
+    probe: _Count
+    refreshes: _Count
+    since: _Count
+    due: _Count
+
+
 class _Check(BaseModel):
     value: _Number
     variance: Annotated[_Number, Field(gt=0)]
@@ -166,6 +177,7 @@ class _Checkpoint(BaseModel):
     taken: tuple[_Count, ...] | None = None
     floor_before: _Floor = Field(default_factory=_Floor)
     change: dict[str, Any] | None = None
+    account: _Account | None = None
 
     @model_validator(mode="after")
     def _refreshes_in_order(self) -> _Checkpoint:
@@ -186,4 +198,5 @@ class _Checkpoint(BaseModel):
             taken=tuple(range(len(self.history))) if self.taken is None else self.taken,
             floor_before=FloorState(**vars(self.floor_before)),
             change=ChangeMemory() if self.change is None else ChangeMemory.restored(self.change),
+            account=Account(since=max(0, self.step)) if self.account is None else Account(**vars(self.account)),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -126,7 +127,7 @@ def past_of(journal: RunJournal, newest: int | None = None) -> Past:
     return Past(
         noise=average_noise([read_noise(event["noise"]) for event in chosen]),
         config=_config(journal.path, journal.settings),
-        cost=Cost(_median(chosen, "probe_seconds"), _median(chosen, "step_seconds")),
+        cost=Cost(_median(chosen, "probe_seconds"), _median(chosen, "step_seconds"), _cadence(chosen)),
         where=_where(journal, chosen),
     )
 
@@ -179,6 +180,12 @@ def _config(path: Path, settings: Mapping[str, Any]) -> GuardConfig:
         return GuardConfig.from_journal(settings)
     except ValidationError as error:
         raise GuardError(f"Settings in {path}: {error}") from error
+
+
+def _cadence(events: Sequence[Event]) -> float | None:
+    """Steps between two of these refreshes, in the median."""
+    gaps = [later["step"] - earlier["step"] for earlier, later in pairwise(events)]
+    return float(median(gaps)) if gaps else None
 
 
 def _median(events: Sequence[Event], name: str) -> float | None:

@@ -26,10 +26,12 @@ class Cost:
     Attributes:
         probe_seconds: of a refresh at the size of probe it had; None where unknown.
         step_seconds: of a training step without its probe; None where unknown.
+        refresh_steps: optimizer steps between two refreshes at that size, where the budget decides; None where unknown.
     """
 
     probe_seconds: float | None = None
     step_seconds: float | None = None
+    refresh_steps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Option:
             `power.MOST_LOOKS`, or where no number can be stated.
         fewest, most: the same where signal over noise is one standard error larger, or smaller, than measured. Where
             the signal is not established, `fewest` is at what it can be at most, and nothing else is stated.
-        steps: until then; with `resample_refreshes` only every so many refreshes count, those that sample.
+        steps: until then; with `resample_refreshes` only every so many refreshes count, those that sample. Under a
+            budget, more prompts mean fewer refreshes. None where the cadence is unknown.
         seconds: of probing for each training step, in proportion to the prompts; None where unknown.
         share: of the time of a training step without a probe; None where unknown.
     """
@@ -110,7 +113,7 @@ class Plan:
             "alert_rule": config.advanced.alert_rule,
             "confidence": config.confidence,
             "threshold": config.threshold,
-            "refresh_steps": config.refresh_steps,
+            "refresh_steps": config.refresh_steps or self.cost.refresh_steps,
             "cosine": self.cosine,
             "power": self.power,
             "own_cosine": None if self.signal.size is None else self.own_cosine,
@@ -161,9 +164,12 @@ def make_plan(
     signal = signal_of(noise, config.confidence)
 
     def option(m: int) -> Option:
-        seconds = None
-        if cost.probe_seconds is not None:
-            seconds = cost.probe_seconds * m / noise.prompts / config.refresh_steps
+        seconds: float | None = None
+        every: float | None = config.refresh_steps
+        if every is None and cost.refresh_steps is not None:
+            every = cost.refresh_steps * m / noise.prompts
+        if cost.probe_seconds is not None and every is not None:
+            seconds = cost.probe_seconds * m / noise.prompts / every
         share = seconds / cost.step_seconds if seconds is not None and cost.step_seconds else None
 
         def within(size: float) -> int | None:
@@ -174,7 +180,9 @@ def make_plan(
             return Option(m, None, within(signal.most) if signal.most > 0 else None, None, None, seconds, share)
         found = within(signal.size)
         low, high = (within(signal.size * math.exp(sign * signal.error)) for sign in (1, -1))
-        steps = None if found is None else found * config.refresh_steps * config.resample_refreshes
+        steps = None
+        if found is not None and every is not None:
+            steps = math.ceil(found * every * config.resample_refreshes)
         return Option(m, found, low, high, steps, seconds, share)
 
     limits = {"threshold": config.threshold, "confidence": config.confidence}

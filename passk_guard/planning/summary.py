@@ -56,9 +56,11 @@ def describe_plan(plan: Plan, where: str) -> Iterator[str]:
         where: what the noise was measured in, e.g. the folder and the steps.
     """
     config = plan.config
+    every = config.refresh_steps or plan.cost.refresh_steps
     yield (
-        f"{where}: cos(pass@1, pass@{config.k}) on {plan.prompts} prompts x {config.num_samples} samples every "
-        f"{config.refresh_steps} steps"
+        f"{where}: cos(pass@1, pass@{config.k}) on {plan.prompts} prompts x {config.num_samples} samples"
+        + (f" every {every:g} steps" if every is not None else "")
+        + (f" (overhead {config.overhead:g})" if config.refresh_steps is None else "")
     )
     yield prompts_with_a_gradient(plan)
     yield ""
@@ -130,17 +132,17 @@ def _many(count: int, what: str) -> str:
     return f"1 {what}" if count == 1 else f"{count} {what}es"
 
 
-def outlook(history: Sequence[ProbeGram], config: GuardConfig, probe_seconds: float | None) -> str:
+def outlook(history: Sequence[ProbeGram], config: GuardConfig, cost: Cost) -> str:
     """The one line on the power of a run, from its first refreshes.
 
     Args:
         history: the refreshes so far.
         config: of the run.
-        probe_seconds: of the newest refresh.
+        cost: of the newest refresh.
     """
     parts = [noise for probe in history if (noise := measure_noise(probe, config.k)) is not None]
     if not parts:
         return "no power can be stated: no prompt has a gradient; choose prompts the model solves sometimes"
     noise = average_noise(parts)
     double = 2 * round(noise.prompts)
-    return plan_line(make_plan(noise, config, prompts=(double,), cost=Cost(probe_seconds)))
+    return plan_line(make_plan(noise, config, prompts=(double,), cost=cost))

@@ -37,7 +37,7 @@ def run_dir(tmp_path):
 
     def write(found, settings=None):
         journal = Journal(tmp_path / "run" / "passk_guard.jsonl")
-        journal.write("start", 0, settings={"k": 8, "num_samples": 16} | (settings or {}))
+        journal.write("start", 0, settings={"k": 8, "num_samples": 16, "refresh_steps": 5} | (settings or {}))
         for i, probe in enumerate(found):
             seconds = {"probe_seconds": 9.0 if i == 0 else 2.0, "step_seconds": None if i == 0 else 0.5}
             journal.write("refresh", 5 * i, noise=measure_noise(probe, 8).to_dict(), **seconds)
@@ -77,7 +77,7 @@ def test_the_same_for_a_program(run_dir, capsys):
         assert option["fewest"] <= option["refreshes"] <= option["most"]
         assert option["steps"] == 5 * option["refreshes"]
         assert option["seconds"] == pytest.approx(2.0 * option["prompts"] / 64 / 5)
-    assert found["cost"] == {"probe_seconds": 2.0, "step_seconds": 0.5}
+    assert found["cost"] == {"probe_seconds": 2.0, "step_seconds": 0.5, "refresh_steps": 5.0}
     assert call(capsys, folder, "--json", "--power", 0.8, "--cosine", -0.4, "--prompts", 100)[1] == out
 
 
@@ -105,11 +105,20 @@ def test_the_rule_of_the_run_decides():
     assert each.refreshes < whole.refreshes < surer.refreshes
 
 
+def test_under_a_budget_more_prompts_mean_fewer_refreshes(run_dir, capsys):
+    folder = run_dir(probes(6), {"refresh_steps": None})
+    found = json.loads(call(capsys, folder, "--json", "--cosine", -0.4, "--prompts", 128)[1])
+    for option in found["options"]:
+        assert option["steps"] == math.ceil(5 * option["prompts"] / 64 * option["refreshes"])
+        assert option["share"] == pytest.approx(2.0 / 5 / 0.5), "the share stays as it is"
+    assert "every 5 steps (overhead 0.1)" in call(capsys, folder, "--cosine", -0.4)[1]
+
+
 def test_only_refreshes_that_sample_count(run_dir, capsys):
     seen_before = replace(probes(1)[0], misses=torch.ones(64, 16, dtype=torch.float64))
     assert measure_noise(seen_before, 8) is None
     noise = average_noise([measure_noise(p, 8) for p in probes(6)])
-    every, third = (make_plan(noise, GuardConfig(resample_refreshes=r)).options for r in (1, 3))
+    every, third = (make_plan(noise, GuardConfig(resample_refreshes=r, refresh_steps=5)).options for r in (1, 3))
     assert [3 * option.steps for option in every] == [option.steps for option in third]
     page = call(capsys, run_dir(probes(6), {"resample_refreshes": 3}))[1]
     assert "refreshes that sample count, one in 3" in page
@@ -143,7 +152,7 @@ def test_prompts_that_are_always_solved_are_named():
     found = probes(3, m=16, noise=1.0)
     correct = torch.where(torch.arange(16) < 12, 16, found[0].num_correct)
     quiet = [ProbeGram(p.gram, p.num_samples, correct) for p in found]
-    line = outlook(quiet, GuardConfig(), 1.0)
+    line = outlook(quiet, GuardConfig(), Cost(1.0))
     assert "no power can be stated" in line
     assert "always solved" in line
     assert "choose prompts the model solves sometimes" in line
@@ -229,10 +238,10 @@ def test_settings_that_no_run_has(run_dir, capsys):
 
 
 def test_settings_of_another_version(run_dir):
-    assert past_of(read_journal(run_dir(probes(3), {"novelty": 1}))).config == GuardConfig()
+    assert past_of(read_journal(run_dir(probes(3), {"novelty": 1}))).config == GuardConfig(refresh_steps=5)
     earlier = {"alert_rule": "each_look", "void_alert": 7}
     config = past_of(read_journal(run_dir(probes(3), earlier))).config
-    assert config == GuardConfig(advanced=Advanced(alert_rule="each_look"), failed_refresh_alert=7)
+    assert config == GuardConfig(refresh_steps=5, advanced=Advanced(alert_rule="each_look"), failed_refresh_alert=7)
 
 
 def test_from_an_analysis(tmp_path, capsys):
@@ -253,7 +262,7 @@ def test_from_an_analysis(tmp_path, capsys):
 
 
 def test_the_line_of_a_run():
-    line = outlook(probes(3, m=128), GuardConfig(), 2.0)
+    line = outlook(probes(3, m=128), GuardConfig(refresh_steps=5), Cost(2.0))
     assert line.startswith("at the noise measured so far, a cosine of -0.20 would be called CONFLICT within ")
     assert " with 90% power on 128 prompts x 16; on 256 prompts within " in line
     assert line.endswith(", +0.4 s per step")
