@@ -17,8 +17,10 @@ from passk_guard.sketch.coverage import SketchedParameters
 from passk_guard.sketch.head import ClosedHead
 from passk_guard.sketch.hooks import Tap, tapped
 from passk_guard.utils.errors import GuardError
-from passk_guard.utils.isolation import frozen_pass
+from passk_guard.utils.isolation import frozen_pass, sampling_mode
 
+_PADDED_TOKENS = 8  # of the sample that shows whether padding is read
+_ROUNDING = 0.05  # by which its logits may differ, relative to their norm around their mean
 _CHUNK_SCALARS = 1 << 24  # logits turned into probabilities at a time: 64 MiB in fp32
 
 
@@ -26,7 +28,7 @@ def score_pass(
     model: nn.Module,
     parameters: SketchedParameters,
     accumulator: Accumulator,
-    checked: set[nn.Module],
+    checked: dict[nn.Module, bool],
     batch: TokenBatch,
     temperature: float,
     closed: bool,
@@ -36,7 +38,7 @@ def score_pass(
     Args:
         model: the language model. parameters: of that model.
         accumulator: empty, laid out for the batch.
-        checked: norms whose formula has held before.
+        checked: whether the formula of a module held when it was first called.
         batch: samples sorted by slot, with a bool completion mask.
         temperature: of the sampling.
         closed: whether the closed form replaces the head. Whether that applies depends on the code of the model
@@ -58,11 +60,11 @@ def score_pass(
         if head is None:
             logits = forward_logits(model, batch.input_ids, batch.attention_mask)
             log_probs, gradient = score_logits(logits.detach(), batch.input_ids, batch.completion_mask, temperature)
+            logits.backward(gradient)
         else:
-            if (stand_in := _stand_in(model, head, batch)) is None:
+            if (stand_in := _stand_in(model, head, batch)) is None or not head.is_whole(stand_in):
                 return None
-            logits, log_probs, gradient = stand_in, head.log_probs, stand_in.detach()
-        logits.backward(gradient)
+            log_probs = head.log_probs
     return log_probs, tap.unseen()
 
 
@@ -106,6 +108,28 @@ def forward_logits(
             "does not run under no_grad or inference_mode."
         )
     return logits
+
+
+def reads_padding(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> bool:
+    """Whether the logits of one sample change when it is padded, in two forwards of a few tokens.
+
+    Args:
+        model: a language model.
+        input_ids: [B, T] int64. attention_mask: [B, T], rows of ones followed by zeros. The sample is the beginning of
+            the first one. It is padded with what pads the others, where there is padding.
+    """
+    alone = input_ids[:1, : min(_PADDED_TOKENS, int(attention_mask[0].sum()))]
+    mask, holes = torch.ones_like(alone), input_ids[attention_mask == 0]
+    named = getattr(getattr(model, "config", None), "pad_token_id", None)
+    padding = torch.full_like(alone, int(holes[0] if len(holes) else alone[0, -1] if named is None else named))
+    with sampling_mode(model, seed=0):
+        expected = forward_logits(model, alone, mask, differentiable=False)
+        padded, hidden = torch.cat([alone, padding], 1), torch.cat([mask, 0 * mask], 1)
+        found = forward_logits(model, padded, hidden, differentiable=False)[:, : alone.shape[1]]
+    expected, found = (x.float() - x.float().mean(-1, keepdim=True) for x in (expected, found))
+    # At most tokens, so that one which rounding sends to another expert does not count.
+    changed = (found - expected).norm(dim=-1) > _ROUNDING * expected.norm(dim=-1)
+    return bool(changed.float().mean() > 0.5)
 
 
 def score_logits(

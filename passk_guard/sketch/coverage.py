@@ -118,10 +118,11 @@ def warn_if_low(coverage: Coverage, sizes: Mapping[str, int]) -> None:
 def warn_missed(missed: set[str], sizes: Mapping[str, int]) -> None:
     """Emit one UserWarning that names parameters whose module never took part in a pass."""
     warnings.warn(
-        "These trainable parameters were counted as covered, but the pass bypassed their module or called it "
-        f"on something that is not the batch: {_listed(missed, sizes)}. Their gradient is missing from "
-        "the sketch, in whole or in part. A fused head or kernel that reads the weight directly does this: "
-        "switch it off for the guarded model.",
+        "These trainable parameters were counted as covered, but the pass bypassed their module, called it "
+        "on something that is not the batch, or got something else from it than its formula gives: "
+        f"{_listed(missed, sizes)}. Their gradient is missing from the sketch, in whole or in part. A fused head or "
+        "kernel that reads the weight directly does this, and so does a replaced forward: switch it off for the "
+        "guarded model.",
         UserWarning,
         stacklevel=3,
     )

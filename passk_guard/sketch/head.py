@@ -45,6 +45,7 @@ class ClosedHead:
 
     Attributes:
         log_probs: [B] log pi(y | x) in nats, fp32 (float64 for a float64 model).
+        token: positions of the tokens that predict a completion token, among the B T of the batch.
     """
 
     def __init__(
@@ -52,13 +53,14 @@ class ClosedHead:
     ) -> None:
         assert isinstance(use.module, nn.Linear)
         self.use, self.accumulator, self.temperature, self._module = use, accumulator, temperature, use.module
-        self.shape = tuple(input_ids.shape)
+        self.shape, self.vocabulary = tuple(input_ids.shape), use.module.out_features
         self._sample, position = completion[:, 1:].nonzero(as_tuple=True)
-        self._token = self._sample * self.shape[1] + position
+        self.token = self._sample * self.shape[1] + position
         self._targets = input_ids[self._sample, position + 1]
         self._spans = _spans(accumulator, completion)
         self.log_probs = accumulator.rows.new_zeros(self.shape[0])
         self._calls, self._stand_in = 0, 0
+        self._reached = False
 
     def installed(self) -> MethodPatch:
         """A context in which the head's forward is this one."""
@@ -70,8 +72,24 @@ class ClosedHead:
         return self._stand_in != 0
 
     def made(self, logits: Tensor) -> bool:
-        """Whether `logits` is the output of the head, unchanged: no scaling, no cap, no second head."""
+        """Whether `logits` is the output of the head or a view of it: no scaling, no cap, no second head."""
         return self._calls == 1 and self.handed_out and logits.data_ptr() == self._stand_in
+
+    def is_whole(self, logits: Tensor) -> bool:
+        """Run the backward from `logits`, as of `made`; whether they are the whole output, in its order.
+
+        Every number of the stand-in is the same one in memory, so that no view of it can be told from it. Its gradient
+        can: this one has other strides along each dimension, and a slice or a permutation hands on another tensor.
+        """
+        batch, width, vocabulary = logits.shape
+        self._sent = logits.new_zeros(2 * batch * width + vocabulary).as_strided(logits.shape, (2 * width, 2, 1))
+        logits.backward(self._sent)
+        return self._reached
+
+    def receive(self, gradient: Tensor) -> None:
+        """Note whether the gradient of the stand-in is the one that was sent off."""
+        places = [(x.data_ptr(), x.shape, x.stride()) for x in (gradient, self._sent)]
+        self._reached = places[0] == places[1]
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._calls += 1
@@ -81,8 +99,8 @@ class ClosedHead:
         if not (torch.is_grad_enabled() and hidden.requires_grad):
             return original(*args, **kwargs)
         with torch.no_grad():
-            gradient = self._closed_form(hidden.detach().flatten(0, 1)[self._token])
-        logits: Tensor = _StandIn.apply(hidden, gradient, self._token, self.log_probs, self._module.out_features)
+            gradient = self._closed_form(hidden.detach().flatten(0, 1)[self.token])
+        logits: Tensor = _StandIn.apply(hidden, gradient, self)
         self._stand_in = logits.data_ptr()
         return logits
 
@@ -137,14 +155,15 @@ def _spans(accumulator: Accumulator, completion: Tensor) -> list[Span]:
 
 
 class _StandIn(torch.autograd.Function):
-    """Zeros in the shape of logits. The backward ignores its argument and returns the gradient computed before."""
+    """Zeros in the shape of logits. The backward returns the gradient computed before, whatever it is given."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, gradient: Tensor, token: Tensor, like: Tensor, vocabulary: int) -> Tensor:
-        ctx.gradient, ctx.token, ctx.shape = gradient, token, hidden.shape
-        return like.new_zeros(()).expand(*hidden.shape[:-1], vocabulary)
+    def forward(ctx: Any, hidden: Tensor, gradient: Tensor, head: ClosedHead) -> Tensor:
+        ctx.gradient, ctx.head, ctx.shape = gradient, head, hidden.shape
+        return head.log_probs.new_zeros(()).expand(*hidden.shape[:-1], head.vocabulary)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gradient = ctx.gradient.new_zeros(ctx.shape).flatten(0, 1).index_copy_(0, ctx.token, ctx.gradient)
-        return gradient.view(ctx.shape), None, None, None, None
+        ctx.head.receive(grads[0])
+        gradient = ctx.gradient.new_zeros(ctx.shape).flatten(0, 1).index_copy_(0, ctx.head.token, ctx.gradient)
+        return gradient.view(ctx.shape), None, None

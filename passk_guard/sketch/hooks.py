@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from passk_guard.sketch.accumulator import Accumulator
-from passk_guard.sketch.layers import CONTRIBUTIONS, Use, by_sample, scales_normalised_input
+from passk_guard.sketch.layers import CONTRIBUTIONS, Use, by_sample, formula_holds, is_close
 
 
 class _Keep(torch.autograd.Function):
@@ -39,36 +39,47 @@ class Tap:
     """The hooks of one pass, and their observations.
 
     Attributes:
-        checked: norms whose formula has held once, shared by all passes, since a check makes a GPU wait.
+        checked: whether the formula of a module held when it was first called. Shared by all passes, since a check
+            makes a GPU wait.
         seen: positions in `uses` of the modules whose output gradient arrived.
         missed: names of parameters whose module was called on something that is not the batch.
     """
 
     def __init__(
-        self, uses: Sequence[Use], accumulator: Accumulator, batch: int, width: int, checked: set[nn.Module]
+        self, uses: Sequence[Use], accumulator: Accumulator, batch: int, width: int, checked: dict[nn.Module, bool]
     ) -> None:
         self.uses, self.accumulator, self.checked = uses, accumulator, checked
         self.batch, self.width = batch, width
         self.seen: set[int] = set()
         self.missed: set[str] = set()
+        self._looked_up: dict[int, Tensor] = {}
 
     def unseen(self) -> set[str]:
         """Names of parameters to which at least one covered module contributed nothing in this pass."""
         silent = {name for i, use in enumerate(self.uses) if i not in self.seen for name in _names(use)}
         return silent | self.missed
 
+    def check(self, index: int, x: Tensor, output: Tensor) -> None:
+        """Compare the output of a module with its formula, once, while its weights are gathered."""
+        use = self.uses[index]
+        if use.module in self.checked or (holds := formula_holds(use, x, output)) is None:
+            return
+        self.checked[use.module] = holds
+        if use.kind == "embedding":
+            self._looked_up[index] = output.clone()
+
+    def check_unchanged(self, index: int, output: Tensor) -> None:
+        """Compare what the hooks of an embedding made of its output with the output that was checked."""
+        if (before := self._looked_up.pop(index, None)) is not None and not is_close(output, before):
+            self.checked[self.uses[index].module] = False
+
     def on_forward(self, index: int, x: Tensor, output: Tensor) -> None:
         """Keep the factor that comes from the input until the gradient of the output arrives."""
         use = self.uses[index]
-        if use.kind == "rms_norm" and use.module not in self.checked:
-            if not scales_normalised_input(use.module, x, output):
-                self.missed.update(_names(use))
-                return
-            self.checked.add(use.module)
         contribution = CONTRIBUTIONS[use.kind](use, self.accumulator)
         rows = x[..., None] if use.kind == "embedding" else x
         factor = by_sample(rows.expand(*output.shape[:-1], -1), self.batch, self.width)
-        if factor is None:
+        if factor is None or not self.checked.get(use.module, True):
             # Nothing is missed unless a gradient arrives (for DoRA's norms none does).
             output.register_hook(lambda grad: self.missed.update(_names(use)))
             return
@@ -102,12 +113,20 @@ def tapped(model: nn.Module, tap: Tap, besides: nn.Module | None = None) -> Iter
     def enter(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         return _into_graph(_per_row(_input(args, kwargs), output, tap.batch, tap.width))
 
+    def check(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            with torch.no_grad():
+                tap.check(index, _input(args, kwargs), output)
+
+        return hook
+
     def listen(index: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if not torch.is_grad_enabled():  # the first forward of reentrant checkpointing
                 return None
             output = _into_graph(output)
             with _plain_arithmetic(output):
+                tap.check_unchanged(index, output)
                 tap.on_forward(index, _input(args, kwargs).detach(), output)
             return output
 
@@ -123,7 +142,11 @@ def tapped(model: nn.Module, tap: Tap, besides: nn.Module | None = None) -> Iter
             if use.module is besides:
                 tap.seen.add(index)
                 continue
-            handles.append(use.module.register_forward_hook(listen(index), with_kwargs=True))
+            # Before all others: the output is the module's own then, and sharded engines have not released the weight.
+            # Embeddings begin the graph, and enter it last: an engine would gather their weight for a backward.
+            first = not isinstance(use.module, nn.Embedding)
+            handles.append(use.module.register_forward_hook(listen(index), with_kwargs=True, prepend=first))
+            handles.append(use.module.register_forward_hook(check(index), with_kwargs=True, prepend=True))
         yield
     finally:
         for handle in handles:

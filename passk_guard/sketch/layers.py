@@ -5,10 +5,11 @@ The gradients follow from the input of the module, or a projection of it, and th
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from passk_guard.sketch.accumulator import Accumulator
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
+_CHECKED_TOKENS = 64  # at which the output of a layer is compared with its formula
+_ROUNDING = 0.02  # by which it may differ, relative to its norm
 
 Kind = Literal["linear", "conv1d", "embedding", "layer_norm", "rms_norm"]
 
@@ -53,7 +56,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 def _is_rms_norm(module: nn.Module) -> bool:
     """True for nn.RMSNorm and for classes named *RMSNorm that hold one 1-D weight.
 
-    The name is a guess only: `scales_normalised_input` checks the formula on each pass.
+    The name is a guess only: gated and offset variants fail `formula_holds`.
     """
     own = dict(module.named_parameters())
     return "RMSNorm" in type(module).__name__ and list(own) == ["weight"] and own["weight"].dim() == 1
@@ -108,6 +111,11 @@ class Contribution(ABC):
     def add(self, delta: Tensor, kept: Sequence[Tensor]) -> None:
         """Add the gradients of this module's parameters, given what `keep` returned."""
 
+    @staticmethod
+    def outputs(module: nn.Module, u: Tensor) -> tuple[Tensor, ...]:
+        """What a module of this kind may return for u [N, d] (indices [N] for an embedding); none: not checked."""
+        return ()
+
     def add_bias(self, delta: Tensor) -> None:
         """d bias = sum_t delta_t."""
         if self.use.bias is not None:
@@ -128,11 +136,21 @@ class LinearContribution(Contribution):
             self.accumulator.add_matrix(name, **{self.input_side: kept[0], self.output_side: projected})
         self.add_bias(delta)
 
+    @staticmethod
+    def outputs(module: nn.Module, u: Tensor) -> tuple[Tensor, ...]:
+        weight, bias = _own(module)
+        return (nn.functional.linear(u.to(weight.dtype), weight, bias),)
+
 
 class Conv1DContribution(LinearContribution):
     """dW = sum_t u_t delta_t^T in the weight's layout [in, out]."""
 
     input_side, output_side = "left", "right"
+
+    @staticmethod
+    def outputs(module: nn.Module, u: Tensor) -> tuple[Tensor, ...]:
+        weight, bias = _own(module)
+        return (nn.functional.linear(u.to(weight.dtype), weight.t(), bias),)
 
 
 class EmbeddingContribution(Contribution):
@@ -151,6 +169,10 @@ class EmbeddingContribution(Contribution):
         name = self.use.weight
         self.accumulator.add_rows(name, ids, self.accumulator.project(name, "right", delta))
 
+    @staticmethod
+    def outputs(module: nn.Module, u: Tensor) -> tuple[Tensor, ...]:
+        return (_own(module)[0][u] * getattr(module, "embed_scale", 1),)
+
 
 class NormContribution(Contribution):
     """dw = sum_t delta_t * u_hat_t and db = sum_t delta_t, exact; also for Gemma's u_hat (1 + w)."""
@@ -163,6 +185,13 @@ class NormContribution(Contribution):
             x_hat = normalised_input(self.use.module, kept[0])
             self.accumulator.add_vector(name, torch.einsum("btd,btd->bd", delta.to(x_hat.dtype), x_hat))
         self.add_bias(delta)
+
+    @staticmethod
+    def outputs(module: nn.Module, u: Tensor) -> tuple[Tensor, ...]:
+        (weight, bias), x_hat = _own(module), normalised_input(module, u)
+        if isinstance(module, nn.LayerNorm):
+            return (x_hat * weight + (0 if bias is None else bias),)
+        return (x_hat * weight, x_hat * (1 + weight))  # the second one is Gemma's
 
 
 def normalised_input(module: nn.Module, x: Tensor) -> Tensor:
@@ -180,19 +209,45 @@ def _epsilon(module: nn.Module, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps  # the meaning of eps=None in nn.RMSNorm
 
 
-def scales_normalised_input(module: nn.Module, x: Tensor, output: Tensor) -> bool:
-    """Whether the output is x_hat * weight, or x_hat * (1 + weight) as in Gemma, at one token of the batch.
+def _own(module: Any) -> tuple[Tensor, Tensor | None]:
+    return module.weight, getattr(module, "bias", None)
 
-    Gated and offset variants fail here, and are reported as not covered instead of sketched wrongly.
+
+def formula_holds(use: Use, x: Tensor, output: Tensor) -> bool | None:
+    """Whether `output` is what a module of this kind returns for x, at up to 64 tokens; None for zeros or no numbers.
+
+    A subclass, a hook or a replaced forward may have changed it. The gradients of the parameters are then others.
+    Called while the weights are gathered, where the model is sharded.
+
+    Args:
+        x: [..., d], or indices of any shape for an embedding. output: the same with another last dimension.
     """
-    if module.get_parameter("weight").numel() != x.shape[-1]:
-        return True  # ZeRO-3 has released the weight when a hook runs, so that only the name is known
-    token = (0,) * (x.dim() - 1)
-    x_hat, found = normalised_input(module, x[token]), output[token]
-    weight = module.get_parameter("weight").to(x_hat.dtype)
-    found = found.to(x_hat.dtype)
-    atol = 4 * torch.finfo(output.dtype).eps * float(found.abs().max() + 1)
-    return any(torch.allclose(x_hat * scale, found, rtol=0.02, atol=atol) for scale in (weight, 1 + weight))
+    rows = output.flatten(0, -2)
+    u = x.flatten() if use.kind == "embedding" else x.flatten(0, -2)
+    if len(u) != len(rows):
+        return False
+    if len(rows) == 0:
+        return None
+    picked = torch.linspace(0, len(rows) - 1, min(_CHECKED_TOKENS, len(rows)), device=x.device).long()
+    found = rows[picked]
+    try:
+        expected = CONTRIBUTIONS[use.kind].outputs(use.module, u[picked])
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError):  # the weight has another shape, or has been released
+        return False
+    if not expected:
+        return True
+    if not 0 < float(found.float().norm()) < math.inf:
+        return None
+    return any(is_close(found, each) for each in expected)
+
+
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether each row of found [..., d] is that of `expected`, but for rounding: of 16 bits at most."""
+    wide = torch.promote_types(torch.promote_types(found.dtype, expected.dtype), torch.float32)
+    found, expected = found.to(wide), expected.to(wide)
+    return bool(((found - expected).norm(dim=-1) <= _ROUNDING * expected.norm(dim=-1)).all())
 
 
 CONTRIBUTIONS: dict[Kind, type[Contribution]] = {

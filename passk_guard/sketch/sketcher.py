@@ -15,7 +15,7 @@ from passk_guard.sketch.accumulator import (
     Projections,
     lay_out,
 )
-from passk_guard.sketch.backward import score_pass
+from passk_guard.sketch.backward import reads_padding, score_pass
 from passk_guard.sketch.batches import TokenBatch, check_batch, check_dim, check_log_probs, check_prompts
 from passk_guard.sketch.coverage import Coverage, find_sketched_parameters, warn_if_low, warn_missed
 from passk_guard.sketch.kronecker import KroneckerAccumulator
@@ -65,7 +65,8 @@ class ScoreSketcher:
         self._find_parameters()
         self._asked_dim = dim
         self._missed: set[str] = set()
-        self._checked_norms: set[nn.Module] = set()
+        self._checked: dict[nn.Module, bool] = {}
+        self._reads_padding: bool | None = None  # not known yet
         self.reseed(seed)
         warn_if_low(self.coverage, self._parameters.sizes)
 
@@ -117,7 +118,7 @@ class ScoreSketcher:
 
         Raises:
             GuardError: arguments that do not fit together, packed or left-padded rows, a model that returns no
-                logits.
+                logits, padding for a model whose logits depend on it.
             FailedRefresh: NaN or infinity in the result; names the samples.
         """
         check_batch(input_ids, attention_mask, completion_mask, slots, num_slots, temperature)
@@ -125,6 +126,12 @@ class ScoreSketcher:
         if self._parameters.trainable != {id(p) for p in self.model.parameters() if p.requires_grad}:
             self._find_parameters()
             self._projections = Projections(self.seed)
+        self._check_padding(input_ids, attention_mask)
+        samples, width = input_ids.shape
+        if samples == width:  # a layer that is called on [T, B, d] would look like one on [B, T, d]
+            input_ids, attention_mask = (torch.cat([x, x[:1]]) for x in (input_ids, attention_mask))
+            completion_mask = torch.cat([completion_mask, torch.zeros_like(completion_mask[:1])])
+            slots = torch.cat([slots, slots.new_tensor([-1])])
         device = input_ids.device
         order = slots.argsort(stable=True)  # makes the samples of a slot neighbours
         layout = lay_out(slots[order].to(device))
@@ -137,7 +144,7 @@ class ScoreSketcher:
             found = self._pass(layout, batch, num_slots, temperature)
         assert found is not None
         sketch, log_p, unseen = found
-        log_p = log_p[order.argsort()]
+        log_p = log_p[order.argsort()][:samples]
         _check_finite(sketch, log_p)
         if log_probs is not None:
             log_probs.copy_(log_p)
@@ -182,6 +189,22 @@ class ScoreSketcher:
         self._parameters = find_sketched_parameters(self.model)
         self._closed = self._parameters.head is not None  # until a pass shows that the closed form does not apply
 
+    def _check_padding(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Refuse a padded batch for a model that reads padding. One check a run, in the first call on every rank.
+
+        Rows without padding are not refused: with one, a rank that was refused keeps in step with the others.
+        """
+        if self._reads_padding is None:
+            self._reads_padding = False  # whatever comes of it, it is not repeated: the other ranks do not either
+            self._reads_padding = reads_padding(self.model, input_ids, attention_mask)
+        if self._reads_padding and not bool(attention_mask.all()):
+            raise GuardError(
+                "Expected a model whose logits do not depend on padding; found other logits for a sample that is "
+                "padded on the right, with 0 in its attention mask, than for the sample alone. The model ignores the "
+                "mask or expects padding on the left. Pass samples of one length to each call, or a model that masks "
+                "its padding."
+            )
+
     def _pass(
         self, layout: Layout, batch: TokenBatch, num_slots: int, temperature: float
     ) -> tuple[Tensor, Tensor, set[str]] | None:
@@ -190,8 +213,8 @@ class ScoreSketcher:
         dtype = torch.float64 if double else torch.float32
         rows = torch.zeros(len(layout.groups), self.dim, dtype=dtype, device=layout.slots.device)
         into = _ACCUMULATORS[self.method](rows, layout, self._parameters.shapes, self._projections)
-        model, norms = self.model, self._checked_norms
-        scored = score_pass(model, self._parameters, into, norms, batch, temperature, self._closed)
+        model, checked = self.model, self._checked
+        scored = score_pass(model, self._parameters, into, checked, batch, temperature, self._closed)
         if scored is None:
             return None
         sketch = rows.new_zeros(num_slots, self.dim)

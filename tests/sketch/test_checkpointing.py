@@ -48,7 +48,7 @@ def test_layers_are_recomputed_in_the_backward(use_reentrant):
     model, calls = checkpointed("qwen2", use_reentrant), []
     model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: calls.append(1))
     ScoreSketcher(model, method="identity").sketch(**ragged_batch(), num_slots=6)
-    assert len(calls) == 2
+    assert len(calls) == 2 + 2  # two for the check of the padding, once
 
 
 @pytest.mark.parametrize("method", ["kronecker", "countsketch"])
