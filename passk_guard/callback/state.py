@@ -17,6 +17,7 @@ from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.records import ProbeGram, Status
 from passk_guard.estimation.verdict import DecisionState
 from passk_guard.mitigation import FloorState
+from passk_guard.reporting.journal import RUN
 from passk_guard.utils.files import save_whole
 
 FILE_NAME = "passk_guard.pt"
@@ -37,6 +38,7 @@ class Memory:
         taken: number of each refresh in `history`, failed ones not counted.
         floor_before: that of the refresh before, which no sample of the newest has steered.
         change: what the windows of the realised change add up to.
+        run: identity of the run; empty in checkpoints of the first versions.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
@@ -48,6 +50,7 @@ class Memory:
     taken: tuple[int, ...] = ()
     floor_before: FloorState = field(default_factory=FloorState)
     change: ChangeMemory = field(default_factory=ChangeMemory)
+    run: str = ""
 
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
         """Add one refresh, which ends a streak of failures.
@@ -166,6 +169,7 @@ class _Checkpoint(BaseModel):
     taken: tuple[_Count, ...] | None = None
     floor_before: _Floor = Field(default_factory=_Floor)
     change: dict[str, Any] | None = None
+    run: Annotated[StrictStr, Field(pattern=RUN)] = ""
 
     @model_validator(mode="after")
     def _refreshes_in_order(self) -> _Checkpoint:
@@ -186,4 +190,5 @@ class _Checkpoint(BaseModel):
             taken=tuple(range(len(self.history))) if self.taken is None else self.taken,
             floor_before=FloorState(**vars(self.floor_before)),
             change=ChangeMemory() if self.change is None else ChangeMemory.restored(self.change),
+            run=self.run,
         )
