@@ -125,11 +125,14 @@ class GuardConfig:
     mitigation: Literal["off", "project", "reweight", "both", "auto"] = _setting(
         "off",
         "What is done about a conflict. off: nothing. project: before clipping and the optimizer, change the training "
-        "gradient as little as possible so that its cosine to the probe's pass@1 gradient is at least gamma. reweight: "
-        "solve for a floor under the prompt weights of the PassKObjective, and change no gradient. both: do both. "
-        "auto: reweight if a PassKObjective is installed, else project.",
+        "gradient g as little as possible so that <g, p> >= gamma |g||p|, with |g| as before and p the probe's pass@1 "
+        "gradient. reweight: solve for a floor under the prompt weights of the PassKObjective, and change no gradient. "
+        "both: do both. auto: reweight if a PassKObjective is installed, else project.",
     )
-    gamma: Share = _setting(0.2, "Cosine that project restores. 0 removes the conflict without protecting pass@1.")
+    gamma: Share = _setting(
+        0.2,
+        "Least <g, p> after project, as a share of |g||p| before. 0 removes the conflict without protecting pass@1.",
+    )
     gate: Literal["always", "conflict"] = _setting(
         "always",
         "When project enforces the constraint. always: at every step. conflict: only while the newest estimate is in "

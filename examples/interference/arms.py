@@ -74,7 +74,7 @@ class ShortestStep(StepGuard):
     depends on the lengths of its gradients.
     """
 
-    def _turn(self, protected: list[Tensor]) -> None:
+    def _project(self, protected: list[Tensor]) -> None:
         gradient, length = self.engine.gradient(), 5
         p = [part / length for part in protected]
         gg, gp, pp = self.engine.inner_products([(gradient, gradient), (gradient, p), (p, p)])

@@ -85,6 +85,7 @@ def _what_the_guard_did(events: list[dict[str, Any]]) -> dict[str, Any]:
         "failed_refresh": sum(e["event"] == "failed_refresh" for e in events),
         "cosine": [e.get("cosine") for e in refreshes],
         "floor": [e.get("floor") for e in refreshes],
+        "reliability": [e.get("protected_reliability") for e in refreshes],
         "steps_measured": len(turned),
         "steps_turned": sum(turned),
     }

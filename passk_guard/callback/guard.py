@@ -18,8 +18,9 @@ from transformers import TrainerCallback
 from passk_guard.callback.budget import Meter, probe_size, tokens_of
 from passk_guard.callback.mitigator import Mitigator, NoMitigation
 from passk_guard.callback.realised import ChangeMemory, RealisedChange, WindowResult
+from passk_guard.callback.resumed import recall
 from passk_guard.callback.setup import Attachment, check_compatibility, check_groups, choose_verifier, held_out_source
-from passk_guard.callback.state import Memory, load_memory, save_memory
+from passk_guard.callback.state import Memory, save_memory
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.evidence import conflict_check
@@ -129,23 +130,23 @@ class PassKGuardCallback(TrainerCallback):
         self._training = True
         self._max_tokens = self.config.max_probe_tokens
         self._keeper.drop()
-        self._reporter.open()
+        self._ranks = Ranks(self._trainer.accelerator.device)
+        self.memory, folder = recall(self._trainer, args, state, self._ranks, self._warn)
+        self._reporter.open(self.memory.run)
         if self._tap is not None:
             self._tap.install()
-        self._ranks = Ranks(self._trainer.accelerator.device)
         self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
         self._change.drop()
         self._meter.install()
-        self.memory = self._recall(args, state)
         if self._source is not None:
             size = probe_size(self._trainer, self.config, state.max_steps)
             self._source = replace(self._source, size=size)
         self._mitigator = Mitigator(
             self._trainer, self.config, self._ranks, self._warn, lambda: self._attachment.stands
         )
-        if state.global_step:
-            self._mitigator.resume(_checkpoint(args, state), self.memory)
-            self._change.resume(_checkpoint(args, state), self._ranks)
+        if folder is not None:
+            self._mitigator.resume(folder, self.memory)
+            self._change.resume(folder, self._ranks)
         self._announce()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -164,10 +165,11 @@ class PassKGuardCallback(TrainerCallback):
         """
         self._keeper.drop()
         self._settle()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            self._save(lambda folder: save_memory(self.memory, folder), _checkpoint(args, state))
-        self._save(self._mitigator.save, _checkpoint(args, state))
-        self._save(lambda folder: self._change.save(folder, self._ranks.index), _checkpoint(args, state))
+            self._save(lambda folder: save_memory(self.memory, folder), folder)
+        self._save(self._mitigator.save, folder)
+        self._save(lambda folder: self._change.save(folder, self._ranks.index), folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the trainer its methods back."""
@@ -456,17 +458,3 @@ class PassKGuardCallback(TrainerCallback):
             write(folder)
         except Exception as error:  # a full disk above all, which torch reports as a RuntimeError
             self._warn(f"the checkpoint holds no memory of the guard: {describe_error(error)}")
-
-    def _recall(self, args: Any, state: Any) -> Memory:
-        if state.global_step == 0:
-            return Memory()
-        memory = load_memory(_checkpoint(args, state))
-        # Ranks that do not share a disk would decide differently from here on.
-        if self._ranks.max(int(memory is None)) or memory is None:
-            self._warn("resumed without the guard's memory, starting afresh")
-            return Memory()
-        return memory
-
-
-def _checkpoint(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -17,7 +17,7 @@ from passk_guard.mitigation import FloorState
 from passk_guard.mitigation.engines import choose_engine
 from passk_guard.mitigation.floor_guard import FloorGuard, choose_mitigation, installed_objective
 from passk_guard.mitigation.gradient_guard import StepGuard
-from passk_guard.mitigation.protected_direction import pass1_loss
+from passk_guard.mitigation.protected_direction import direction_noise, pass1_loss
 from passk_guard.probe.refresh import Refresh
 from passk_guard.utils.isolation import without_dropout
 from passk_guard.utils.ranks import Ranks
@@ -127,8 +127,10 @@ class Mitigator(NoMitigation):
             # Without a prompt that is solved sometimes there is no direction to protect; equally so on every rank.
             self.steps.open = wanted and bool(refresh.batches)
             if self.steps.open:
+                steering = self._steering(refresh)
+                loss, noise = pass1_loss(refresh, self._ranks.count, steering), direction_noise(refresh, steering)
                 with without_dropout(self._trainer.model_wrapped):
-                    self.steps.harvest(pass1_loss(refresh, self._ranks.count, self._steering(refresh)), refresh.batches)
+                    self.steps.harvest(loss, refresh.batches, noise, same_samples=refresh.probe.reused)
         if self.floor is None:
             return memory
         floor = self.floor.learn(memory.floor, memory.pooled(self._config.pool_refreshes))
@@ -152,7 +154,10 @@ class Mitigator(NoMitigation):
             self.steps.open = False
 
     def refresh_metrics(self, memory: Memory) -> dict[str, float | None]:
-        return self.floor.metrics(self._in_force(memory)) if self.floor is not None else {}
+        metrics = self.floor.metrics(self._in_force(memory)) if self.floor is not None else {}
+        if self.steps is not None:
+            metrics["protected_reliability"] = self.steps.reliability if self.steps.open else None
+        return metrics
 
     def step_metrics(self) -> dict[str, float | None]:
         return self.steps.step_metrics() if self.steps is not None else {}

@@ -18,6 +18,7 @@ from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.records import ProbeGram, Status
 from passk_guard.estimation.verdict import DecisionState
 from passk_guard.mitigation import FloorState
+from passk_guard.reporting.journal import RUN
 from passk_guard.utils.files import save_whole
 
 FILE_NAME = "passk_guard.pt"
@@ -39,6 +40,7 @@ class Memory:
         floor_before: that of the refresh before, which no sample of the newest has steered.
         change: what the windows of the realised change add up to.
         account: work of the run and of its probe.
+        run: identity of the run; empty in checkpoints of the first versions.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
@@ -51,6 +53,7 @@ class Memory:
     floor_before: FloorState = field(default_factory=FloorState)
     change: ChangeMemory = field(default_factory=ChangeMemory)
     account: Account = field(default_factory=Account)
+    run: str = ""
 
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
         """Add one refresh, which ends a streak of failures.
@@ -178,6 +181,7 @@ class _Checkpoint(BaseModel):
     floor_before: _Floor = Field(default_factory=_Floor)
     change: dict[str, Any] | None = None
     account: _Account | None = None
+    run: Annotated[StrictStr, Field(pattern=RUN)] = ""
 
     @model_validator(mode="after")
     def _refreshes_in_order(self) -> _Checkpoint:
@@ -199,4 +203,5 @@ class _Checkpoint(BaseModel):
             floor_before=FloorState(**vars(self.floor_before)),
             change=ChangeMemory() if self.change is None else ChangeMemory.restored(self.change),
             account=Account(since=max(0, self.step)) if self.account is None else Account(**vars(self.account)),
+            run=self.run,
         )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from passk_guard.mitigation.engines import GradientEngine
-from passk_guard.mitigation.projection import plan_projection
-from passk_guard.mitigation.protected_direction import Share
+from passk_guard.mitigation.projection import ProjectionResult, plan_projection
+from passk_guard.mitigation.protected_direction import DirectionNoise, Share
 from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.sketch import TokenBatch, filler_batch
 from passk_guard.utils.errors import FailedRefresh
@@ -21,6 +21,9 @@ from passk_guard.utils.ranks import Ranks
 from passk_guard.utils.text import Once, describe_error, one_line
 
 Loss = Callable[[nn.Module, TokenBatch], Tensor]
+_EXACT = DirectionNoise()
+_LOW = 0.5  # reliability below which the log warns
+_QUANTILE = 1.645  # one-sided 5% of a normal law
 
 
 class StepGuard:
@@ -58,6 +61,7 @@ class StepGuard:
         self.engine, self.open = engine, False
         self.protected: list[Tensor] | None = None
         self._norm_sq: float | None = None  # of the protected direction; the same for all its steps
+        self._noise = _EXACT  # of it, absolute
         self._proven = True  # whether the protected direction is known to be of this model
         self._ranks, self._gamma, self._average, self._dtype = ranks, gamma, average, dtype
         self._on_failure, self._wanted = on_failure, wanted
@@ -74,10 +78,16 @@ class StepGuard:
         """Leave the trainer as it was."""
         self.engine.remove()
 
-    def harvest(self, loss: Loss, batches: Sequence[TokenBatch]) -> None:
+    def harvest(
+        self, loss: Loss, batches: Sequence[TokenBatch], noise: DirectionNoise = _EXACT, *, same_samples: bool = False
+    ) -> None:
         """Take a new protected direction from the probe, at a step boundary.
 
         Where memory runs out on a rank, all ranks try again with batches of half the size, and keep to that size.
+
+        Args:
+            noise: of the new direction, in units of its squared norm.
+            same_samples: whether the direction before is of the same samples.
 
         Raises:
             FailedRefresh: on all ranks, when the loss failed on one or the gradient is not finite.
@@ -102,14 +112,34 @@ class StepGuard:
 
         self._proven = True
         new = until_it_fits(self._ranks, lambda: self._ranks.together(probe), smaller)
-        norm_sq: float | None = self.engine.inner_products([(new, new)])[0]
-        if not math.isfinite(norm_sq or 0.0):
+        norm_sq = self.engine.inner_products([(new, new)])[0]
+        if not math.isfinite(norm_sq):
             raise FailedRefresh("the probe's pass@1 gradient is not finite")
+        noise = noise.times(norm_sq)
         if self.protected is not None and self._average:
             for old, fresh in zip(self.protected, new, strict=True):
                 fresh.mul_(1 - self._average).add_(old, alpha=self._average)
-            norm_sq = None  # the next step takes the norm of the average
-        self.protected, self._norm_sq = new, norm_sq
+            noise = self._noise.averaged(noise, self._average, same_samples=same_samples)
+            norm_sq = self.engine.inner_products([(new, new)])[0]
+        self.protected, self._norm_sq, self._noise = new, norm_sq, noise
+        self._tell_noise(norm_sq, noise)
+
+    @property
+    def reliability(self) -> float | None:
+        """U_11 / |p|^2: the share of |p|^2 that is no noise, below 0 by chance; None without a direction."""
+        if self.protected is None:
+            return None
+        return 1 - self._noise.squared / self._norm_sq if self._norm_sq else 1.0
+
+    def _tell_noise(self, norm_sq: float, noise: DirectionNoise) -> None:
+        """One line for a direction that is mostly noise, and one where it may be nothing else."""
+        signal, remedy = norm_sq - noise.squared, "raise `probe_prompts` or `advanced.protected_average`"
+        if noise.squared and signal <= _QUANTILE * noise.spread:
+            if self._reported.new("may be noise"):
+                self._on_failure(f"no pass@1 gradient is established, so that steps may be held to noise: {remedy}")
+        elif signal < _LOW * norm_sq and self._reported.new("noise"):
+            share = f"{100 * signal / norm_sq:.0f}%"
+            self._on_failure(f"the protected direction is pass@1's gradient by {share} and noise otherwise: {remedy}")
 
     def step_metrics(self) -> dict[str, float | None]:
         """Means over the steps since the last call: what was done to the gradient and what it took.
@@ -144,7 +174,7 @@ class StepGuard:
         inner, own, *norm_sq = self.engine.inner_products(pairs)
         if self._norm_sq is None:
             self._norm_sq = norm_sq[0]
-        plan = plan_projection(inner / scale, own / scale**2, self._norm_sq, self._gamma)
+        plan = self._plan(inner / scale, own / scale**2, self._norm_sq)
         if plan.reason is not None:
             self._fail(f"steps stay unchanged where {plan.reason}")
             return
@@ -160,6 +190,9 @@ class StepGuard:
         }
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in numbers.items()}
         self._measured += 1
+
+    def _plan(self, inner: float, norm_g_sq: float, norm_p_sq: float) -> ProjectionResult:
+        return plan_projection(inner, norm_g_sq, norm_p_sq, self._gamma)
 
     def _fail(self, reason: str) -> None:
         if self._reported.new(reason):
@@ -177,6 +210,7 @@ class StepGuard:
             protected=None if self.protected is None else [part.cpu() for part in self.protected],
             on_cpu=[part.device.type == "cpu" for part in self.protected or ()],  # offloaded, or all there is
             norm_sq=self._norm_sq,
+            noise=(self._noise.squared, self._noise.spread),
             sums=self._sums,
             measured=self._measured,
         )
@@ -191,6 +225,7 @@ class StepGuard:
         if share.protected is not None:
             parts = zip(share.protected, share.on_cpu, strict=True)
             self._norm_sq, self._proven = share.norm_sq, False
+            self._noise = DirectionNoise(*share.noise)
             self.protected = [part if on_cpu else part.to(self._ranks.device) for part, on_cpu in parts]
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 JOURNAL_NAME = "passk_guard.jsonl"
 Event = Mapping[str, Any]
+RUN = r"^([0-9a-f]{12})?$"
+"""What identifies a run, in its journal and its checkpoints; empty where nothing does."""
 _Scalar = bool | int | float | str | None
 _EARLIER_NAMES = {"void": "failed_refresh"}  # of events, in journals of version 0.1.0 before its release
 # What a step writes, in this order: numbers of the steps before it, which are older than its checkpoint; then, where a
@@ -91,6 +94,7 @@ class _Line(BaseModel):
     message: str | None = None
     to: str | None = None
     settings: dict[str, _Scalar | list[_Scalar] | dict[str, _Scalar]] = {}
+    run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class RunJournal:
     """The events of one run, by rising step: those of what became the run.
 
     A run that was killed leaves events after the checkpoint from which it goes on. A start at step s replaces every
-    event before it in the file that belongs to a later moment than that checkpoint.
+    event before it in the file that belongs to a later moment than that checkpoint, and every event of another run.
 
     Attributes:
         path: of the file.
@@ -147,6 +151,18 @@ def read_journal(run_dir: str | Path) -> RunJournal:
     return _ordered(path, events, unfinished)
 
 
+def run_of(path: Path) -> str | None:
+    """The identity of the run whose start is the last in a journal; None where there is none."""
+    run = None
+    if not path.is_file():  # a pipe may have no end
+        return None
+    with suppress(OSError, ValueError, RecursionError), path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith('{"event": "start"'):
+                run = str(json.loads(line).get("run", ""))
+    return run if run and re.fullmatch(RUN, run) else None
+
+
 def _parse(content: bytes, path: Path) -> tuple[list[Event], bool]:
     *lines, rest = content.split(b"\n")
     events = [_event(line, number, path) for number, line in enumerate(lines, 1) if line.strip()]
@@ -176,14 +192,18 @@ def _ordered(path: Path, events: Sequence[Event], unfinished: bool) -> RunJourna
     kept: list[Event] = []
     settings: Mapping[str, Any] = {}
     restarts: list[int] = []
+    run: str | None = None
     for event in events:
         if event["event"] not in _ORDER:
             continue
+        another = False
         if event["event"] == "start":
             settings = event.get("settings", settings)
+            before, run = run, event.get("run") or run
+            another = before is not None and before != run
         if kept and (event["event"] == "start" or _key(event) <= _key(kept[-1])):
             restarts.append(event["step"])
-            kept = [before for before in kept if _key(before) < _key(event)]
+            kept = [earlier for earlier in kept if _key(earlier) < _key(event) and not another]
         if event["event"] != "start":
             kept.append(event)
     return RunJournal(path, kept, settings, unfinished, restarts)

@@ -102,22 +102,24 @@ class Reporter:
         self._settings = settings
         self._pace = Pace()
 
-    def open(self) -> None:
+    def open(self, run: str = "") -> None:
         """Start a run: complete log rows from here on, and append to `passk_guard.jsonl` in its output folder.
+
+        `run` is its identity, which tells its events from those of another run in the same journal.
 
         Raises:
             GuardError: another guard reports on this trainer.
         """
         self._rows.install()
         self._pace.forget()
-        self._open_journal()
+        self._open_journal(run)
 
     @quietly
-    def _open_journal(self) -> None:
+    def _open_journal(self, run: str) -> None:
         folder = Path(self._trainer.args.output_dir)
         self._journal = Journal(folder / JOURNAL_NAME if self._reports else None)
         if self._settings is not None:
-            self._journal.write("start", self._trainer.state.global_step, settings=dict(self._settings))
+            self._journal.write("start", self._trainer.state.global_step, settings=dict(self._settings), run=run)
 
     @quietly
     def close(self) -> None:

@@ -30,6 +30,7 @@ _CHANGE = (
 )
 _MITIGATION = (
     ("train_cosine", "Training gradient and protected direction, before", "cosine", None, _STEPS),
+    ("protected_reliability", "Share of the protected direction that is no noise", "share", None, ("refresh",)),
     ("mitigated", "Share of steps that were changed", "share of steps", (0.0, 1.0), _STEPS),
     ("coefficient", "Coefficient of the protected direction", "coefficient", None, _STEPS),
     ("floor", "Floor under the prompt weights", "floor", None, ("refresh", "steps")),

@@ -163,6 +163,6 @@ def test_mgda_takes_the_shortest_step():
     before = g.clone()
     guard = ShortestStep.__new__(ShortestStep)
     guard.engine = Engine()
-    guard._turn([p])
+    guard._project([p])
     assert float(g @ before) == pytest.approx(float(g @ p / 5), rel=1e-4)
     assert float(g @ g) == pytest.approx(float(g @ before), rel=1e-4)

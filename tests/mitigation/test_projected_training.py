@@ -2,13 +2,15 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, ScoreSketcher
-from passk_guard.mitigation.protected_direction import Pass1Loss, pass1_loss
+from passk_guard.callback.realised import measured_prompts
+from passk_guard.mitigation.protected_direction import Pass1Loss, direction_noise, pass1_loss
 from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.refresh import Refresher
@@ -57,6 +59,11 @@ def test_the_optimizer_sees_a_gradient_within_the_constraint(kind, gamma, tmp_pa
         expected = before if before >= gamma else gamma / math.sqrt(1 + gamma**2 - before**2)
         assert after == pytest.approx(expected, abs=1e-4)
         assert row["passk_guard/mitigated"] == float(before < gamma)
+    probe = watcher.guard.memory.history[-1]
+    everything = SimpleNamespace(probe=probe, num_samples=probe.num_samples, fewest=1)
+    steering = ~measured_prompts(probe.num_samples.numel(), watcher.guard.config)
+    [*_, newest] = [event for event in journal(tmp_path) if event["event"] == "refresh"]
+    assert newest["protected_reliability"] == pytest.approx(1 - direction_noise(everything, steering).squared)
 
 
 def test_a_closed_gate_is_bit_for_bit_no_guard(tmp_path):

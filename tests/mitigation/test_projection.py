@@ -118,6 +118,15 @@ def test_numbers_without_an_answer_change_nothing_and_say_why(numbers, words):
     assert plan_projection(-0.5, 1.0, 1.0, 0.2).reason is None
 
 
+@pytest.mark.parametrize("cosine", [-0.9, -0.1, 0.0, 0.1])
+def test_the_promise_has_the_norm_of_the_gradient_before(cosine):
+    g, p = pair(cosine, norm_g=3.0, norm_p=0.5)
+    after = projected(g, p, 0.2)
+    assert float(after @ p) == pytest.approx(0.2 * float(g.norm() * p.norm()))
+    kept = float(after @ p) >= 0.2 * float(after.norm() * p.norm())
+    assert kept == (cosine <= -0.2), "with the norm after, it holds where the step became shorter"
+
+
 @pytest.mark.parametrize("gamma", [-0.1, 1.0, math.nan])
 def test_gamma_outside_its_range_is_refused(gamma):
     with pytest.raises(GuardError, match="gamma"):
