@@ -277,7 +277,7 @@ class PassKGuardCallback(TrainerCallback):
         step: int,
     ) -> ChangeMemory:
         try:
-            return self._change.open(rescorer, sampled, keys, memory, step)
+            return self._change.open(rescorer, sampled, keys, memory, step, self._mitigator.measured(len(keys)))
         except FailedRefresh as error:  # on all ranks alike
             self._warn(f"no window of the realised change begins here: {error}")
             return memory
@@ -291,6 +291,7 @@ class PassKGuardCallback(TrainerCallback):
             pad_token_id=padding_token(self._trainer.processing_class),
             vocabulary=limits_of(model)["vocabulary"],
             autocast=self._trainer.accelerator.autocast,
+            precision=_precision(model, self._trainer.accelerator.mixed_precision),
         )
 
     def _sample_fewer(self) -> bool:
@@ -394,6 +395,14 @@ class PassKGuardCallback(TrainerCallback):
             self._warn("resumed without the guard's memory, starting afresh")
             return Memory()
         return memory
+
+
+def _precision(model: torch.nn.Module, mixed: str) -> torch.dtype:
+    """The format with the fewest digits that a forward pass of training computes in."""
+    if mixed != "no":
+        return torch.float16 if mixed == "fp16" else torch.bfloat16
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:
