@@ -161,7 +161,7 @@ class Rescorer:
             raise
 
     def _forward(self, batch: TokenBatch, temperature: float, jitter: float = 0.0) -> Tensor:
-        with sampling_mode(self.model, seed=0), self.autocast(), _jittered(self.model, jitter):
+        with sampling_mode(self.model, seed=0), self.autocast(), jittered(self.model, jitter):
             logits = forward_logits(self.model, batch.input_ids, batch.attention_mask, differentiable=False)
             return completion_log_probs(logits, batch.input_ids, batch.completion_mask.bool(), temperature)
 
@@ -174,7 +174,7 @@ class Rescorer:
 
 
 @contextmanager
-def _jittered(model: nn.Module, size: float) -> Iterator[None]:
+def jittered(model: nn.Module, size: float) -> Iterator[None]:
     """Token embeddings times 1 + u size, u uniform in [-1, 1] from torch's generator; as they are for a size of 0."""
     if not size:
         yield
