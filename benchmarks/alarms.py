@@ -89,7 +89,7 @@ def conflict(checks: Checks, alpha: float = 0.05) -> int | None:
 
 
 def sequence_below(checks: Checks, alpha: float = 0.05) -> int | None:
-    """The change since the start is below 0 by its confidence sequence, taken as normal. No verdict: see the calibration."""
+    """The change since the start is below 0 by its confidence sequence, taken as normal; no verdict of the guard's."""
     unit = next((check["variance"] for check in checks if check["variance"]), 0.0)
     return _first(checks, lambda c: c["total"] < -sequence_width(c["variance"], unit, alpha))
 

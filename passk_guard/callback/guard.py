@@ -31,7 +31,7 @@ from passk_guard.probe.progress import sampling_bar, wanted
 from passk_guard.probe.prompts import HeldOut
 from passk_guard.probe.records import Outcomes, Rollouts, check_rollouts, limits_of, padding_token
 from passk_guard.probe.refresh import Refresh, Refresher
-from passk_guard.probe.rescoring import Rescorer
+from passk_guard.probe.rescoring import Rescorer, precision_of
 from passk_guard.probe.reuse import RolloutKeeper
 from passk_guard.probe.samplers import BatchTap, Sampler
 from passk_guard.reporting import Reporter
@@ -291,7 +291,7 @@ class PassKGuardCallback(TrainerCallback):
             pad_token_id=padding_token(self._trainer.processing_class),
             vocabulary=limits_of(model)["vocabulary"],
             autocast=self._trainer.accelerator.autocast,
-            precision=_precision(model, self._trainer.accelerator.mixed_precision),
+            precision=precision_of(model, self._trainer.accelerator.mixed_precision),
         )
 
     def _sample_fewer(self) -> bool:
@@ -395,14 +395,6 @@ class PassKGuardCallback(TrainerCallback):
             self._warn("resumed without the guard's memory, starting afresh")
             return Memory()
         return memory
-
-
-def _precision(model: torch.nn.Module, mixed: str) -> torch.dtype:
-    """The format with the fewest digits that a forward pass of training computes in."""
-    if mixed != "no":
-        return torch.float16 if mixed == "fp16" else torch.bfloat16
-    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

@@ -173,6 +173,14 @@ class Rescorer:
         return filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)
 
 
+def precision_of(model: nn.Module, mixed: str) -> torch.dtype:
+    """The format with the fewest digits that training computes in; `mixed` is accelerate's mixed_precision."""
+    if mixed != "no":
+        return torch.float16 if mixed == "fp16" else torch.bfloat16
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
 @contextmanager
 def jittered(model: nn.Module, size: float) -> Iterator[None]:
     """Token embeddings times 1 + u size, u uniform in [-1, 1] from torch's generator; as they are for a size of 0."""

@@ -85,14 +85,15 @@ def test_samples_that_do_not_count_are_not_scored():
     assert sum(len(batch.slots) for batch in window.batches) == int((expected >= 0).sum())
 
 
-def test_the_model_is_left_as_it_was():
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_model_is_left_as_it_was(precision):
     model, (rollouts, outcomes) = tiny_model(attention_dropout=0.5).train(), sampled()
     state = torch.get_rng_state()
-    scorer = rescorer(model)
+    scorer = rescorer(model, precision=precision)
     window = scorer.open(rollouts, outcomes, KEYS, 0)
     assert torch.equal(scorer.log_ratios(window), torch.zeros(3, 4, dtype=torch.float64)), "dropout is off"
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(module.training for module in model.modules())
+    assert all(module.training and not module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
