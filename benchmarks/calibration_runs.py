@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.calibration_populations import RareAgree, RarestAgree, Synthetic, ThreeKinds, TwoKinds, with_cosine
 from benchmarks.calibration_statistics import checks_of, guard, pool
+from passk_guard.change.cumulate import CurveSums, sequence_width
 from passk_guard.estimation.evidence import Check, log_evidence
 from passk_guard.estimation.intervals import student_t_quantile
 from passk_guard.estimation.records import ConflictEstimate
@@ -97,6 +98,68 @@ def measure_quiet(cell: Quiet, runs: int, looks: tuple[int, ...], seed: int) -> 
         | {"false_alarms": round(float((first <= t).double().mean()), 4), "found": None, "median_delay": None}
         for t in looks
     ]
+
+
+@dataclass(frozen=True)
+class FewGain:
+    """Windows of m fresh prompts in which pass@1 stays: a share of the prompts gain what the others lose.
+
+    Each of the others changes by -1, give or take 0.3, the unit does not matter. Windows that miss the few show a
+    fall, and a small error.
+    """
+
+    share: float
+    m: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"{100 * self.share:g}% of {self.m} prompts gain what the others lose"
+
+    def changes(self, runs: int, looks: int, generator: torch.Generator) -> Tensor:
+        """[runs, looks, m] of mean 0."""
+        shape = (runs, looks, self.m)
+        few = torch.rand(shape, generator=generator, dtype=torch.float64) < self.share
+        noise = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.where(few, 1 / self.share - 1, -1.0) + noise
+
+
+FEW_GAIN = tuple(
+    FewGain(share, m) for share, m in ((0.1, 64), (0.05, 64), (0.03, 64), (0.02, 64), (0.1, 16), (0.05, 16))
+)
+
+
+def window_moments(changes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[...] mean, variance of the mean and its degrees of freedom for [..., m] changes, as of a `ChangeEstimate`."""
+    m, square = changes.shape[-1], (changes - changes.mean(-1, keepdim=True)).square()
+    spread = square.var(-1, correction=0) / square.mean(-1).square()
+    return changes.mean(-1), changes.var(-1) / m, (2 * m / spread).clamp(min=3, max=m - 1)
+
+
+def measure_few_gain(cell: FewGain, runs: int, looks: int, seed: int) -> list[dict[str, Any]]:
+    """Share of runs in which LOSING begins, and in which the summed change leaves its 95% sequence downwards."""
+    change, variance, degrees = window_moments(cell.changes(runs, looks, torch.Generator().manual_seed(seed)))
+    found = {
+        "LOSING": int(first_alarms(-change, variance, degrees).isfinite().sum()),
+        "total below 0 by its sequence": sum(
+            _ever_below(zip(*run, strict=True))
+            for run in zip(change.tolist(), variance.sqrt().tolist(), degrees.tolist(), strict=True)
+        ),
+    }
+    return [
+        {"course": cell.name, "looks": looks, "rule": rule, "runs": runs}
+        | {"false_alarms": round(alarms / runs, 4), "found": None, "median_delay": None}
+        for rule, alarms in found.items()
+    ]
+
+
+def _ever_below(windows: Iterator[tuple[float, float, float]]) -> bool:
+    """Whether the sum of (change, standard error, degrees) is ever established to be below 0 by its sequence."""
+    sums = CurveSums()
+    for window in windows:
+        sums = sums.plus(*window)
+        if sums.total < -sequence_width(sums.variance, sums.unit, 0.05, sums.degrees):
+            return True
+    return False
 
 
 def first_alarms(values: Tensor, variances: Tensor, counts: Tensor, alpha: float = 0.05) -> Tensor:

@@ -1,6 +1,7 @@
 """What observing costs a GRPO run: the time of a refresh beside the time of the steps around it, in one run.
 
     python -m benchmarks.observe_cost [--only short long longer] [--steps 40] [--long-steps 31] [--threads 1]
+    python -m benchmarks.observe_cost --only instruments [--rounds 5]
 
 The interference task's model (648k parameters) with the guard at its defaults (64 prompts x 16 samples every 5 steps),
 with one draw for 3 and for 5 refreshes, then with the training batch as probe, in three settings: "short", the task
@@ -11,6 +12,10 @@ means over a draw of the medians of those that sample and those that do not; "ru
 (5 steps + 1 refresh) / 5 steps. The learning rate is 0, so that no draw ends early. "floor" is the same with one
 forward and backward with frozen weights in place of the refresh, over the share of samples that have a gradient: no
 sketch that goes through a model can take less. Where the probe is held out, sampling comes on top of that floor.
+
+"instruments" trains the task with none of the guard's instruments, with the change, with the angle and with both, at a
+learning rate of 0.02: ten steps and two refreshes of each, in turn, a round. A ratio is that of one round; printed are
+the medians over rounds and the smallest and largest, by the clock and by processor time.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
 
 PROMPT_TOKENS = 7
 EVERY = 5
+FIXED: dict[str, Any] = {"probe_prompts": 64, "refresh_steps": EVERY}
 PROBES = (("held_out", 1), ("held_out", 3), ("held_out", 5), ("training_batch", 1))
 """Where the probe comes from, and refreshes that a draw serves."""
 
@@ -96,41 +102,73 @@ LONGER = Setting(
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step, from its beginning to its end, refresh included."""
+    """Seconds of each step, from its beginning to its end, refresh included; time and processor time when it began."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.began: list[tuple[float, float]] = []
 
     def on_step_begin(self, args, state, control, **_):
-        self.began = time.perf_counter()
+        self.began.append((time.perf_counter(), time.process_time()))
 
     def on_step_end(self, args, state, control, **_):
-        self.seconds.append(time.perf_counter() - self.began)
+        self.seconds.append(time.perf_counter() - self.began[-1][0])
 
 
-def measure(model_dir: Path, source: str, draws: int, steps: int, setting: Setting = SHORT) -> Seconds:
-    """One guarded run, each draw of the probe serving `draws` refreshes."""
-    config = GuardConfig(k=8, source=source, resample_refreshes=draws, probe_prompts=64, refresh_steps=EVERY)
+def trained(
+    model_dir: Path, config: GuardConfig | None, steps: int, setting: Setting = SHORT, learning_rate: float = 0.0
+) -> tuple[Any, PassKGuardCallback | None, Clock]:
+    """The trainer after its run, its guard (None without `config`), and the clock that both stood under."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
             model_dir,
             folder,
             steps=steps,
             report_to=[],
-            learning_rate=0.0,
+            learning_rate=learning_rate,
             disable_tqdm=True,
             **setting.overrides,
         )
         trainer.reward_funcs[0] = setting.correct
         trainer.remove_callback(PrinterCallback)
-        clock = Clock()
+        clock, guard = Clock(), None
         trainer.add_callback(clock)
-        probe = make_prompts("probe", 2048, seed=0) if source == "held_out" else None
-        guard = PassKGuardCallback(trainer, probe=probe, correct=setting.correct, config=config)
-        trainer.add_callback(guard)
+        if config is not None:
+            probe = make_prompts("probe", 2048, seed=0) if config.source == "held_out" else None
+            guard = PassKGuardCallback(trainer, probe=probe, correct=setting.correct, config=config)
+            trainer.add_callback(guard)
         with PassKObjective(trainer, k=8):
             trainer.train()
-        rows = [row for row in trainer.state.log_history if "passk_guard/probe_seconds" in row][1:]
+    return trainer, guard, clock
+
+
+INSTRUMENTS = ("change", "angle", "both")
+
+
+def instrument_ratios(model_dir: Path, rounds: int, periods: int = 2) -> dict[str, list[tuple[float, float]]]:
+    """Of each round, the run time with each of `INSTRUMENTS` over that with none: by the clock, and of the processor.
+
+    Steps 5 to 15 count: the first refresh of a run closes no window.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in INSTRUMENTS}
+    for _ in range(rounds):
+        spent = {}
+        for name in (None, *INSTRUMENTS):
+            config = None if name is None else GuardConfig(k=8, instruments=name, **FIXED)
+            clock = trained(model_dir, config, 5 * (periods + 1) + 1, learning_rate=0.02)[2]
+            spent[name] = [b - a for a, b in zip(clock.began[5], clock.began[-1], strict=True)]
+        for name in INSTRUMENTS:
+            wall, processor = (a / b for a, b in zip(spent[name], spent[None], strict=True))
+            found[name].append((wall, processor))
+    return found
+
+
+def measure(model_dir: Path, source: str, draws: int, steps: int, setting: Setting = SHORT) -> Seconds:
+    """One guarded run, each draw of the probe serving `draws` refreshes."""
+    config = GuardConfig(k=8, source=source, resample_refreshes=draws, **FIXED)
+    trainer, guard, clock = trained(model_dir, config, steps, setting)
+    assert guard is not None
+    rows = [row for row in trainer.state.log_history if "passk_guard/probe_seconds" in row][1:]
     spent: dict[bool, list[float]] = {True: [], False: []}
     for row in rows:
         spent["passk_guard/pass_at_1" in row].append(row["passk_guard/probe_seconds"])
@@ -173,13 +211,22 @@ def random_model(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("short", "long", "longer"), default=("short", "long", "longer"))
+    settings = ("short", "long", "longer")
+    parser.add_argument("--only", nargs="+", choices=(*settings, "instruments"), default=settings)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--long-steps", type=int, default=31)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path("runs/warm_start"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if "instruments" in arguments.only:
+        print("| instruments | run time | by processor time |\n|---|---|---|")
+        for name, ratios in instrument_ratios(warm_start(arguments.cache, 0), arguments.rounds).items():
+            columns = (f"{statistics.median(r):.2f}x ({min(r):.2f} to {max(r):.2f})" for r in zip(*ratios, strict=True))
+            print(f"| {name} | {' | '.join(columns)} |", flush=True)
+        if len(arguments.only) == 1:
+            return
     print(f"{'setting':8} {'probe':14} {'draw for':>8} {'step, s':>8} {'refresh, s':>10} {'run time':>9} {'floor':>6}")
     with tempfile.TemporaryDirectory() as folder:
         for setting in (each for each in (SHORT, LONG, LONGER) if each.name in arguments.only):

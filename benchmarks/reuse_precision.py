@@ -4,7 +4,8 @@ A random Qwen2-type model of 4 layers in float32, 64 completions that it sampled
 taken before and after its weights have moved by `move` times their own standard deviation, with the forward passes in
 float32 and in bf16 autocast. Prints, for each length, log rho of whole sequences: its root mean square in float32, that
 of bf16's difference from it, and the effective share of the samples in either; `move 0` in batches of half the size
-shows what the shape of a batch does.
+shows what the shape of a batch does. Then the noise as the realised change measures it at a sample, from embeddings
+that differ by one rounding.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from passk_guard.passk.importance import effective_share
+from passk_guard.probe.rescoring import jittered
 from passk_guard.sketch import ScoreSketcher, TokenBatch, token_batches
 
 VOCABULARY, PROMPT, SAMPLES = 512, 8, 64
@@ -107,12 +109,23 @@ def rows() -> Iterator[tuple[object, ...]]:
             yield length, name, rms(plain), rms(narrow - plain), share(plain), share(narrow)
 
 
+def noise(length: int) -> float:
+    """What `Rescorer.open` would call the noise of bf16 autocast."""
+    model, plain = new_model(), new_model()
+    whole = batches(sampled(plain, length), 16)
+    torch.manual_seed(0)
+    with jittered(model, torch.finfo(torch.bfloat16).eps / 2):
+        return rms(log_probs(model, whole, bf16=True) - log_probs(plain, whole, bf16=True))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     print("| tokens | move | log rho, float32 | bf16 - float32 | share, float32 | share, bf16 |")
     print("|---" * 6 + "|")
     for length, name, *numbers in rows():
         print(f"| {length} | {name} | " + " | ".join(f"{number:.3g}" for number in numbers) + " |", flush=True)
+    for length in LENGTHS:
+        print(f"noise by jittered embeddings, {length} tokens: {noise(length):.3g}")
 
 
 if __name__ == "__main__":

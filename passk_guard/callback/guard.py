@@ -33,7 +33,7 @@ from passk_guard.probe.progress import sampling_bar, wanted
 from passk_guard.probe.prompts import HeldOut
 from passk_guard.probe.records import Outcomes, Rollouts, check_rollouts, limits_of, padding_token
 from passk_guard.probe.refresh import Refresh, Refresher
-from passk_guard.probe.rescoring import Rescorer
+from passk_guard.probe.rescoring import Rescorer, precision_of
 from passk_guard.probe.reuse import RolloutKeeper
 from passk_guard.probe.samplers import BatchTap, Sampler
 from passk_guard.reporting import Reporter
@@ -324,7 +324,7 @@ class PassKGuardCallback(TrainerCallback):
         step: int,
     ) -> ChangeMemory:
         try:
-            return self._change.open(rescorer, sampled, keys, memory, step)
+            return self._change.open(rescorer, sampled, keys, memory, step, self._mitigator.measured(len(keys)))
         except FailedRefresh as error:  # on all ranks alike
             self._warn(f"no window of the realised change begins here: {error}")
             return memory
@@ -338,6 +338,7 @@ class PassKGuardCallback(TrainerCallback):
             pad_token_id=padding_token(self._trainer.processing_class),
             vocabulary=limits_of(model)["vocabulary"],
             autocast=self._trainer.accelerator.autocast,
+            precision=precision_of(model, self._trainer.accelerator.mixed_precision),
         )
 
     def _sample_fewer(self) -> bool:

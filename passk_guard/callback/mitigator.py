@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from passk_guard.callback.realised import measured_prompts
 from passk_guard.callback.state import Memory
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import in_conflict
@@ -21,6 +20,9 @@ from passk_guard.mitigation.protected_direction import direction_noise, pass1_lo
 from passk_guard.probe.refresh import Refresh
 from passk_guard.utils.isolation import without_dropout
 from passk_guard.utils.ranks import Ranks
+
+MEASURED_OF = 4
+"""Where `project` takes its direction from the probe, one prompt in so many is measured and the others steer."""
 
 
 class NoMitigation:
@@ -48,6 +50,13 @@ class NoMitigation:
             FailedRefresh: the direction could not be taken; the same on every rank.
         """
         return memory
+
+    def measured(self, count: int) -> torch.Tensor:
+        """[count] bool: the prompts of a sample whose change is measured; all, where none steers the updates.
+
+        Completions that steer the updates between two scores are not a fair sample of what the updates did.
+        """
+        return torch.ones(count, dtype=torch.bool)
 
     def apply(self, memory: Memory) -> None:
         """Put the floor in force for the batches to come; at a step boundary, so that no batch sets its own."""
@@ -136,6 +145,12 @@ class Mitigator(NoMitigation):
         floor = self.floor.learn(memory.floor, memory.pooled(self._config.pool_refreshes))
         return memory if refresh.probe.reused else memory.with_floor(floor)
 
+    def measured(self, count: int) -> torch.Tensor:
+        if self.steps is None:
+            return super().measured(count)
+        each = self._config.instruments != "angle"
+        return torch.full((count,), each) & (torch.arange(count) % MEASURED_OF == MEASURED_OF - 1)
+
     def apply(self, memory: Memory) -> None:
         if self.floor is not None:
             self.floor.apply(self._in_force(memory))
@@ -147,7 +162,7 @@ class Mitigator(NoMitigation):
 
     def _steering(self, refresh: Refresh) -> torch.Tensor:
         """[m] bool: prompts that the protected direction is taken from, none of whose change is measured."""
-        return ~measured_prompts(refresh.num_samples.numel(), self._config)
+        return ~self.measured(refresh.num_samples.numel())
 
     def leave_unguarded(self) -> None:
         if self.steps is not None:

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from passk_guard.change import (
@@ -26,6 +25,7 @@ from passk_guard.change import (
     estimate_change,
     estimate_level,
     judge,
+    missed_in_words,
 )
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.evidence import Check, RunEvidence
@@ -36,9 +36,6 @@ from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.ranks import Ranks
 
 MOST_GROUPS = 20
-
-MEASURED_OF = 4
-"""Where `project` takes its direction from the probe, one prompt in so many is measured and the others steer."""
 
 Metrics = dict[str, float | None]
 
@@ -97,6 +94,7 @@ class WindowResult:
         k: the k of pass@k.
         began, ended: optimizer steps at its two ends.
         estimate: None where the window failed, for `reason`.
+        noise: of the log ratios from rounding, as in `Window`.
         keys: of the prompts that were measured, in the order of `estimate.per_prompt`.
         rates: the change of hard, medium and easy prompts.
         memory: after this window.
@@ -109,6 +107,7 @@ class WindowResult:
     ended: int
     estimate: ChangeEstimate | None
     reason: str | None
+    noise: float | None
     keys: Sequence[Hashable]
     rates: Sequence[RateChange]
     memory: ChangeMemory
@@ -139,6 +138,8 @@ class WindowResult:
                 f"pass_at_{k}_change_se": found.pass_at_k_se,
                 "effective_samples": found.effective_samples,
             }
+            if self.noise is not None:
+                numbers["log_ratio_noise"] = self.noise
         if total.windows:
             for name, curve in (("pass_at_1", total.pass_at_1), (f"pass_at_{k}", total.pass_at_k)):
                 numbers |= {
@@ -155,7 +156,7 @@ class WindowResult:
             return f"{outcome.upper()} {self.verdict.reason}"
         change, since = (loss, f"since step {memory.since}") if outcome == "losing" else (self.run, "since the start")
         parts = [
-            f"{outcome.upper()} pass@1: {_interval(change.pass_at_1)} {since}, "
+            f"{outcome.upper()} pass@1: {_interval(change.pass_at_1)} {since}{missed_in_words(change.missed)}, "
             f"pass@{change.k} {_interval(change.pass_at_k)}"
         ]
         if outcome == "losing":
@@ -231,6 +232,7 @@ class RealisedChange:
         keys: Sequence[Hashable],
         memory: ChangeMemory,
         step: int,
+        measured: Tensor,
     ) -> ChangeMemory:
         """Open a window on what has just been sampled; the one before is over.
 
@@ -238,13 +240,14 @@ class RealisedChange:
             sampled: this rank's rollouts and their outcomes.
             keys: identities of the prompts over all ranks.
             memory: with the window before, where that was looked at.
+            step: optimizer steps taken so far.
+            measured: [m] bool, False for prompts that steer the updates to come.
 
         Raises:
             FailedRefresh: on all ranks, where the completions could not be scored. No window is open then.
         """
         unseen = self._window is None and memory.fused.pass_at_1.level is not None
         self._window = None
-        measured = measured_prompts(len(keys), self._config)
         self._window = rescorer.open(*sampled, keys, step, measured)
         return (memory.with_gap() if unseen else memory).with_level(self._window, self._config.k)
 
@@ -289,18 +292,6 @@ def _groups_of(source: HeldOut, column: str) -> dict[str, str]:
     return found
 
 
-def measured_prompts(count: int, config: GuardConfig) -> Tensor:
-    """[count] bool: the prompts whose change is measured: one in `MEASURED_OF` where the others steer, else all.
-
-    Completions that steer the updates between two scores are not a fair sample of what the updates did.
-    """
-    if config.instruments == "angle":
-        return torch.zeros(count, dtype=torch.bool)
-    if config.mitigation in ("project", "both", "auto"):
-        return torch.arange(count) % MEASURED_OF == MEASURED_OF - 1
-    return torch.ones(count, dtype=torch.bool)
-
-
 def close_window(
     window: Window,
     rescorer: Rescorer,
@@ -325,7 +316,7 @@ def close_window(
     try:
         log_ratios = rescorer.log_ratios(window)[kept]
         labels = None if groups is None else [groups[str(key)] for key in keys]
-        estimate = estimate_change(log_ratios, correct, config.k, groups=labels, keys=keys)
+        estimate = estimate_change(log_ratios, correct, config.k, groups=labels, keys=keys, noise=window.noise)
         rates = change_by_solve_rate(log_ratios, correct)
         if estimate.effective_samples < config.min_effective_samples:
             reason = (
@@ -381,7 +372,7 @@ def _concluded(
         if found
         else before,
     )
-    return WindowResult(config.k, window.step, step, estimate, reason, keys, rates, after, run, verdict)
+    return WindowResult(config.k, window.step, step, estimate, reason, window.noise, keys, rates, after, run, verdict)
 
 
 def _check(found: ChangeEstimate) -> Check:

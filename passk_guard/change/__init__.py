@@ -4,7 +4,7 @@ from passk_guard.change.cumulate import ChangeSums, CurveChange, RunChange, cumu
 from passk_guard.change.estimate import ChangeEstimate, GroupChange, LevelEstimate, estimate_change, estimate_level
 from passk_guard.change.fuse import Fused, FusedCurve
 from passk_guard.change.solve_rate import RateChange, change_by_solve_rate
-from passk_guard.change.verdict import Outcome, OutcomeRule, OutcomeState, OutcomeVerdict, judge
+from passk_guard.change.verdict import Outcome, OutcomeRule, OutcomeState, OutcomeVerdict, judge, missed_in_words
 
 __all__ = [
     "ChangeEstimate",
@@ -25,4 +25,5 @@ __all__ = [
     "estimate_change",
     "estimate_level",
     "judge",
+    "missed_in_words",
 ]

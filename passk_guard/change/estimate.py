@@ -12,6 +12,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from passk_guard.change.per_prompt import adjusted, prompt_changes
@@ -114,9 +115,10 @@ def estimate_change(
         mask: [m, n] bool, False for samples that do not count; None: all do. It must not depend on the verdicts.
         groups: m labels, such as difficulties; None for none.
         keys: m names of the prompts. Rows of one name are one prompt with the samples of all of them.
-        noise: standard deviation of the log ratios from rounding alone, as two scores of one policy show it. Half its
-            square is taken off, without which the mean ratio is above 1. The errors contain the noise in any case,
-            since they are the spread over prompts.
+        noise: standard deviation of the log ratios from rounding alone. The errors contain it in any case, since they
+            are the spread over prompts. Where it is not the rounding of the sampler too, it makes the mean ratio
+            exp(noise^2/2): half its square is taken off the log ratios. Where it is, nothing was to be taken off: the
+            error of pass@k contains the difference. pass@1 has none to speak of, as its samples' weights add up to 0.
 
     Raises:
         GuardError: shapes that do not fit, a log ratio that is no number or whose ratio is beyond float64, a verdict
@@ -127,6 +129,10 @@ def estimate_change(
     one, many = adjusted(prompt_changes(samples.log_ratios, samples.right, samples.counted, k))
     enough = ~many.isnan()
     change_1, change_k = _mean_and_error(one), _mean_and_error(many[enough])
+    if noise:
+        given = torch.where(samples.counted, samples.log_ratios + noise**2 / 2, 0.0)
+        as_given = adjusted(prompt_changes(given, samples.right, samples.counted, k))[1]
+        change_k = change_k[0], math.hypot(change_k[1], change_k[0] - float(as_given[enough].mean()))
     return ChangeEstimate(
         k=k,
         pass_at_1=change_1[0],

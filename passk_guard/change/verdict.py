@@ -133,8 +133,8 @@ def judge(
 def _without_alarm(run: RunChange, rule: OutcomeRule) -> tuple[Outcome, str]:
     change = run.pass_at_1
     low, high = change.ci_low, change.ci_high
-    missed = f", {run.missed} windows without an estimate left out" if run.missed else ""
-    found = f"The change of pass@1 since the start is {change.total:+.3f} [{low:+.3f}, {high:+.3f}]{missed}"
+    found = f"The change of pass@1 since the start is {change.total:+.3f} [{low:+.3f}, {high:+.3f}]"
+    found += missed_in_words(run.missed)
     if not run.windows:
         return "undetermined", "No window has an estimate yet: wait for the next refresh."
     if -rule.tolerance <= low and 0 <= high <= rule.tolerance:
@@ -154,5 +154,10 @@ def _loss_in_words(loss: RunChange) -> str:
     change = loss.pass_at_1
     return (
         f"pass@1 {change.total:+.3f} [{change.ci_low:+.3f}, {change.ci_high:+.3f}] over {loss.windows} windows since "
-        "it was highest."
+        f"it was highest{missed_in_words(loss.missed)}."
     )
+
+
+def missed_in_words(count: int) -> str:
+    """What a total leaves out; nothing where no window was missed."""
+    return f" ({count} {'window' if count == 1 else 'windows'} missed)" if count else ""

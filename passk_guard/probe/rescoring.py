@@ -2,16 +2,21 @@
 
 A window opens when completions are sampled and scored, and closes when a later policy scores the same completions. Both
 scores are sums over whole completions at the sampling temperature.
+
+A model that computes in bf16 or fp16 rounds each score, so that two scores differ by more than the policy moved. Scores
+in other batches do not show by how much: on a CPU they are the same to the last bit. So the completions are scored
+once more at the sample, with the token embeddings multiplied by 1 + u eps/2, u uniform in [-1, 1] and eps that of the
+format: as large as one rounding, which makes all later ones fall out another way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +33,8 @@ from passk_guard.utils.ranks import Ranks
 
 _LOGITS = 1 << 28  # numbers of one pass's logits: 1 GiB in float32
 _CHUNK = 1 << 24  # logits turned into log-probabilities at a time
-_FORMAT = 1
+_FORMAT = 2
+_ROUNDED = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Window:
         correct: [m, n] int64, 1 correct, 0 wrong, -1 not counted (no verdict, or a prompt that is not measured).
         keys: m identities of the prompts.
         temperature: of the sampling.
+        noise: standard deviation in nats of log ratios from rounding alone; None for a model that computes in float32.
     """
 
     step: int
@@ -50,6 +57,7 @@ class Window:
     correct: Tensor
     keys: tuple[Hashable, ...]
     temperature: float
+    noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Rescorer:
         pad_token_id: fills batches up.
         vocabulary: rows of the logits, which bound the tokens of a pass further; None where the model does not say.
         autocast: makes the context the forward passes run in, as training does.
+        precision: format that the model computes in; in bf16 and fp16 `open` takes a second pass, for the noise.
     """
 
     model: nn.Module
@@ -71,6 +80,7 @@ class Rescorer:
     pad_token_id: int
     vocabulary: int | None = None
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    precision: torch.dtype = torch.float32
 
     def open(
         self,
@@ -104,7 +114,12 @@ class Rescorer:
             keys=tuple(keys),
             temperature=rollouts.temperature,
         )
-        return self._scored(window)
+        window = self._scored(window)
+        if self.precision not in _ROUNDED:
+            return window
+        jitter = self._scored(window, torch.finfo(self.precision).eps / 2).log_probs - window.log_probs
+        counted = (window.correct >= 0).sum().clamp(min=1)
+        return replace(window, noise=float((jitter.square().sum() / counted).sqrt()))
 
     def log_ratios(self, window: Window) -> Tensor:
         """[m, n] float64 log of the present over the sampling policy's probability; 0 for samples that do not count.
@@ -114,13 +129,13 @@ class Rescorer:
         """
         return self._scored(window).log_probs - window.log_probs
 
-    def _scored(self, window: Window) -> Window:
+    def _scored(self, window: Window, jitter: float = 0.0) -> Window:
         batches = window.batches
 
         def attempt() -> Tensor:
             table = torch.zeros(window.correct.numel(), dtype=torch.float64)
             for batch in batches:  # agreed on after each: one that went on alone would wait for the others' weights
-                found = self.ranks.together(partial(self._pass, batch, window.temperature))
+                found = self.ranks.together(partial(self._pass, batch, window.temperature, jitter))
                 slots = batch.slots.cpu()
                 table[slots[slots >= 0]] = found[slots >= 0]
             return self.ranks.sum(table)
@@ -137,16 +152,16 @@ class Rescorer:
             raise FailedRefresh("a log-probability of the probe's completions is not finite")
         return replace(window, batches=batches, log_probs=table)
 
-    def _pass(self, batch: TokenBatch, temperature: float) -> Tensor:
+    def _pass(self, batch: TokenBatch, temperature: float, jitter: float) -> Tensor:
         try:
-            return self._forward(batch, temperature)
+            return self._forward(batch, temperature, jitter)
         except Exception:
             if self.ranks.count > 1:  # the others wait in this pass, where weights are sharded
                 self._forward(self._filler(), 1.0)
             raise
 
-    def _forward(self, batch: TokenBatch, temperature: float) -> Tensor:
-        with sampling_mode(self.model, seed=0), self.autocast():
+    def _forward(self, batch: TokenBatch, temperature: float, jitter: float = 0.0) -> Tensor:
+        with sampling_mode(self.model, seed=0), self.autocast(), jittered(self.model, jitter):
             logits = forward_logits(self.model, batch.input_ids, batch.attention_mask, differentiable=False)
             return completion_log_probs(logits, batch.input_ids, batch.completion_mask.bool(), temperature)
 
@@ -156,6 +171,32 @@ class Rescorer:
 
     def _filler(self) -> TokenBatch:
         return filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)
+
+
+def precision_of(model: nn.Module, mixed: str) -> torch.dtype:
+    """The format with the fewest digits that training computes in; `mixed` is accelerate's mixed_precision."""
+    if mixed != "no":
+        return torch.float16 if mixed == "fp16" else torch.bfloat16
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+@contextmanager
+def jittered(model: nn.Module, size: float) -> Iterator[None]:
+    """Token embeddings times 1 + u size, u uniform in [-1, 1] from torch's generator; as they are for a size of 0."""
+    if not size:
+        yield
+        return
+
+    def multiply(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        factors = 1 + size * (2 * torch.rand_like(output, dtype=torch.float32) - 1)
+        return (output * factors).to(output.dtype)
+
+    handle = cast(Any, model).get_input_embeddings().register_forward_hook(multiply)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def completion_log_probs(logits: Tensor, input_ids: Tensor, completion: Tensor, temperature: float) -> Tensor:
@@ -191,6 +232,7 @@ def save_window(window: Window, path: Path) -> None:
         "correct": window.correct,
         "keys": [str(key) for key in window.keys],
         "temperature": window.temperature,
+        "noise": window.noise,
         "batches": [
             [x.cpu() for x in (batch.input_ids, batch.attention_mask, batch.completion_mask, batch.slots)]
             for batch in window.batches
@@ -215,6 +257,7 @@ def load_window(path: Path, device: torch.device) -> Window | None:
             correct=content["correct"],
             keys=tuple(content["keys"]),
             temperature=float(content["temperature"]),
+            noise=content["noise"],
         )
     except Exception:  # of a damaged file torch raises whatever its reader stumbles over
         return None

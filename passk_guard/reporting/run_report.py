@@ -8,6 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from passk_guard.change import missed_in_words
 from passk_guard.reporting.html.page import in_a_frame, render_page, save_page
 from passk_guard.reporting.journal import RunJournal, read_journal
 from passk_guard.reporting.run_charts import (
@@ -24,8 +25,8 @@ KIND = "run report"
 PAGE_NAME = "passk_guard.html"
 _STEPS = ("steps",)
 _CHANGE = (
-    ("pass_at_1_total", "Change of pass@1 since the start", "pass@1", None, ("change",)),
-    ("pass_at_{k}_total", "Change of pass@{k} since the start", "pass@{k}", None, ("change",)),
+    ("pass_at_1_total", "Change of pass@1 since the start{missed}", "pass@1", None, ("change",)),
+    ("pass_at_{k}_total", "Change of pass@{k} since the start{missed}", "pass@{k}", None, ("change",)),
     ("effective_samples", "Effective share of the samples", "share", (0.0, 1.0), ("change",)),
 )
 _MITIGATION = (
@@ -63,9 +64,13 @@ def run_page(runs: Sequence[Run]) -> str:
 
 def _change_charts(runs: Sequence[Run]) -> list[Markup]:
     k = next((event["k"] for run in runs for event in run.windows if isinstance(event.get("k"), int)), 0)
+    windows = [event for run in runs for event in run.windows]
+    missed = missed_in_words(max((int(number(event.get("missed")) or 0) for event in windows), default=0))
     charts = []
     for name, title, label, y_range, kinds in _CHANGE:
-        chart = single_chart(runs, name.format(k=k), title.format(k=k), label.format(k=k), y_range, kinds)
+        chart = single_chart(
+            runs, name.format(k=k), title.format(k=k, missed=missed), label.format(k=k), y_range, kinds
+        )
         charts += [chart] if chart else []
     return charts
 

@@ -71,6 +71,13 @@ def command(model, probe, out, *more, correct="tests.helpers.tiny:digit_reward")
     return main(given)
 
 
+def compare_command(folder):
+    """Run `compare` of the checkpoints "a" and "b" in a folder as the command line does; returns the exit status."""
+    given = ["compare", str(folder / "a"), str(folder / "b"), "--prompts", str(folder / "probe.jsonl")]
+    given += ["--correct", "tests.helpers.tiny:digit_reward", "--num-samples", "8", "--max-new-tokens", "4"]
+    return main([*given, "--batch-size", "16", "--format", "json"])
+
+
 def synthetic(m, *, cosine=-0.5, text="What is the sum of the first {} odd numbers, and why?", name="m"):
     """An analysis of m prompts with a known angle, without a model."""
     settings = Settings(ks=(1, 2, 4, 8), num_samples=16)

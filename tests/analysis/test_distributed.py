@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from tests.analysis.cases import command, save_model, write_probe
+from tests.analysis.cases import command, compare_command, save_model, write_probe
 from tests.distributed.launch import launch
-from tests.helpers.tiny import probe_rows
+from tests.helpers.tiny import probe_rows, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.distributed
 WORKER = "tests.analysis.worker"
@@ -50,6 +50,20 @@ def test_two_processes_give_what_one_gives(ranks, tmp_path):
     assert command(*arguments, tmp_path / "out", "--last-layer", "--batch-size", "16") == 0
     assert sorted((tmp_path / "out" / "rollouts").glob("rank*.jsonl")) == files
     close(expected, json.loads((tmp_path / "out" / "analysis.json").read_text()))
+
+
+def test_two_processes_compare_as_one_does(tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 1)):
+        tiny_model("llama", seed=seed).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    write_probe(tmp_path / "probe.jsonl", probe_rows(11))
+    status = compare_command(tmp_path)
+    expected = json.loads(capsys.readouterr().out)
+    assert any(expected["difference"])
+    first, second = launch("compared", tmp_path, 2, worker=WORKER)
+    assert first["status"] == second["status"] == status
+    close(expected, json.loads(first["out"]))
+    assert second["out"] == "", "the first rank speaks for all"
 
 
 def test_a_verifier_that_fails_on_one_rank_stops_all(tmp_path):

@@ -1,14 +1,16 @@
 """One rank of an analysis: `python -m tests.analysis.worker SCENARIO FOLDER`."""
 
+import io
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 
 from passk_guard import GuardError
-from tests.analysis.cases import command, quick
+from tests.analysis.cases import command, compare_command, quick
 from tests.distributed.launch import leave
 from tests.helpers.tiny import digit_reward
 
@@ -19,6 +21,14 @@ def by_command(folder):
     """The command line itself, `model.generate` and all; accelerate starts the process group."""
     options = ("--last-layer", "--batch-size", "16")
     return {"status": command(folder / "model", folder / "probe.jsonl", folder / "out", *options)}
+
+
+def compared(folder):
+    """The gate of the command line on two checkpoints: what each rank decides, and what each says."""
+    out = io.StringIO()
+    with redirect_stdout(out):
+        status = compare_command(folder)
+    return {"status": status, "out": out.getvalue()}
 
 
 def one_rank_fails(folder):
@@ -60,7 +70,12 @@ def refused(run):
     return {"refused": None}
 
 
-SCENARIOS = {"command": by_command, "one_rank_fails": one_rank_fails, "first_rank_refuses": first_rank_refuses}
+SCENARIOS = {
+    "command": by_command,
+    "compared": compared,
+    "one_rank_fails": one_rank_fails,
+    "first_rank_refuses": first_rank_refuses,
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

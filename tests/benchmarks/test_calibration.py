@@ -7,11 +7,13 @@ import torch
 
 from benchmarks.calibration_cells import Cell, measure
 from benchmarks.calibration_populations import Pool, Synthetic, with_cosine
-from benchmarks.calibration_runs import QUIET, Course, measure_quiet
+from benchmarks.calibration_runs import QUIET, Course, FewGain, measure_few_gain, measure_quiet, window_moments
 from benchmarks.calibration_runs import measure as measure_runs
 from benchmarks.calibration_statistics import guard, pool
+from passk_guard.change import estimate_change
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.ustatistics import passk_rows, pooled_moments
+from tests.change.worlds import World
 
 
 def within(share, target, runs, errors=3):
@@ -73,3 +75,18 @@ def test_a_run_alarms_at_the_stated_rate_where_few_prompts_carry_what_agrees():
     cell = next(cell for cell in QUIET if cell.name == "three kinds, spread 0.02, 16 prompts")
     (record,) = measure_quiet(cell, 600, (40,), 0)
     assert record["false_alarms"] <= 0.05
+
+
+def test_where_few_prompts_gain_what_the_others_lose_only_losing_keeps_its_rate():
+    changes = FewGain(0.05).changes(3, 2, torch.Generator().manual_seed(0))
+    world, g = World.random(), torch.Generator().manual_seed(0)
+    rows, samples, correct = world.draw(64, 8, g)
+    found = estimate_change(world.log_ratios(world.moved(0.2, 0.1, g), rows, samples), correct, 4)
+    batched = torch.cat([found.per_prompt.expand(1, 2, 64), changes])
+    one, variance, degrees = (x[0, 0] for x in window_moments(batched))
+    assert one.item() == pytest.approx(found.pass_at_1)
+    assert variance.sqrt().item() == pytest.approx(found.pass_at_1_se)
+    assert degrees.item() == pytest.approx(found.degrees)
+    losing, sequence = measure_few_gain(FewGain(0.03), 300, 20, seed=5)
+    assert losing["false_alarms"] <= 0.05
+    assert sequence["false_alarms"] > 0.1, "it may go after one window, which may miss the few"

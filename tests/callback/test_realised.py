@@ -2,16 +2,19 @@
 
 import dataclasses
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from passk_guard import GuardConfig, GuardError, PassKObjective
 from passk_guard.callback import guard as guard_module
-from passk_guard.callback.realised import measured_prompts
+from passk_guard.callback import realised as realised_module
+from passk_guard.callback.mitigator import Mitigator, NoMitigation
 from passk_guard.change import estimate_change
 from passk_guard.probe.rescoring import Rescorer
 from passk_guard.utils.errors import FailedRefresh
+from passk_guard.utils.ranks import Ranks
 from tests.callback.test_guard import TRAINERS, guard_of, journal, run
 from tests.helpers.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model
 
@@ -251,6 +254,26 @@ def test_the_verdict_waits_for_the_end_of_a_window(tmp_path, monkeypatch):
     assert [event["step"] for event in journal(tmp_path) if event["event"] == "outcome"] == [6]
 
 
+@pytest.mark.parametrize("how", ["float32", "weights", "autocast"])
+def test_the_noise_of_a_model_that_rounds_is_measured_and_taken_off(how, tmp_path, monkeypatch):
+    seen = []
+    given = realised_module.estimate_change
+    monkeypatch.setattr(realised_module, "estimate_change", lambda *a, **b: seen.append(b["noise"]) or given(*a, **b))
+    trainer = tiny_lm_trainer(
+        tmp_path,
+        model=tiny_model().to(torch.bfloat16 if how == "weights" else torch.float32),
+        max_steps=5,
+        learning_rate=2e-3,
+        bf16=how == "autocast",
+    )
+    guard_of(trainer)
+    trainer.train()
+    found = [event.get("log_ratio_noise") for event in windows(tmp_path)]
+    assert found == seen
+    assert len(found) == 2
+    assert found == [None, None] if how == "float32" else all(0.001 < noise < 0.5 for noise in found)
+
+
 def test_a_policy_that_moved_too_far_is_not_determined(tmp_path):
     trained(tiny_lm_trainer, tmp_path, 3, {"min_effective_samples": 1.0}, learning_rate=0.05)
     (event,) = windows(tmp_path)
@@ -270,11 +293,26 @@ def test_prompts_that_steer_the_projection_are_not_measured(tmp_path, monkeypatc
     trained(tiny_grpo_trainer, tmp_path, 3, {"mitigation": "project"})
     (event,) = windows(tmp_path)
     assert event["prompts"] == 3
-    measured = measured_prompts(12, GuardConfig(mitigation="project"))
-    assert int(measured.sum()) == 3
-    assert all(torch.equal(steering, ~measured) for steering in taken)
-    assert int(measured_prompts(12, GuardConfig()).sum()) == 12
-    assert not measured_prompts(12, GuardConfig(mitigation="project", instruments="angle")).any()
+    assert len(taken) == 2
+    assert all(steering.tolist() == [True, True, True, False] * 3 for steering in taken)
+
+
+@pytest.mark.parametrize(
+    ("mitigation", "objective", "instruments", "measured"),
+    [("auto", True, "both", 12), ("auto", False, "both", 3), ("both", True, "both", 3), ("project", False, "angle", 0)],
+)
+def test_what_is_measured_follows_from_what_was_chosen(mitigation, objective, instruments, measured, tmp_path):
+    args = {"scale_rewards": "none", "loss_type": "dr_grpo", "num_generations": 8, "per_device_train_batch_size": 16}
+    trainer = tiny_grpo_trainer(tmp_path, model=tiny_model(), max_steps=1, **args)
+    config = GuardConfig(k=4, mitigation=mitigation, instruments=instruments)
+    with PassKObjective(trainer, k=4) if objective else nullcontext():
+        trainer.create_optimizer()
+        mitigator = Mitigator(trainer, config, Ranks(torch.device("cpu")), print)
+        try:
+            assert int(mitigator.measured(12).sum()) == measured
+        finally:
+            mitigator.remove()
+    assert NoMitigation().measured(12).all()
 
 
 def test_a_floor_waits_for_the_window_of_its_samples(tmp_path):

@@ -173,15 +173,20 @@ def test_wild_ratios_leave_pass_at_1_finite_and_say_so():
     assert beyond.pass_at_1_se == 0
 
 
-def test_known_rounding_noise_leaves_no_bias():
+@pytest.mark.parametrize("of_the_sampler_too", [False, True])
+def test_known_rounding_noise_leaves_no_bias_beyond_the_error(of_the_sampler_too):
+    """Ratios have a mean of exp(noise^2/2), or of 1 where the sampler rounds as the first score does."""
     world, g = World.random(), torch.Generator().manual_seed(2)
     _, _, correct = world.draw(4000, 8, g)
-    noise = 0.5 * torch.randn(4000, 8, generator=g)
-    found = estimate_change(noise, correct, 4, noise=0.5)
+    noise = 0.5 * torch.randn(4000, 8, generator=g) - 0.125 * of_the_sampler_too
+    found, ignored = estimate_change(noise, correct, 4, noise=0.5), estimate_change(noise, correct, 4)
     assert abs(found.pass_at_1) < 3 * found.pass_at_1_se
     assert abs(found.pass_at_k) < 3 * found.pass_at_k_se
-    ignored = estimate_change(noise, correct, 4)
-    assert abs(ignored.pass_at_k) > 3 * ignored.pass_at_k_se
+    assert found.pass_at_1_se == pytest.approx(ignored.pass_at_1_se, rel=0.2)
+    spread = float(found.per_prompt_k.std()) / 4000**0.5
+    assert abs((ignored if of_the_sampler_too else found).pass_at_k) < 3 * spread
+    assert of_the_sampler_too or abs(ignored.pass_at_k) > 3 * spread
+    assert found.pass_at_k_se == pytest.approx(math.hypot(spread, found.pass_at_k - ignored.pass_at_k))
 
 
 def test_levels_are_unbiased_and_vary_together_with_the_change():

@@ -82,7 +82,9 @@ def test_a_window_without_an_estimate_moves_nothing_but_is_told():
     assert "no estimate" in verdict.reason
     assert state.recovered == 0
     _, _, verdict = judged([0.0, None, 0.0], [1, 1, 1])
-    assert "1 windows without an estimate left out" in verdict.reason
+    assert "since the start is +0.000 [-0.011, +0.011] (1 window missed)" in verdict.reason
+    _, _, verdict = judged([-0.05, None, None, -0.05], [1, 1, 1, 0.001])
+    assert "since it was highest (2 windows missed). p" in verdict.reason
 
 
 def test_stop_takes_the_sequence_beyond_the_largest_loss():

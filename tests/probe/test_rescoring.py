@@ -1,6 +1,9 @@
 """Completions scored under two policies, against one sample at a time: what counts, what fails, what is kept."""
 
 import dataclasses
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -82,14 +85,15 @@ def test_samples_that_do_not_count_are_not_scored():
     assert sum(len(batch.slots) for batch in window.batches) == int((expected >= 0).sum())
 
 
-def test_the_model_is_left_as_it_was():
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_model_is_left_as_it_was(precision):
     model, (rollouts, outcomes) = tiny_model(attention_dropout=0.5).train(), sampled()
     state = torch.get_rng_state()
-    scorer = rescorer(model)
+    scorer = rescorer(model, precision=precision)
     window = scorer.open(rollouts, outcomes, KEYS, 0)
     assert torch.equal(scorer.log_ratios(window), torch.zeros(3, 4, dtype=torch.float64)), "dropout is off"
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(module.training for module in model.modules())
+    assert all(module.training and not module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
@@ -122,13 +126,42 @@ def test_log_probabilities_that_are_not_finite_fail_the_window():
         scorer.log_ratios(window)
 
 
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bf16", "autocast"])
+def test_the_noise_of_rounding_is_that_of_a_policy_that_moved(weights):
+    """The oracle: log ratios of the same weights in float32."""
+    rollouts, outcomes = sampled(60)
+    model = tiny_model().to(weights)
+    half = partial(torch.autocast, "cpu", torch.bfloat16) if weights == torch.float32 else nullcontext
+    scorer = rescorer(model, 1000, autocast=half, precision=torch.bfloat16)
+    exact = lambda: one_at_a_time(deepcopy(model).float(), rollouts)  # noqa: E731
+    window, before = scorer.open(rollouts, outcomes, KEYS, 0), exact()
+    assert torch.equal(scorer.log_ratios(window), torch.zeros(3, 60, dtype=torch.float64)), "no trace of the jitter"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    error = scorer.log_ratios(window) - (exact() - before)
+    assert window.noise == pytest.approx(float(error.square().mean().sqrt()), rel=0.3)
+
+
+def test_only_rounded_scores_are_taken_twice(monkeypatch):
+    model, (rollouts, outcomes) = tiny_model(), sampled()
+    forward, calls = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda **given: calls.append(1) or forward(**given))
+    assert rescorer(model, 1000).open(rollouts, outcomes, KEYS, 0).noise is None
+    assert len(calls) == 1
+    assert rescorer(model, 1000, precision=torch.float16).open(rollouts, outcomes, KEYS, 0).noise > 0
+    assert len(calls) == 3
+    nothing = Outcomes(torch.full((12,), -1, dtype=torch.int8))
+    assert rescorer(model, precision=torch.bfloat16).open(rollouts, nothing, KEYS, 0).noise == 0
+
+
 def test_a_window_survives_a_checkpoint(tmp_path):
     model, (rollouts, outcomes) = tiny_model(), sampled()
-    scorer = rescorer(model, 20)
+    scorer = rescorer(model, 20, precision=torch.bfloat16)
     window = scorer.open(rollouts, outcomes, KEYS, 3)
     save_window(window, tmp_path / "window.pt")
     again = load_window(tmp_path / "window.pt", torch.device("cpu"))
-    assert (again.step, again.keys, again.temperature) == (3, KEYS, 0.7)
+    assert (again.step, again.keys, again.temperature, again.noise) == (3, KEYS, 0.7, window.noise)
     assert torch.equal(again.correct, window.correct)
     assert torch.equal(scorer.log_ratios(again), torch.zeros(3, 4, dtype=torch.float64))
     (tmp_path / "damaged.pt").write_bytes((tmp_path / "window.pt").read_bytes()[:500])

@@ -172,7 +172,7 @@ def window(since, step, change, **fields):
 
 def test_the_page_says_what_the_updates_did(folder):
     events = [window(0, 5, -0.02, lost=[["an <easy> one", -0.3]], gained=[["a hard one", 0.2]])]
-    events += [window(5, 10, -0.01, lost=[["another", -0.4], "no pair"], pass_at_8_total=0.03)]
+    events += [window(5, 10, -0.01, lost=[["another", -0.4], "no pair"], pass_at_8_total=0.03, missed=2)]
     events += [{"event": "outcome", "step": 10, "from": "undetermined", "to": "losing", "message": "LOSING pass@1"}]
     with (folder / "passk_guard.jsonl").open("w") as file:
         file.writelines(
@@ -186,7 +186,8 @@ def test_the_page_says_what_the_updates_did(folder):
     assert [(step, kind) for step, kind, _ in run.alerts] == [(10, "LOSING")]
     page = report(folder).html
     assert "What the updates did" in headings(page)
-    for text in ("an &lt;easy&gt; one", "Who pays", "Change of pass@8 since the start", "LOSING pass@1"):
+    total = "Change of pass@8 since the start (2 windows missed)"
+    for text in ("an &lt;easy&gt; one", "Who pays", total, "LOSING pass@1"):
         assert text in page
 
 
