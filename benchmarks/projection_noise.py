@@ -1,6 +1,6 @@
 """What noise in the protected direction does to a projection, and what shrinking the projection would do.
 
-    python -m benchmarks.projection_noise [--runs 48] [--interference 0 1 --steps 30 --prompts 16]
+    python -m benchmarks.projection_noise [--runs 48]
 
 p = q + e estimates the gradient q of pass@1. Four rules for the coefficient c of g' = g + c p, rho = |q|^2 / |p|^2:
 
@@ -13,28 +13,17 @@ The first table is Monte Carlo in 2,000 dimensions with rho known, beside the cl
 The second trains: logistic prompts, easy ones against hard ones, pass@8 from 16 samples, 100 SGD steps, p from fresh
 prompts every 5 steps, |q|^2 estimated by U_11, rho at least 0.2 in "raised". Means over runs with standard errors:
 exact change of pass@1 at the end and at its lowest of five looks, of pass@8, and the mean U_11 / |p|^2.
-
-`--interference SEEDS` instead trains the model of `examples/interference` with GRPO on pass@8, one run a rule and seed,
-with so few probe prompts that p is mostly noise; a run of 30 steps takes a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from examples.interference.arms import Arm
-from examples.interference.benchmark_run import run
-from passk_guard import PassKGuardCallback
-from passk_guard.mitigation.gradient_guard import StepGuard
-from passk_guard.mitigation.projection import ProjectionResult, plan_projection
 from passk_guard.passk.closed_forms import sample_coefficients
 
 GAMMA, K, SAMPLES, BATCH, STEPS, EVERY, RATE = 0.2, 8, 16, 24, 100, 5, 2.0
@@ -161,57 +150,10 @@ def train(task: Task, rule: Rule, prompts: int) -> tuple[Tensor, Tensor, Tensor,
     return end[0] - start[0], low, end[1] - start[1], torch.stack(seen).mean(0)
 
 
-class Shrunk(StepGuard):
-    """The rule "shrunk" in a Trainer."""
-
-    def _plan(self, inner: float, norm_g_sq: float, norm_p_sq: float) -> ProjectionResult:
-        gamma = self._gamma * math.sqrt(max(0.0, self.reliability or 0.0))
-        return plan_projection(inner, norm_g_sq, norm_p_sq, gamma)
-
-
-class Raised(Shrunk):
-    """The rule "raised" in a Trainer."""
-
-    def _plan(self, inner: float, norm_g_sq: float, norm_p_sq: float) -> ProjectionResult:
-        plan = super()._plan(inner, norm_g_sq, norm_p_sq)
-        return replace(plan, coefficient=plan.coefficient / max(LEAST, self.reliability or 0.0))
-
-
-def _guard_with(steps: type[StepGuard]) -> type[PassKGuardCallback]:
-    class Callback(PassKGuardCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            super().on_train_begin(*args, **kwargs)
-            self._mitigator.steps.__class__ = steps
-
-    return Callback
-
-
-def interference(seeds: Sequence[int], steps: int, prompts: int) -> None:
-    """Print exact changes of pass rates of GRPO runs, one a rule and seed."""
-    print("| seed | rule | pass@1 | pass@8 | reliability |\n|---|---|---|---|---|")
-    guard = {"mitigation": "project", "probe_prompts": prompts}
-    for seed in seeds:
-        for name, kind in {"none": None, "hard": StepGuard, "shrunk": Shrunk, "raised": Raised}.items():
-            arm = Arm(name) if kind is None else Arm(name, guard, callback=_guard_with(kind))
-            found = run("main", arm, seed, Path("runs/warm_start"), steps)
-            first, *_, last = found["trajectory"]
-            changes = [f"{last[rate] - first[rate]:+.3f}" for rate in ("pass_at_1", "pass_at_8")]
-            seen = [x for x in found["guard"]["reliability"] if x is not None]
-            mean = f"{sum(seen) / len(seen):.2f}" if seen else ""
-            print(f"| {seed} | {name} |", " | ".join(changes), f"| {mean} |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=48, help="policies of each row of the second table")
-    parser.add_argument("--interference", type=int, nargs="+", metavar="SEED", help="GRPO runs instead")
-    parser.add_argument("--steps", type=int, default=30, help="of a GRPO run")
-    parser.add_argument("--prompts", type=int, default=16, help="of its probe")
-    given = parser.parse_args()
-    runs = given.runs
-    if given.interference:
-        interference(given.interference, given.steps, given.prompts)
-        return
+    runs = parser.parse_args().runs
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     print("| cos(g, q) | q/e | rho | hard: <g', q>, closed form | hard | shrunk | distance: none | hard | shrunk |")

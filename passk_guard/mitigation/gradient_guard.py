@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from passk_guard.mitigation.engines import GradientEngine
-from passk_guard.mitigation.projection import ProjectionResult, plan_projection
+from passk_guard.mitigation.projection import plan_projection
 from passk_guard.mitigation.protected_direction import DirectionNoise, Share
 from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.sketch import TokenBatch, filler_batch
@@ -174,7 +174,7 @@ class StepGuard:
         inner, own, *norm_sq = self.engine.inner_products(pairs)
         if self._norm_sq is None:
             self._norm_sq = norm_sq[0]
-        plan = self._plan(inner / scale, own / scale**2, self._norm_sq)
+        plan = plan_projection(inner / scale, own / scale**2, self._norm_sq, self._gamma)
         if plan.reason is not None:
             self._fail(f"steps stay unchanged where {plan.reason}")
             return
@@ -190,9 +190,6 @@ class StepGuard:
         }
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in numbers.items()}
         self._measured += 1
-
-    def _plan(self, inner: float, norm_g_sq: float, norm_p_sq: float) -> ProjectionResult:
-        return plan_projection(inner, norm_g_sq, norm_p_sq, self._gamma)
 
     def _fail(self, reason: str) -> None:
         if self._reported.new(reason):
