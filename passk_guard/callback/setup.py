@@ -111,7 +111,21 @@ def held_out_source(
         trainer=trainer,
     )
     sampler.check_lengths(prompts.rows)
+    _warn_of_recurrence(len(prompts), config)
     return HeldOut(prompts, sampler, config.probe_prompts, config.num_samples, config.probe_seed)
+
+
+def _warn_of_recurrence(size: int, config: GuardConfig) -> None:
+    wanted = config.pool_refreshes * config.probe_prompts
+    if size < wanted:
+        logger.warning(
+            "passk_guard: the probe has %d prompts, so that the same ones recur after %s. What is estimated is the "
+            "angle for prompts like these, and a prompt asked again adds little evidence of it. Pass at least %d "
+            "prompts, which is pool_refreshes x probe_prompts",
+            size,
+            "every refresh" if size <= config.probe_prompts else f"{size / config.probe_prompts:.1f} refreshes",
+            wanted,
+        )
 
 
 def _refuse_overlap(prompts: ProbeSet, training: Any, allowed: bool) -> None:
