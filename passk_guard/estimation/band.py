@@ -3,8 +3,8 @@ r"""A band for many statistics at once, from prompts that are paired: the sup-t 
 Differences or cosines at several k come from the same samples and are strongly correlated. A band that holds at all of
 them with the stated confidence takes one critical value c for all: the quantile of $\max_k |t^*_k|$, where $t^*$ is
 Student's statistic of the residuals multiplied by random signs, one sign a prompt (Chernozhukov, Chetverikov & Kato
-2013, arXiv 1212.6906, for the multipliers; Montiel Olea & Plagborg-Moller 2019, *Simultaneous confidence bands*, for sup-t).
-Needs torch alone.
+2013, arXiv 1212.6906, for the multipliers; Montiel Olea & Plagborg-Moller 2019, *Simultaneous confidence bands*, for
+sup-t). Needs torch alone.
 """
 
 from __future__ import annotations

@@ -61,7 +61,6 @@ def test_a_set_asked_again_and_again_is_seldom_called_a_conflict():
         for probe in probes:
             evidence.append(evidence[-1].with_check(conflict_check(probe, 8)))
         new += min(found.p_value for found in evidence) <= 0.05
-    print(again, new)
     assert again <= 1
     assert new >= 4, "what the rule is for"
 
