@@ -53,6 +53,10 @@ def plan(part: str, quick: bool, cache: Path, seed: int) -> Iterator[Measurement
         for i, few in enumerate(calibration_runs.FEW_GAIN[:1] if quick else calibration_runs.FEW_GAIN):
             take = partial(calibration_runs.measure_few_gain, few, runs, 40, seed + i)
             yield Measurement(asked | {"course": few.name, "runs": runs}, take)
+        runs = 20 if quick else 100
+        for i, recurring in enumerate(calibration_runs.RECURRING[:1] if quick else calibration_runs.RECURRING):
+            take = partial(calibration_runs.measure_recurring, recurring, runs, 40, seed + i)
+            yield Measurement(asked | {"course": recurring.name, "runs": runs}, take)
     else:
         repetitions = 100 if quick else 500
         for step in POOL_STEPS[:1] if quick else POOL_STEPS:

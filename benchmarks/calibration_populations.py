@@ -61,13 +61,23 @@ class Synthetic:
         return float(one @ many / one.norm() / many.norm())
 
     def draw(self, repetitions: int, m: int, n: int, generator: torch.Generator) -> Draw:
+        return self.ask(*self.prompts(repetitions, m, generator), n, generator)
+
+    def prompts(self, repetitions: int, m: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Kinds [R, m] and directions phi [R, m, d] of independent prompts."""
+        apart = m // self.cluster
+        kind = torch.multinomial(self.share, repetitions * apart, True, generator=generator).view(repetitions, apart)
+        normal = torch.randn(repetitions, apart, DIM, dtype=torch.float64, generator=generator)
+        phi = self.means[kind] + self.spread * normal
+        return kind.repeat_interleave(self.cluster, 1), phi.repeat_interleave(self.cluster, 1)
+
+    def ask(self, kind: Tensor, phi: Tensor, n: int, generator: torch.Generator) -> Draw:
+        """A refresh of these prompts with n samples each."""
+
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-        apart = m // self.cluster
-        kind = torch.multinomial(self.share, repetitions * apart, True, generator=generator).view(repetitions, apart)
-        phi = self.means[kind] + self.spread * normal(repetitions, apart, DIM)
-        kind, phi = (x.repeat_interleave(self.cluster, 1) for x in (kind, phi))
+        repetitions, m = kind.shape
         p = self.rate[kind].expand(2, repetitions, m)
         c = torch.binomial(torch.full_like(p, n // 2), p, generator=generator)
         positive = (c * (1 - p))[..., None] * phi + self.noise * c.sqrt()[..., None] * normal(2, repetitions, m, DIM)

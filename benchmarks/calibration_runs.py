@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 from benchmarks.calibration_populations import RareAgree, RarestAgree, Synthetic, ThreeKinds, TwoKinds, with_cosine
 from benchmarks.calibration_statistics import checks_of, guard, pool
 from passk_guard.change.cumulate import CurveSums, sequence_width
-from passk_guard.estimation.evidence import Check, log_evidence
+from passk_guard.estimation.evidence import Check, RunEvidence, conflict_check, log_evidence
+from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.intervals import student_t_quantile
-from passk_guard.estimation.records import ConflictEstimate
+from passk_guard.estimation.records import ConflictEstimate, ProbeGram
 from passk_guard.estimation.ustatistics import Moments
 from passk_guard.estimation.verdict import DecisionRule, DecisionState, step
 
@@ -160,6 +162,67 @@ def _ever_below(windows: Iterator[tuple[float, float, float]]) -> bool:
         if sums.total < -sequence_width(sums.variance, sums.unit, 0.05, sums.degrees):
             return True
     return False
+
+
+@dataclass(frozen=True)
+class Recurring:
+    """A probe set of `size` prompts, of which every check asks m again in the guard's order, with new samples."""
+
+    name: str
+    make: Callable[[], Synthetic]
+    size: int
+    m: int = 64
+
+
+RECURRING = tuple(
+    Recurring(
+        f"{size} prompts again and again, {name}, spread {spread:g}, cosine {cosine:g}",
+        partial(with_cosine, cosine, 8, make, spread=spread),
+        size,
+    )
+    for size in (64, 128)
+    for name, make, spread, cosine in (
+        ("as in the table above", Synthetic, 0.3, 0.0),
+        ("two kinds", TwoKinds, 0.02, 0.0),
+        ("as in the table above", Synthetic, 0.3, -0.73),
+    )
+)
+
+
+def recurring_probes(cell: Recurring, looks: int, generator: torch.Generator) -> list[ProbeGram]:
+    """One run: the set is drawn once, and every walk through it has an order of its own."""
+    population, probes = cell.make(), []
+    kind, phi = population.prompts(1, cell.size, generator)
+    for look in range(looks):
+        place = look % (cell.size // cell.m)
+        if place == 0:
+            order = torch.randperm(cell.size, generator=generator)
+        chosen = order[place * cell.m : (place + 1) * cell.m]
+        draw = population.ask(kind[:, chosen], phi[:, chosen], 16, generator)
+        sums = torch.cat([draw.positive.sum(0)[0], draw.negative.sum(0)[0]])
+        counts = torch.full((cell.m,), 16), draw.correct.sum(0)[0]
+        probes.append(ProbeGram(sums @ sums.T, *counts, chosen.tolist()))
+    return probes
+
+
+def measure_recurring(cell: Recurring, runs: int, looks: int, seed: int) -> list[dict[str, Any]]:
+    """Shares of runs that are called a conflict at 5%, by the evidence and as if every check had new prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    called = {"whole run": 0, "whole run, prompts taken for new": 0}
+    conflict = cell.make().cosine(8) < -0.01
+    for _ in range(runs):
+        probes = [checked_probe(probe, 8) for probe in recurring_probes(cell, looks, generator)]
+        checks = [conflict_check(probe, 8, share=cell.m / cell.size) for probe in probes]
+        new = [None if check is None else replace(check, share=0.0) for check in checks]
+        for rule, found in zip(called, (checks, new), strict=True):
+            steps = accumulate(found, RunEvidence.with_check, initial=RunEvidence())
+            called[rule] += min(evidence.p_value for evidence in steps) <= 0.05
+    return [
+        {"course": cell.name, "looks": looks, "rule": rule, "runs": runs}
+        | {"false_alarms": 0.0 if conflict else found / runs, "found": found / runs if conflict else None}
+        | {"median_delay": None}
+        for rule, found in called.items()
+    ]
 
 
 def first_alarms(values: Tensor, variances: Tensor, counts: Tensor, alpha: float = 0.05) -> Tensor:

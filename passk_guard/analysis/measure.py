@@ -86,7 +86,8 @@ def curve_of(estimates: dict[int, ConflictEstimate]) -> Curve | None:
     for estimate in estimates.values():
         if (curve := estimate.curve) is not None and estimate.k_star is not None:
             cosine, low, high = (_numbers(values) for values in (curve.cosine, curve.ci_low, curve.ci_high))
-            return Curve(curve.k.tolist(), cosine, low, high, curve.established.tolist(), estimate.k_star)
+            band = curve.band_low.tolist(), curve.band_high.tolist(), estimate.k_star_low, estimate.k_star_high
+            return Curve(curve.k.tolist(), cosine, low, high, curve.established.tolist(), estimate.k_star, *band)
     return None
 
 

@@ -61,10 +61,13 @@ def _rates(data: Data) -> Markup:
 
 def _curve(data: Data) -> Markup:
     curve, threshold = data["curve"], data["settings"]["threshold"]
-    found = any(curve["established"])
+    found, level = any(curve["established"]), words.level(data)
+    bands = [Band(curve["k"], curve["low"], curve["high"], f"{level} interval of each k")]
+    if curve["band_low"] is not None:
+        bands = [Band(curve["k"], curve["band_low"], curve["band_high"], f"{level} band, all k together"), *bands]
     return line_chart(
         [Series("cos(∇J_k, ∇J_1)", curve["k"], curve["cosine"])],
-        [Band(curve["k"], curve["low"], curve["high"], f"{words.level(data)} band, k by k")],
+        bands,
         [Upright(curve["k_star"], f"k* = {curve['k_star']}")] if found else [],
         x_label="k",
         y_label="cosine",

@@ -81,9 +81,12 @@ class Curve:
     """cos(grad J_k, grad J_1) for every k from 1 to the smallest number of samples of a prompt.
 
     Attributes:
-        k, cosine, low, high: entries of the curve and of its two-sided band; None where undetermined.
-        established: whether a conflict is established at this k, one-sided.
+        k, cosine, low, high: the curve with the two-sided interval of each k by itself; None where undetermined.
+        established: whether a conflict is established at this k by itself, one-sided.
         k_star: the largest k such that no conflict is established at it or below it.
+        band_low, band_high: of the band that holds at all k together; None in analyses from before it was written.
+        k_star_low, k_star_high: confidence set, from the band, of the largest k up to which there is no conflict. The
+            last k stands for that one and all above. None as the band.
     """
 
     k: list[Whole]
@@ -92,10 +95,18 @@ class Curve:
     high: list[Real | None]
     established: list[Flag]
     k_star: Whole
+    band_low: list[Real] | None = None
+    band_high: list[Real] | None = None
+    k_star_low: Whole | None = None
+    k_star_high: Whole | None = None
 
     @model_validator(mode="after")
     def _one_number_for_every_k(self) -> Curve:
-        lengths = {len(values) for values in (self.k, self.cosine, self.low, self.high, self.established)}
+        new = (self.band_low, self.band_high, self.k_star_low, self.k_star_high)
+        if None in new and new != (None,) * 4:
+            raise ValueError("a part of the band and of the set of k*")
+        lists = (self.k, self.cosine, self.low, self.high, self.established, *new[:2])
+        lengths = {len(values) for values in lists if values is not None}
         if len(lengths) != 1 or not self.k or min(self.k) < 1:
             raise ValueError("not a number for every k")
         return self

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from passk_guard.planning import prompts_needed, read_noise, refreshes_for_signal
 from passk_guard.reporting.html.axes import write_number
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import plain_text
@@ -62,7 +63,7 @@ def verdict(data: Data) -> tuple[str, str]:
     if status is None:
         return "Only k = 1 was asked for, which has nothing to conflict with.", ""
     if at["cosine"]["value"] is None:
-        return f"Undetermined at k = {k}: {at['reason']}.", ""
+        return f"Undetermined at k = {k}: {at['reason']}. {what_it_takes(data)}".rstrip(), ""
     sentence = f"cos(∇J_{k}, ∇J_1) = {value(at['cosine'], 2)}, {level(data)} interval {interval(at['cosine'], 2)}."
     if status == "conflict":
         return (
@@ -71,17 +72,43 @@ def verdict(data: Data) -> tuple[str, str]:
         )
     if status == "clear":
         return f"Clear: a pass@{k} step raises pass@1 too. {sentence}", "good"
-    return f"Undetermined: the probe cannot tell whether pass@{k} and pass@1 conflict. {sentence} {k_star(data)}", ""
+    words = (f"Undetermined: the probe cannot tell whether pass@{k} and pass@1 conflict.", sentence, k_star(data))
+    return " ".join([*words, what_it_takes(data)]).rstrip(), ""
 
 
 def k_star(data: Data) -> str:
-    """k* as a sentence."""
+    """k* as a sentence, with its confidence set."""
     curve = data["curve"]
     if curve is None:
         return "k* is undetermined."
-    if not any(curve["established"]):
-        return f"No conflict is established up to k = {curve['k'][-1]}, the smallest number of samples of a prompt."
-    return f"k* = {curve['k_star']}: up to there no conflict is established."
+    last, low, high = curve["k"][-1], curve["k_star_low"], curve["k_star_high"]
+    if low is None:  # an analysis of an earlier version: the intervals of each k
+        threshold, lows = data["settings"].get("threshold", 0.0), curve["low"]
+        low = next((k - 1 for k, x in zip(curve["k"][1:], lows[1:], strict=True) if x is None or x < threshold), last)
+    within = "" if high is None else f"; {level(data)} set: {low} to {high}" + (" or more" if high == last else "")
+    if any(curve["established"]):
+        return f"k* = {curve['k_star']}: up to there no conflict is established{within}."
+    if low == 1 < last:
+        return f"The probe cannot tell at which k a conflict begins, nor whether one does up to k = {last}{within}."
+    if low == last:
+        return f"There is no conflict up to k = {last}, the smallest number of samples of a prompt{within}."
+    return f"There is no conflict up to k = {low}. Above it, to k = {last}, the probe cannot tell{within}."
+
+
+def what_it_takes(data: Data) -> str:
+    """How many prompts would tell, as a sentence; nothing where the analysis holds no noise to plan with."""
+    if data.get("noise") is None:
+        return ""
+    noise, settings = read_noise(data["noise"]), data["settings"]
+    needed = prompts_needed(noise, settings["threshold"], settings["confidence"])
+    if needed is None:
+        times = refreshes_for_signal(noise)
+        more = (
+            "choose prompts the model solves sometimes" if times is None else f"{max(2, times)} times the prompts would"
+        )
+        return f"The probe does not establish how large the gradients are: {more}."
+    cosine, prompts = needed
+    return f"One estimate finds a cosine of {_fixed(cosine, 2)} with 90% power on {prompts} prompts."
 
 
 def hurt(prompt: Data, texts: Mapping[int, str], length: int = 40, most: int = 3) -> str:

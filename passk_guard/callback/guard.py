@@ -274,7 +274,8 @@ class PassKGuardCallback(TrainerCallback):
         refresh = self._keeper.refresh(self._refresher(), sample, keys, seed)
         memory = self.memory.with_refresh(refresh.probe, config.pool_refreshes, step)
         estimate = self._ranks.together(lambda: self._estimate(memory))
-        check = conflict_check(refresh.probe, config.k, threshold=config.threshold)
+        share = 0.0 if self._source is None else self._source.share
+        check = conflict_check(refresh.probe, config.k, threshold=config.threshold, share=share)
         memory = self._mitigator.react(refresh, estimate, memory)
         decision, evidence, verdict = decide(
             memory.decision, memory.evidence, estimate, check, self._rule, fresh=not refresh.probe.reused

@@ -112,7 +112,22 @@ def held_out_source(
         trainer=trainer,
     )
     sampler.check_lengths(prompts.rows)
-    return HeldOut(prompts, sampler, config.probe_prompts or MOST_PROMPTS, config.num_samples, config.probe_seed)
+    prompts_each = config.probe_prompts or MOST_PROMPTS
+    _warn_of_recurrence(len(prompts), prompts_each, config)
+    return HeldOut(prompts, sampler, prompts_each, config.num_samples, config.probe_seed)
+
+
+def _warn_of_recurrence(size: int, prompts_each: int, config: GuardConfig) -> None:
+    wanted = config.pool_refreshes * prompts_each
+    if size < wanted:
+        logger.warning(
+            "passk_guard: the probe has %d prompts, so that the same ones recur after %s. What is estimated is the "
+            "angle for prompts like these, and a prompt asked again adds little evidence of it. Pass at least %d "
+            "prompts, which is pool_refreshes x probe_prompts",
+            size,
+            "every refresh" if size <= prompts_each else f"{size / prompts_each:.1f} refreshes",
+            wanted,
+        )
 
 
 def _refuse_overlap(prompts: ProbeSet, training: Any, allowed: bool) -> None:

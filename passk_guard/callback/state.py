@@ -144,6 +144,8 @@ class _Check(BaseModel):
     value: _Number
     variance: Annotated[_Number, Field(gt=0)]
     count: Annotated[_Number, Field(ge=1)]
+    share: Annotated[_AtLeast0, Field(le=1)] = 0.0
+    prompt_variance: _AtLeast0 = 0.0
 
 
 class _Evidence(BaseModel):

@@ -1,10 +1,10 @@
-r"""A band for many means at once, from prompts that are paired: the sup-t band by a multiplier bootstrap.
+r"""A band for many statistics at once, from prompts that are paired: the sup-t band by a multiplier bootstrap.
 
-Differences at several k come from the same samples and are strongly correlated. A band that holds at all of them with
-the stated confidence takes one critical value c for all: the quantile of $\max_k |t^*_k|$, where $t^*$ is Student's
-statistic of the residuals multiplied by random signs, one sign a prompt (Chernozhukov, Chetverikov & Kato 2013, arXiv
-1212.6906, for the multipliers; Montiel Olea & Plagborg-Moller 2019, *Simultaneous confidence bands*, for sup-t).
-Needs torch alone.
+Differences or cosines at several k come from the same samples and are strongly correlated. A band that holds at all of
+them with the stated confidence takes one critical value c for all: the quantile of $\max_k |t^*_k|$, where $t^*$ is
+Student's statistic of the residuals multiplied by random signs, one sign a prompt (Chernozhukov, Chetverikov & Kato
+2013, arXiv 1212.6906, for the multipliers; Montiel Olea & Plagborg-Moller 2019, *Simultaneous confidence bands*, for
+sup-t). Needs torch alone.
 """
 
 from __future__ import annotations
@@ -66,14 +66,39 @@ def simultaneous_band(
     mean, error = values.mean(0), values.std(0) / m**0.5
     constant = (values == values[0]).all(0)
     error[constant] = 0.0  # and not what rounding leaves
-    critical = student_t_quantile((1 + confidence) / 2, m - 1)
-    if not bool(constant.all()):
-        largest = _largest_scores(values[:, ~constant], draws, seed)
-        critical = max(critical, float(torch.quantile(largest, confidence, interpolation="higher")))
+    critical = _critical(values[:, ~constant], confidence, draws, seed)
     unseen = unseen_share(m, (1 - confidence) / 2)
     low = torch.where(constant, mean - unseen * (1 + mean), mean - critical * error)
     high = torch.where(constant, mean + unseen * (1 - mean), mean + critical * error)
     return Band(mean, error, low.clamp(min=-1), high.clamp(max=1), critical)
+
+
+def level_of_each(columns: Tensor, confidence: float, draws: int = 4000, seed: int = 0) -> float:
+    """The confidence of one interval at which K of them hold together at `confidence`; for statistics with a jackknife.
+
+    Args:
+        columns: [N, K] what each of N prompts does to each of K statistics, their jackknife changes.
+        confidence: that all K intervals hold, in (0, 1). It is returned where no column has any spread.
+        draws, seed: as in `simultaneous_band`.
+    """
+    spread = columns.std(0)
+    used = columns[:, spread > 1e-12 * spread.max()]
+    critical = _critical(used, confidence, draws, seed)
+    low, high = confidence, 1 - 1e-9
+    for _ in range(50):
+        middle = (low + high) / 2
+        below = student_t_quantile((1 + middle) / 2, len(columns) - 1) < critical
+        low, high = (middle, high) if below else (low, middle)
+    return low
+
+
+def _critical(values: Tensor, confidence: float, draws: int, seed: int) -> float:
+    """Standard errors on each side, for values [m, K] none of whose columns is constant."""
+    critical = student_t_quantile((1 + confidence) / 2, len(values) - 1)
+    if not values.shape[1]:
+        return critical
+    largest = _largest_scores(values, draws, seed)
+    return max(critical, float(torch.quantile(largest, confidence, interpolation="higher")))
 
 
 def upper_bound(differences: Tensor, confidence: float = 0.95) -> float:

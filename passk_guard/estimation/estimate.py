@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from passk_guard.estimation.agreement import informative, prompt_view, weight_and_agreement
+from passk_guard.estimation.band import level_of_each
 from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
 from passk_guard.estimation.records import ConflictCurve, ConflictEstimate, ProbeGram, Status
@@ -114,7 +115,8 @@ def estimate_pooled(
     if not curve or estimate.cosine is None:
         return estimate
     found = _curve(probes, estimate)
-    return replace(estimate, k_star=_k_star(found), curve=found)
+    low, high = _k_star_set(found, threshold)
+    return replace(estimate, k_star=_k_star(found), k_star_low=low, k_star_high=high, curve=found)
 
 
 def in_conflict(estimate: ConflictEstimate, confidence: float) -> bool:
@@ -160,11 +162,13 @@ def _no_signal(name: str, value: Tensor, covariance: Tensor) -> str | None:
     return None
 
 
-def _quantiles(base: ConflictEstimate, moments: Moments, cosines: Tensor) -> list[tuple[float, float]]:
+def _quantiles(
+    base: ConflictEstimate, moments: Moments, cosines: Tensor, confidence: float | None = None
+) -> list[tuple[float, float]]:
     """For the two-sided intervals (degrees at the estimates [K]) and the one-sided bounds (at the threshold)."""
     at_estimate = moments.degrees_at(cosines).tolist()
     at_threshold = moments.degrees_at(torch.full_like(cosines, base.threshold)).tolist()
-    level = (1 + base.confidence) / 2
+    level = (1 + (confidence or base.confidence)) / 2
     return [
         (student_t_quantile(level, here), student_t_quantile(base.confidence, there))
         for here, there in zip(at_estimate, at_threshold, strict=True)
@@ -207,28 +211,40 @@ def _status(lower: float, upper: float, threshold: float, confidence: float) -> 
 
 
 def _curve(probes: Sequence[ProbeGram], base: ConflictEstimate) -> ConflictCurve:
-    """The same angle for every k that the samples allow."""
+    """The same angle for every k that the samples allow, and the band for all of them together."""
     ks = torch.arange(1, min(int(p.num_samples.min()) for p in probes) + 1)
     moments = pooled_moments(probes, passk_rows(ks))
     numbers = torch.full((3, len(ks)), math.nan, dtype=torch.float64)
+    band = torch.tensor([[-1.0], [1.0]], dtype=torch.float64).repeat(1, len(ks))
     established = torch.zeros(len(ks), dtype=torch.bool)
     known = (moments.value[:, 1:] > 0).all(1).nonzero().flatten().tolist()
     for i in known:
         numbers[0, i] = corrected_cosine(moments.value[i], moments.covariance[i])[0]
-    quantiles = _quantiles(base, moments, numbers[0].nan_to_num())
+    centre = numbers[0].nan_to_num()
+    quantiles = _quantiles(base, moments, centre)
+    each = level_of_each(moments.changes_at(centre)[:, [i for i in known if i > 0]], base.confidence)  # k = 1 has none
+    together = _quantiles(base, moments, centre, each)
     for i in known:
         two_sided, one_sided = quantiles[i]
+        band[:, i] = torch.tensor(cosine_bounds(moments.value[i], moments.covariance[i], together[i][0]))
         interval = cosine_bounds(moments.value[i], moments.covariance[i], two_sided)
         found = (float(numbers[0, i]), *interval) if interval != (-1.0, 1.0) else (math.nan,) * 3
         numbers[:, i] = torch.tensor(found, dtype=torch.float64)
         established[i] = cosine_bounds(moments.value[i], moments.covariance[i], one_sided)[1] < base.threshold
-    return ConflictCurve(ks, numbers[0], numbers[1], numbers[2], established)
+    return ConflictCurve(ks, numbers[0], numbers[1], numbers[2], established, band[0], band[1])
 
 
 def _k_star(curve: ConflictCurve) -> int:
     """The largest k such that no conflict is established at it or below it."""
     first = curve.established.int().argmax() if bool(curve.established.any()) else len(curve.k)
     return int(curve.k[int(first) - 1])
+
+
+def _k_star_set(curve: ConflictCurve, threshold: float) -> tuple[int, int]:
+    """Where the band holds, the largest k up to which there is no conflict is one of these, ends included."""
+    clear = int((curve.band_low[1:] >= threshold).int().cumprod(0).sum())
+    below = curve.band_high < threshold
+    return 1 + clear, int(below.int().argmax()) if bool(below.any()) else len(curve.k)
 
 
 def _pass_rate(probe: ProbeGram, k: int) -> tuple[float | None, float | None]:

@@ -64,8 +64,9 @@ class ConflictCurve:
 
     Attributes:
         k: [K] int64.
-        cosine, ci_low, ci_high: [K] float64, NaN where no cosine can be ruled out.
-        established: [K] bool, True where a conflict is established at the stated confidence.
+        cosine, ci_low, ci_high: [K] float64, the interval for each k by itself; NaN where no cosine can be ruled out.
+        established: [K] bool, True where a conflict is established at the stated confidence at this k by itself.
+        band_low, band_high: [K] float64 of the band that holds at all k together, -1 and 1 where nothing is ruled out.
     """
 
     k: Tensor
@@ -73,6 +74,8 @@ class ConflictCurve:
     ci_low: Tensor
     ci_high: Tensor
     established: Tensor
+    band_low: Tensor
+    band_high: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class ConflictEstimate:
         num_prompts: prompts over all pooled refreshes; num_informative: those with 0 < c < n.
         num_refreshes: refreshes pooled.
         k_star: largest k up to which no conflict is established; None when undetermined.
+        k_star_low, k_star_high: confidence set of the largest k up to which there is none, from the band. The curve's
+            last k stands for that one and all above.
         curve: the same cosine for every k the samples allow.
         naive_cosine: comparison only, biased towards "no conflict": all pairs, same-prompt ones included.
     """
@@ -137,6 +142,8 @@ class ConflictEstimate:
     pass_at_k: float | None = None
     pass_at_k_se: float | None = None
     k_star: int | None = None
+    k_star_low: int | None = None
+    k_star_high: int | None = None
     naive_cosine: float | None = None
     agreement: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
     weighted_agreement: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)

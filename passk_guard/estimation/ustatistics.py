@@ -74,16 +74,23 @@ class Moments:
         Args:
             cosine: [K] c, replaced by 0 where a squared norm is not positive.
         """
-        count, (_, one, many) = self.influence.shape[0], self.value.unbind(-1)
-        root = torch.where((one > 0) & (many > 0), cosine * (one * many).clamp(min=0).sqrt() / 2, 0.0)
-        slope = torch.stack([torch.ones_like(one), *(-root / torch.where(root != 0, x, 1.0) for x in (one, many))], -1)
-        change = (self._centred * slope).sum(-1)
+        count, slope, change = self.influence.shape[0], self._slope(cosine), self.changes_at(cosine)
         shares = torch.einsum("nkij,ki,kj->nk", self.overshoots, slope, slope)
         variance = torch.einsum("kij,ki,kj->k", self.covariance, slope, slope)
         parts = ((count - 1) / count * change.square() - 2 * shares) / torch.where(variance > 0, variance, 1.0)
         spread = parts.var(0, correction=0)
         degrees = torch.where(variance > 0, 2 / (count * spread).clamp(min=1e-9), count)
         return degrees.clamp(min=3.0).clamp(max=max(1.0, count - 1.0))
+
+    def changes_at(self, cosine: Tensor) -> Tensor:
+        r"""[N, K] change of $U_{k1} - c \sqrt{U_{11} U_{kk}}$ when each prompt is left out, less its mean."""
+        return (self._centred * self._slope(cosine)).sum(-1)
+
+    def _slope(self, cosine: Tensor) -> Tensor:
+        """[K, 3] of that contrast in U_k1, U_11, U_kk."""
+        _, one, many = self.value.unbind(-1)
+        root = torch.where((one > 0) & (many > 0), cosine * (one * many).clamp(min=0).sqrt() / 2, 0.0)
+        return torch.stack([torch.ones_like(one), *(-root / torch.where(root != 0, x, 1.0) for x in (one, many))], -1)
 
     @cached_property
     def _centred(self) -> Tensor:

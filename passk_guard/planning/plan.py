@@ -8,7 +8,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from passk_guard.config import GuardConfig
-from passk_guard.estimation.power import Noise, Signal, fewest_prompts, look_of, looks_until_called, signal_of
+from passk_guard.estimation.power import (
+    MOST_PROMPTS,
+    Noise,
+    Signal,
+    fewest_prompts,
+    look_of,
+    looks_until_called,
+    signal_of,
+)
 from passk_guard.estimation.verdict import DecisionRule
 from passk_guard.utils.errors import GuardError
 
@@ -98,11 +106,7 @@ class Plan:
     def refreshes_for_signal(self) -> int | None:
         """How many refreshes like these would establish both norms if they are as measured; None where one is not
         even positive, or where both are established."""
-        norms = self.noise.value[1:].tolist()
-        if self.signal.size is not None or min(norms) <= 0:
-            return None
-        worst = max(self.noise.error(i) / norm for i, norm in enumerate(norms, 1))
-        return math.ceil(self.noise.refreshes * (1.645 * worst) ** 2)
+        return None if self.signal.size is not None else refreshes_for_signal(self.noise)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested mappings and lists of what JSON knows; a signal that is not established has the error null."""
@@ -191,6 +195,26 @@ def make_plan(
         single = {n: fewest_prompts(noise, size, cosine, power, refreshes=n, **limits) for n in sorted({1, pooled})}
     options = [option(m) for m in sorted({*prompts, own})]
     return Plan(config, cosine, power, noise, signal, options, single, cost)
+
+
+def refreshes_for_signal(noise: Noise) -> int | None:
+    """How many refreshes like these would establish both norms if they are as measured; None where one is not > 0."""
+    norms = noise.value[1:].tolist()
+    if min(norms) <= 0:
+        return None
+    worst = max(noise.error(i) / norm for i, norm in enumerate(norms, 1))
+    return math.ceil(noise.refreshes * (1.645 * worst) ** 2)
+
+
+def prompts_needed(
+    noise: Noise, threshold: float, confidence: float, power: float = 0.9
+) -> tuple[float, int | str] | None:
+    """The cosine planned for by default, and the prompts with which one estimate finds it; None without a signal."""
+    cosine, size = max(-1.0, threshold - USUAL_GAP), signal_of(noise, confidence).size
+    if size is None:
+        return None
+    found = fewest_prompts(noise, size, cosine, power, threshold=threshold, confidence=confidence)
+    return cosine, f"more than {MOST_PROMPTS}" if found is None else found
 
 
 def decision_rule(config: GuardConfig) -> DecisionRule:

@@ -270,6 +270,11 @@ class HeldOut:
         size = min(self.size, len(self.probe))
         return f"{size} of {len(self.probe)} held-out prompts x {self.num_samples} samples"
 
+    @property
+    def share(self) -> float:
+        """Of the probe set that a refresh asks, in (0, 1]."""
+        return min(1.0, self.size / len(self.probe))
+
     def keys(self, refresh: int) -> list[Hashable]:
         """Identities of the m prompts of a refresh, in order."""
         return [self.probe.key(i) for i in self.probe.draw(refresh, self.size, self.seed)]

@@ -76,13 +76,13 @@ def kernel_figure(kernel: Tensor, rates: Tensor | None = None) -> Figure:
 
 
 def curve_figure(curve: ConflictCurve, k_star: int | None) -> Figure:
-    """cos(grad J_k, grad J_1) over k with its interval, k*, and vermillion points where a conflict is established."""
+    """cos(grad J_k, grad J_1) over k with its band, k*, and vermillion points where a conflict is established."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.0, 4.0), layout="constrained")
     axes, ks, cosines = figure.subplots(), curve.k.tolist(), curve.cosine.tolist()
     axes.axhline(0.0, color=_GREY, linewidth=0.8)
-    axes.fill_between(ks, curve.ci_low.tolist(), curve.ci_high.tolist(), color=_BLUE, alpha=0.2, linewidth=0)
+    axes.fill_between(ks, curve.band_low.tolist(), curve.band_high.tolist(), color=_BLUE, alpha=0.2, linewidth=0)
     axes.plot(ks, cosines, color=_BLUE)
     axes.scatter(ks, cosines, c=[_VERMILLION if e else "black" for e in curve.established.tolist()], zorder=3)
     axes.set(xlabel="k", ylabel="cos(pass@1, pass@k)", ylim=(-1.05, 1.05))

@@ -127,6 +127,8 @@ def test_an_analysis_of_an_earlier_version_is_read_field_by_field():
     gone = {"protocol", "delta_1", "delta_2"}
     assert found["settings"] == {name: value for name, value in written["settings"].items() if name not in gone}
     assert written.keys() - found.keys() == {"paper"}
+    band = ("band_low", "band_high", "k_star_low", "k_star_high")
+    assert [found["curve"].pop(name) for name in band] == [None] * 4
     for name in found.keys() - {"settings"}:
         assert json.loads(json.dumps(found[name])) == written[name], name
 
@@ -139,6 +141,7 @@ def test_an_analysis_of_an_earlier_version_is_read_field_by_field():
         (("at_k", 1, "cosine", "value"), 1e301, "`at_k.1.cosine.value`"),
         (("at_k", 1, "k"), 3, "not one entry for every k"),
         (("curve", "cosine"), [], "`curve`: not a number for every k"),
+        (("curve", "band_low"), [0.0] * 16, "a part of the band"),
         (("kernel", "places"), [0], "not a triangle"),
         (("kernel", "negative_pairs", "value"), True, "valid number; found True"),
         (("prompts", 0, "pass_rate", "value"), None, "without its pass rate"),

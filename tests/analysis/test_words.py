@@ -78,10 +78,11 @@ def test_numbers_come_with_their_uncertainty():
 
 
 def test_verdicts_say_what_is_known():
-    def data(status, value=-0.4, established=(False, True)):
+    def data(status, value=-0.4, established=(False, True), ends=(1, 1), lows=(1.0, -0.7)):
         at = {"k": 8, "status": status, "reason": "why", "cosine": number(value, 0.1, -0.6, -0.2)}
-        curve = {"k": [1, 2], "established": established, "k_star": 1}
-        return {"at_k": [at], "curve": curve, "settings": {"confidence": 0.9}}
+        curve = {"k": [1, 2], "established": established, "k_star": 1, "low": lows}
+        curve |= {"k_star_low": ends[0], "k_star_high": ends[1]}
+        return {"at_k": [at], "curve": curve, "settings": {"confidence": 0.9, "threshold": 0.0}}
 
     sentence, kind = words.verdict(data("conflict"))
     assert (sentence[:8], kind) == ("Conflict", "bad")
@@ -90,7 +91,25 @@ def test_verdicts_say_what_is_known():
     assert words.verdict(data("clear"))[1] == "good"
     assert words.verdict(data("undetermined", None)) == ("Undetermined at k = 8: why.", "")
     assert "cannot tell" in words.verdict(data("undetermined"))[0]
-    assert "No conflict is established up to k = 2" in words.k_star(data("clear", established=(False, False)))
+    assert words.k_star(data("conflict")) == "k* = 1: up to there no conflict is established; 90% set: 1 to 1."
+    none = {"established": (False, False)}
+    clear = words.k_star(data("clear", ends=(2, 2), **none))
+    assert clear.startswith("There is no conflict up to k = 2")
+    assert clear.endswith("90% set: 2 to 2 or more.")
+    for ends in ((1, 2), (None, None)):  # this version, and an earlier one without a band
+        assert words.k_star(data("undetermined", ends=ends, **none)).startswith("The probe cannot tell at which k")
+    assert words.k_star(data("clear", ends=(None, None), lows=(1.0, 0.1), **none)).startswith("There is no conflict")
+
+
+@pytest.mark.parametrize(("m", "says"), [(12, "choose prompts"), (300, "with 90% power on ")])
+def test_an_undetermined_analysis_says_how_many_prompts_it_would_take(m, says):
+    data = synthetic(m, cosine=0.0).to_dict()
+    assert data["at_k"][-1]["status"] == "undetermined"
+    sentence, kind = words.verdict(data)
+    assert kind == ""
+    assert "cannot tell" in sentence or "Undetermined" in sentence
+    assert says in sentence
+    assert "no conflict is established" not in sentence
 
 
 def test_the_worst_prompts_come_first_and_those_that_agree_not_at_all(hostile):

@@ -213,6 +213,13 @@ def test_a_conflict_is_one_warning_one_state_line_and_one_alert(tmp_path, caplog
     assert guard.estimate.status == "conflict"
 
 
+@pytest.mark.parametrize(("size", "warned"), [(12, "after every refresh"), (35, "after 2.9 refreshes"), (36, None)])
+def test_a_probe_set_whose_prompts_recur_is_warned_about(tmp_path, caplog, size, warned):
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        guard_of(tiny_lm_trainer(tmp_path), probe=probe_rows(size), probe_prompts=12, pool_refreshes=3)
+    assert (warned is None and not caplog.text) or (warned in caplog.text and "Pass at least 36 prompts" in caplog.text)
+
+
 def test_failed_refreshes_alert_once_and_recover(tmp_path, caplog):
     calls = []
 

@@ -199,6 +199,31 @@ def test_curve_and_k_star():
     assert bool(curve.established[estimate.k_star])
 
 
+def test_the_band_covers_all_k_together_and_the_set_the_true_k_star():
+    """100 refreshes of 64 prompts x 8; an undetermined k has the band [-1, 1]."""
+    pop, generator = population(-0.4, k=4), torch.Generator().manual_seed(6)
+    truth = torch.tensor([inner / math.sqrt(a * b) for inner, a, b in (true_moments(pop, k) for k in range(1, 9))])
+    k_star = int((truth < 0).int().argmax())
+    joint = alone = in_set = 0
+    estimates = [estimate_pooled([draw(pop, 64, 8, generator)], 4) for _ in range(100)]
+    known = [e for e in estimates if e.curve is not None]
+    for e in known:
+        c = e.curve
+        assert e.k_star_low <= e.k_star <= e.k_star_high
+        low, high = torch.where(c.ci_low.isnan(), -1.0, c.ci_low), torch.where(c.ci_high.isnan(), 1.0, c.ci_high)
+        assert bool((c.band_low <= low + 1e-6).all() and (high <= c.band_high + 1e-6).all())
+        joint += bool(((c.band_low - 1e-6 <= truth) & (truth <= c.band_high + 1e-6)).all())
+        alone += bool(((low - 1e-6 <= truth) & (truth <= high + 1e-6)).all())
+        in_set += e.k_star_low <= k_star <= e.k_star_high
+    assert len(known) > 80
+    assert joint >= 0.9 * len(known)
+    assert in_set >= 0.9 * len(known)
+    assert alone < joint - 5
+    again = estimate_pooled([draw(pop, 64, 8, torch.Generator().manual_seed(1))], 4).curve
+    once = estimate_pooled([draw(pop, 64, 8, torch.Generator().manual_seed(1))], 4).curve
+    assert torch.equal(again.band_high, once.band_high)
+
+
 def test_the_curve_has_no_number_where_no_cosine_can_be_ruled_out():
     """Few prompts carry grad J_16 of 16 samples, and its norm may be anything."""
     absent = 0

@@ -52,15 +52,25 @@ def true_moments(pop, k):
 
 def draw(pop, m, n, generator):
     """One refresh of m fresh prompts with n samples each."""
+    return ask(pop, choose(pop, m, generator), n, generator)
+
+
+def choose(pop, m, generator):
+    """Kinds [m] and directions [m, DIM] of m prompts."""
+    kind = torch.multinomial(pop.share, m, replacement=True, generator=generator)
+    return kind, pop.means[kind] + pop.spread * torch.randn(m, DIM, dtype=torch.float64, generator=generator)
+
+
+def ask(pop, prompts, n, generator, keys=()):
+    """One refresh of these prompts with n samples each."""
 
     def normal(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    kind = torch.multinomial(pop.share, m, replacement=True, generator=generator)
-    phi = pop.means[kind] + pop.spread * normal(m, DIM)
+    (kind, phi), m = prompts, len(prompts[0])
     p = pop.pass_rate[kind]
     c = torch.binomial(torch.full((m,), float(n), dtype=torch.float64), p, generator=generator)
     positive = (c * (1 - p))[:, None] * phi + pop.noise * c.sqrt()[:, None] * normal(m, DIM)
     negative = -((n - c) * p)[:, None] * phi + pop.noise * (n - c).sqrt()[:, None] * normal(m, DIM)
     sums = torch.cat([positive, negative])
-    return ProbeGram(sums @ sums.T, torch.full((m,), n), c.long())
+    return ProbeGram(sums @ sums.T, torch.full((m,), n), c.long(), keys)

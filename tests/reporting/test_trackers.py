@@ -20,7 +20,8 @@ VERMILLION, BLUE, NAN = "#d55e00", "#0072b2", float("nan")
 def curve(cosine, established=None):
     values = torch.tensor(cosine, dtype=torch.float64)
     ks = torch.arange(1, len(cosine) + 1)
-    return ConflictCurve(ks, values, values - 0.1, values + 0.1, torch.tensor(established or [False] * len(cosine)))
+    found = torch.tensor(established or [False] * len(cosine))
+    return ConflictCurve(ks, values, values - 0.1, values + 0.1, found, values - 0.2, values + 0.2)
 
 
 def estimate(kernel=None, **fields):
