@@ -26,6 +26,7 @@ from passk_guard.estimation.agreement import informative
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.power import measure_noise
 from passk_guard.estimation.records import ProbeGram
+from passk_guard.probe.passes import Scorer, SharedPrompts
 from passk_guard.probe.progress import SketchWithBar, bar, wanted
 from passk_guard.probe.prompts import ProbeSet
 from passk_guard.probe.records import Outcomes, Rollouts, check_rollouts, limits_of, padding_token
@@ -274,7 +275,9 @@ class Job:
         chosen, what = self.settings, LAST if self.settings.last_layer else ALL
         with bar(f"sketching, {what}", self.shown) as advance:
             sketcher = SketchWithBar(self.model, chosen.sketch_dim, chosen.sketch_method, chosen.seed, advance)
-            refresher = Refresher(sketcher, self.ranks, chosen.k, chosen.max_tokens, padding_token(self.tokenizer))
+            pad = padding_token(self.tokenizer)
+            shared = SharedPrompts(Scorer(self.model, self.ranks, pad))
+            refresher = Refresher(sketcher, self.ranks, chosen.k, chosen.max_tokens, pad, shared=shared)
             sketcher.expect(rollouts, outcomes)
             refresh = refresher.run(lambda: (rollouts, outcomes), range(len(self.prompts)), chosen.seed)
         seen = sketcher.coverage

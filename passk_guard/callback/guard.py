@@ -27,6 +27,7 @@ from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
 from passk_guard.planning import decision_rule, outlook
 from passk_guard.probe.out_of_memory import until_it_fits
+from passk_guard.probe.passes import Scorer, SharedPrompts
 from passk_guard.probe.progress import sampling_bar, wanted
 from passk_guard.probe.prompts import HeldOut
 from passk_guard.probe.records import Outcomes, Rollouts, check_rollouts, limits_of, padding_token
@@ -129,6 +130,9 @@ class PassKGuardCallback(TrainerCallback):
             self._tap.install()
         self._ranks = Ranks(self._trainer.accelerator.device)
         self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
+        accelerator, pad = self._trainer.accelerator, padding_token(self._trainer.processing_class)
+        model = accelerator.unwrap_model(self._trainer.model)
+        self._shared = SharedPrompts(Scorer(model, self._ranks, pad, accelerator.autocast))
         self._change.drop()
         self.memory = self._recall(args, state)
         self._mitigator = Mitigator(
@@ -266,6 +270,7 @@ class PassKGuardCallback(TrainerCallback):
             autocast=self._trainer.accelerator.autocast,
             sample_fewer=self._sample_fewer,
             on_less_memory=self._use_fewer_tokens,
+            shared=self._shared,
         )
 
     def _opened(
@@ -291,6 +296,7 @@ class PassKGuardCallback(TrainerCallback):
             pad_token_id=padding_token(self._trainer.processing_class),
             vocabulary=limits_of(model)["vocabulary"],
             autocast=self._trainer.accelerator.autocast,
+            shared=self._shared,
         )
 
     def _sample_fewer(self) -> bool:
