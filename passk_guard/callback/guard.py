@@ -27,6 +27,7 @@ from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
 from passk_guard.planning import decision_rule, outlook
 from passk_guard.probe.out_of_memory import until_it_fits
+from passk_guard.probe.pass_memory import FEWEST_TOKENS, choose_tokens, passes_of
 from passk_guard.probe.passes import Scorer, SharedPrompts
 from passk_guard.probe.progress import sampling_bar, wanted
 from passk_guard.probe.prompts import HeldOut
@@ -91,7 +92,7 @@ class PassKGuardCallback(TrainerCallback):
         self._training = False
         self._attachment = Attachment(trainer, self)
         self._mitigator: Mitigator | NoMitigation = NoMitigation()
-        self._max_tokens = self.config.max_probe_tokens
+        self._max_tokens = FEWEST_TOKENS  # until a run begins
         self._keeper = RolloutKeeper(self.config.resample_refreshes, self.config.min_effective_samples)
         self._verifier = choose_verifier(trainer, correct, self.config)
         self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
@@ -123,7 +124,6 @@ class PassKGuardCallback(TrainerCallback):
         )
         self._attachment.claim()
         self._training = True
-        self._max_tokens = self.config.max_probe_tokens
         self._keeper.drop()
         self._reporter.open()
         if self._tap is not None:
@@ -135,13 +135,17 @@ class PassKGuardCallback(TrainerCallback):
         self._shared = SharedPrompts(Scorer(model, self._ranks, pad, accelerator.autocast))
         self._change.drop()
         self.memory = self._recall(args, state)
+        direction = self.config.mitigation in ("project", "both", "auto")
+        chosen = self.config.max_probe_tokens or self.memory.pass_tokens  # which a resumed run keeps to
+        self._max_tokens = chosen or choose_tokens(model, self._ranks, direction=direction)
+        self.memory = replace(self.memory, pass_tokens=self._max_tokens)
         self._mitigator = Mitigator(
             self._trainer, self.config, self._ranks, self._warn, lambda: self._attachment.stands
         )
         if state.global_step:
             self._mitigator.resume(_checkpoint(args, state), self.memory)
             self._change.resume(_checkpoint(args, state), self._ranks)
-        self._announce()
+        self._announce(passes_of(self._max_tokens, model, direction=direction))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refresh from the probe set when this step is due."""
@@ -361,14 +365,14 @@ class PassKGuardCallback(TrainerCallback):
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         return ScoreSketcher(model, self.config.sketch_dim, self.config.sketch_method)
 
-    def _announce(self) -> None:
+    def _announce(self, passes: str) -> None:
         config, remark = self.config, self._mitigator.remark
         what = "the training batch (not held out)" if self._source is None else self._source.summary
         what += f", resampled every {config.resample_refreshes} refreshes" if config.resample_refreshes > 1 else ""
         if self._sketcher is None:
             self._reporter.info(
                 f"passk_guard measures the change of pass@1 and pass@{config.k} every {config.refresh_steps} steps on "
-                f"{what}; action: observe"
+                f"{what}; {passes}; action: observe"
             )
             return
         measured = ""
@@ -379,7 +383,7 @@ class PassKGuardCallback(TrainerCallback):
         self._reporter.info(
             f"passk_guard watches cos(pass@1, pass@{config.k}){measured} every {config.refresh_steps} steps on {what}; "
             f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "
-            f"action: {self._mitigator.action(self.memory)}" + (f" ({remark})" if remark else "")
+            f"{passes}; action: {self._mitigator.action(self.memory)}" + (f" ({remark})" if remark else "")
         )
 
     def _warn(self, reason: str) -> None:

@@ -37,6 +37,7 @@ class Memory:
         taken: number of each refresh in `history`, failed ones not counted.
         floor_before: that of the refresh before, which no sample of the newest has steered.
         change: what the windows of the realised change add up to.
+        pass_tokens: most tokens of one pass of the probe, which a resumed run keeps to; 0: not chosen yet.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
@@ -48,6 +49,7 @@ class Memory:
     taken: tuple[int, ...] = ()
     floor_before: FloorState = field(default_factory=FloorState)
     change: ChangeMemory = field(default_factory=ChangeMemory)
+    pass_tokens: int = 0
 
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
         """Add one refresh, which ends a streak of failures.
@@ -166,6 +168,7 @@ class _Checkpoint(BaseModel):
     taken: tuple[_Count, ...] | None = None
     floor_before: _Floor = Field(default_factory=_Floor)
     change: dict[str, Any] | None = None
+    pass_tokens: _Count = 0
 
     @model_validator(mode="after")
     def _refreshes_in_order(self) -> _Checkpoint:
@@ -186,4 +189,5 @@ class _Checkpoint(BaseModel):
             taken=tuple(range(len(self.history))) if self.taken is None else self.taken,
             floor_before=FloorState(**vars(self.floor_before)),
             change=ChangeMemory() if self.change is None else ChangeMemory.restored(self.change),
+            pass_tokens=self.pass_tokens,
         )

@@ -2,6 +2,7 @@
 
 from passk_guard.sketch.batches import TokenBatch, filler_batch, halves, token_batches, unshared
 from passk_guard.sketch.coverage import Coverage
+from passk_guard.sketch.head import head_of
 from passk_guard.sketch.shared_prompts import predictions, shared_positions, shares_prompts
 from passk_guard.sketch.sketcher import Method, ScoreSketcher
 
@@ -12,6 +13,7 @@ __all__ = [
     "TokenBatch",
     "filler_batch",
     "halves",
+    "head_of",
     "predictions",
     "shared_positions",
     "shares_prompts",
