@@ -12,7 +12,8 @@ the same error. It is taken after a few training steps on tokens with Zipf frequ
 resemble each other: with random weights and uniform tokens they do not, and every method looks better.
 
 Last, the sketch of a probe, `--probe` prompts times 16 completions of 16 tokens behind 200 prompt tokens, half of them
-right: each completion behind a prompt of its own, against those of one outcome side by side behind one prompt.
+right: each completion behind a prompt of its own, against those of one outcome side by side behind one prompt. And
+their sampling: a pass over the prompt for each completion, against copies of one cache.
 
 Exits with status 1 if Kronecker sketching costs more than 0.95 of a plain forward and backward, CountSketch more than
 1.15, k_eff of the former is below 4,000 at 16,384 numbers, or the probe with shared prompts takes more than a fifth of
@@ -27,10 +28,12 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from passk_guard.probe.samplers import GenerateSampler
 from passk_guard.probe.score_sums import add_scores_
 from passk_guard.sketch import ScoreSketcher, token_batches
 
@@ -211,8 +214,19 @@ def share_prompts(model: torch.nn.Module, sketcher: ScoreSketcher, args: argpars
     alone, shared = seconds.values()
     plain_sums, shared_sums = sums.values()
     error = float((shared_sums - plain_sums).norm() / plain_sums.norm())
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    sampler = GenerateSampler(model, tokenizer, max_new_tokens=16)
+    prompts = torch.randint(2, args.vocab, (args.probe, 200)).repeat_interleave(16, 0).tolist()
+
+    def sample(copies: bool) -> None:
+        sampler._copies = copies
+        sampler._generate(prompts, 0)
+
+    names = {"sampling, each alone": False, "sampling, copied caches": True}
+    seconds |= measure({name: partial(sample, copies) for name, copies in names.items()}, 3, args.device)
     for name, value in seconds.items():
-        print(f"{name:26s} {value:8.2f} s    ratio {value / alone:.3f}   {args.probe} x 16 completions")
+        ratio = value / (alone if name.startswith("probe") else seconds["sampling, each alone"])
+        print(f"{name:26s} {value:8.2f} s    ratio {ratio:.3f}   {args.probe} x 16 completions")
     print(f"difference of the sums     {error:.1e}")
     return shared / alone <= 0.2 and error < (1e-4 if args.dtype == "float32" else 0.05)
 

@@ -145,8 +145,12 @@ class SharedPrompts:
             mixed = self._tried(ids[:before], [one + two])
         except FailedRefresh:
             return False
+        with self._scorer.autocast():
+            kind = self._scorer.ranks.device.type
+            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        most = tolerance(self._scorer.model, autocast)
         error = (together - alone).square().mean().sqrt()
-        return bool(error <= self._tolerance() * (mixed - alone)[size:].square().mean().sqrt())
+        return bool(error <= most * (mixed - alone)[size:].square().mean().sqrt())
 
     def _tried(self, prompt: list[int], completions: list[list[int]]) -> Tensor:
         number, length = len(completions), sum(map(len, completions))
@@ -162,12 +166,11 @@ class SharedPrompts:
         )
         return self._scorer.token_log_probs(batch, 1.0)
 
-    def _tolerance(self) -> float:
-        types = {p.dtype for p in self._scorer.model.parameters() if p.is_floating_point()}
-        with self._scorer.autocast():
-            if torch.is_autocast_enabled(kind := self._scorer.ranks.device.type):
-                types.add(torch.get_autocast_dtype(kind))
-        return 0.1 if any(torch.finfo(kind).bits < 32 for kind in types) else 1e-3
+
+def tolerance(model: nn.Module, autocast: torch.dtype | None = None) -> float:
+    """What rounding may make of an error, as a share of an effect that is there."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()} | ({autocast} if autocast else set())
+    return 0.1 if any(torch.finfo(kind).bits < 32 for kind in types) else 1e-3
 
 
 def shared_batches(
