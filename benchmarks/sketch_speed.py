@@ -16,8 +16,8 @@ right: each completion behind a prompt of its own, against those of one outcome 
 their sampling: a pass over the prompt for each completion, against copies of one cache.
 
 Exits with status 1 if Kronecker sketching costs more than 0.95 of a plain forward and backward, CountSketch more than
-1.15, k_eff of the former is below 4,000 at 16,384 numbers, or the probe with shared prompts takes more than a fifth of
-the time or differs by more than 1e-4.
+1.15, k_eff of the former is below 4,000 at 16,384 numbers, or the probe with shared prompts takes more than 0.22 of
+the time (0.19 of the tokens, and the same work in the head) or differs by more than 1e-4.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def probe_sums(
 
 
 def share_prompts(model: torch.nn.Module, sketcher: ScoreSketcher, args: argparse.Namespace) -> bool:
-    """Print the time of a probe's sketch with and without shared prompts, and whether the former is a fifth."""
+    """Print the time of a probe's sketch with and without shared prompts, and whether the former is fast and right."""
     sums: dict[str, torch.Tensor] = {}
 
     def run(name: str, shared: bool) -> None:
@@ -228,7 +228,7 @@ def share_prompts(model: torch.nn.Module, sketcher: ScoreSketcher, args: argpars
         ratio = value / (alone if name.startswith("probe") else seconds["sampling, each alone"])
         print(f"{name:26s} {value:8.2f} s    ratio {ratio:.3f}   {args.probe} x 16 completions")
     print(f"difference of the sums     {error:.1e}")
-    return shared / alone <= 0.2 and error < (1e-4 if args.dtype == "float32" else 0.05)
+    return shared / alone <= 0.22 and error < (1e-4 if args.dtype == "float32" else 0.05)
 
 
 def main() -> int:
@@ -243,7 +243,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--slots", type=int, default=2, help="slots while timing; k_eff takes one a sample")
-    parser.add_argument("--probe", type=int, default=64, help="prompts of the probe; 0: none")
+    parser.add_argument("--probe", type=int, default=8, help="prompts of the probe; 0: none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
