@@ -21,6 +21,7 @@ from passk_guard.utils.ranks import Ranks
 
 _CHUNK = 1 << 24  # logits turned into log-probabilities at a time
 _TRIED = (8, 16)  # tokens of the prompt and of each completion in the trial of shared prompts
+_ATTENTION = ("eager", "sdpa")  # that adds a mask of any form to the scores
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # as configs of transformers name them
 
 
@@ -96,7 +97,8 @@ class SharedPrompts:
 
     A prompt of P tokens and its n completions of C then take P + n C tokens of a pass in place of n (P + C). The model
     must take position ids and a 4-D attention mask, and score a completion there as it does alone. A layer with a state
-    does not, nor one whose window of attention is shorter than a sample: the mask replaces its own.
+    does not, nor one whose window of attention is shorter than a sample: the mask replaces its own. Flash attention is
+    not tried: it reads such a mask out of bounds, which ends the process on a GPU.
 
     Args:
         scorer: makes the passes of the trial.
@@ -109,7 +111,7 @@ class SharedPrompts:
         text = config.get_text_config() if hasattr(config, "get_text_config") else None
         windows = [window for name in _WINDOWS if isinstance(window := getattr(text, name, None), int)]
         self._window, self._width = min(windows, default=math.inf), getattr(text, "hidden_size", None)
-        self._right: bool | None = None
+        self._right = None if getattr(text, "_attn_implementation", None) in _ATTENTION else False
 
     def room(self, prompt: int) -> int:
         r"""Most completion tokens behind a prompt of P tokens.

@@ -45,6 +45,14 @@ def ignoring(name, kind="llama"):
     return model
 
 
+def called_flash():
+    """A model whose attention is not even tried."""
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    model.forward = None
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
@@ -63,8 +71,9 @@ def test_plain_attention_shares_prompts(kind, attention, dtype):
         lambda: from_config(BloomConfig(vocab_size=76, hidden_size=16, n_layer=2, n_head=2)),
         lambda: from_config(MambaConfig(**SHAPE, state_size=4)),
         lambda: PlainLM(),
+        lambda: called_flash(),
     ],
-    ids=["no positions", "no mask", "no learned positions", "alibi", "a state", "not of transformers"],
+    ids=["no positions", "no mask", "no learned positions", "alibi", "a state", "not of transformers", "flash"],
 )
 def test_other_models_do_not(make):
     assert not shared(make()).hold(8)
