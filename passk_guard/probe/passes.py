@@ -98,7 +98,7 @@ class SharedPrompts:
     A prompt of P tokens and its n completions of C then take P + n C tokens of a pass in place of n (P + C). The model
     must take position ids and a 4-D attention mask, and score a completion there as it does alone. A layer with a state
     does not, nor one whose window of attention is shorter than a sample: the mask replaces its own. Flash attention is
-    not tried: it reads such a mask out of bounds, which ends the process on a GPU.
+    not tried: its code takes such a mask for one of [B, T] and indexes out of bounds, which no GPU process survives.
 
     Args:
         scorer: makes the passes of the trial.
@@ -132,8 +132,9 @@ class SharedPrompts:
     def _agree(self) -> bool:
         """Try two random completions behind one prompt: their scores are those of each alone, and not of one text.
 
-        On random models of two to four layers the error is below 1e-5 of the difference that a neighbour makes to a
-        completion, and 0.01 in bf16; where position ids or mask are ignored it is above 0.2.
+        The error is compared with the difference that a neighbour makes to a completion. On random Qwen2 models of 12
+        layers it is up to 2e-6 of that in float32 and 0.013 in bf16. Where a random Llama of two layers ignores the mask
+        it is 0.5, the positions 0.4; with weights of 0.02 in place of 0.3, where neither does much, 0.17 and 0.001.
         """
         before, size = _TRIED
         if self._vocabulary is None or (self._context is not None and self._context < before + 2 * size):
@@ -152,7 +153,8 @@ class SharedPrompts:
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         most = tolerance(self._scorer.model, autocast)
         error = (together - alone).square().mean().sqrt()
-        return bool(error <= most * (mixed - alone)[size:].square().mean().sqrt())
+        wrong = not error <= most * (mixed - alone)[size:].square().mean().sqrt()  # NaN is
+        return not self._scorer.ranks.max(int(wrong))
 
     def _tried(self, prompt: list[int], completions: list[list[int]]) -> Tensor:
         number, length = len(completions), sum(map(len, completions))
@@ -172,7 +174,7 @@ class SharedPrompts:
 def tolerance(model: nn.Module, autocast: torch.dtype | None = None) -> float:
     """What rounding may make of an error, as a share of an effect that is there."""
     types = {p.dtype for p in model.parameters() if p.is_floating_point()} | ({autocast} if autocast else set())
-    return 0.1 if any(torch.finfo(kind).bits < 32 for kind in types) else 1e-3
+    return 0.05 if any(torch.finfo(kind).bits < 32 for kind in types) else 1e-3
 
 
 def shared_batches(
