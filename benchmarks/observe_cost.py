@@ -190,7 +190,7 @@ def frozen_pass(model: Any, setting: Setting, guard: PassKGuardCallback, source:
     ids = torch.randint(2, model.config.vocab_size, (kept, width), generator=torch.Generator().manual_seed(0))
     completion = (torch.arange(width) >= PROMPT_TOKENS).long().expand(kept, width)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion}
-    rows = max(1, guard.config.max_probe_tokens // width)
+    rows = max(1, guard.memory.pass_tokens // width)
     parts = [{n: t[first : first + rows] for n, t in batch.items()} for first in range(0, kept, rows)]
     seconds = []
     for _ in range(6):

@@ -160,7 +160,7 @@ def analyze(
     last_layer: Annotated[bool, Option("--last-layer", help="Gradients of the last hidden layer alone.")] = False,
     sketch_method: Annotated[Literal["kronecker", "countsketch"], Option(help="Of the gradients.")] = "kronecker",
     sketch_dim: Annotated[int, Option(help="Of the sketched gradients.")] = 16384,
-    max_tokens: Annotated[int, Option(help="In a forward pass of the sketch.")] = 16384,
+    max_tokens: Annotated[int | None, Option(help="In a pass of the sketch; by default by free memory.")] = None,
 ) -> int:
     """Measure what pass@k training would do to a checkpoint.
 

@@ -178,11 +178,12 @@ class GuardConfig:
         "kronecker", "Projection of the gradients. countsketch preserves inner products better and is slower."
     )
     sketch_dim: Annotated[Whole, Field(ge=256)] = _setting(16384, "Dimension of the sketched gradients.")
-    max_probe_tokens: AtLeast1 = _setting(
-        16384,
+    max_probe_tokens: AtLeast1 | None = _setting(
+        None,
         "Tokens, padding included, in one forward and backward pass of the sketch and of the protected direction. The "
-        "memory of a refresh grows with it. A longer completion gets a separate pass, which the log reports. "
-        "Generation is bounded by probe_batch_size instead, or by the training batch of a TRL trainer.",
+        "memory of a refresh grows with it. None chooses 512 to 16384 from the memory that is free when a run begins, "
+        "and keeps to it in a resumed run. A longer completion gets a separate pass, which the log reports. Generation "
+        "is bounded by probe_batch_size instead, or by the training batch of a TRL trainer.",
     )
     probe_batch_size: AtLeast1 = _setting(64, "Completions per call of model.generate. TRL trainers use their own.")
     probe_temperature: Annotated[Real, Field(gt=0)] = _setting(

@@ -26,6 +26,8 @@ from passk_guard.estimation.agreement import informative
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.power import measure_noise
 from passk_guard.estimation.records import ProbeGram
+from passk_guard.probe.pass_memory import FEWEST_TOKENS, choose_tokens
+from passk_guard.probe.passes import Scorer, SharedPrompts
 from passk_guard.probe.progress import SketchWithBar, bar, wanted
 from passk_guard.probe.prompts import ProbeSet
 from passk_guard.probe.records import Outcomes, Rollouts, check_rollouts, limits_of, padding_token
@@ -274,13 +276,22 @@ class Job:
         chosen, what = self.settings, LAST if self.settings.last_layer else ALL
         with bar(f"sketching, {what}", self.shown) as advance:
             sketcher = SketchWithBar(self.model, chosen.sketch_dim, chosen.sketch_method, chosen.seed, advance)
-            refresher = Refresher(sketcher, self.ranks, chosen.k, chosen.max_tokens, padding_token(self.tokenizer))
+            pad = padding_token(self.tokenizer)
+            shared = SharedPrompts(Scorer(self.model, self.ranks, pad))
+            tokens = chosen.max_tokens or self._pass_tokens(rollouts)
+            refresher = Refresher(sketcher, self.ranks, chosen.k, tokens, pad, shared=shared)
             sketcher.expect(rollouts, outcomes)
             refresh = refresher.run(lambda: (rollouts, outcomes), range(len(self.prompts)), chosen.seed)
         seen = sketcher.coverage
         return refresh, Sketch(
             chosen.sketch_method, sketcher.dim, chosen.seed, what, seen.covered, seen.total, list(seen.uncovered)
         )
+
+    def _pass_tokens(self, rollouts: Rollouts) -> int:
+        """What the free memory holds, but no more than an eighth of all tokens: the bar moves once a pass."""
+        own = sum(map(len, [*rollouts.prompt_ids, *rollouts.completion_ids]))
+        most = max(FEWEST_TOKENS, self.ranks.max(own) // 8)
+        return min(most, choose_tokens(self.model, self.ranks, direction=False))
 
 
 def _prepare(store: RolloutStore, fingerprint: str, prompts: ProbeSet, settings: Settings, force: bool) -> None:

@@ -31,7 +31,8 @@ class Settings(BaseModel):
         batch_size: completions generated at once.
         seed: of the choice of prompts, of the sampling and of the sketch.
         sketch_method, sketch_dim: as for `ScoreSketcher`.
-        max_tokens: tokens, padding included, in one forward pass of the sketch.
+        max_tokens: tokens, padding included, in one forward pass of the sketch; None chooses it from the free memory,
+            and so that there are several passes.
         last_layer: sketch the last hidden layer's parameters alone (see `load.last_hidden_layer`).
         threshold: cosine below which there is a conflict.
         confidence: of every interval (two-sided) and of the verdicts (one-sided).
@@ -55,7 +56,7 @@ class Settings(BaseModel):
     seed: Annotated[int, Field(strict=True, gt=-(2**53), lt=2**53)] = 0
     sketch_method: Literal["kronecker", "countsketch", "identity"] = "kronecker"
     sketch_dim: AtLeast1 = 16384
-    max_tokens: AtLeast1 = 16384
+    max_tokens: AtLeast1 | None = None
     last_layer: Annotated[bool, Field(strict=True)] = False
     threshold: Annotated[Real, Field(gt=-1, lt=1)] = 0.0
     confidence: Annotated[Real, Field(gt=0.5, lt=1)] = 0.95

@@ -29,6 +29,8 @@ from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
 from passk_guard.planning import Cost, decision_rule, outlook
 from passk_guard.probe.out_of_memory import until_it_fits
+from passk_guard.probe.pass_memory import FEWEST_TOKENS, choose_tokens, passes_of
+from passk_guard.probe.passes import Scorer, SharedPrompts
 from passk_guard.probe.progress import sampling_bar, wanted
 from passk_guard.probe.prompts import HeldOut
 from passk_guard.probe.records import Outcomes, Rollouts, check_rollouts, limits_of, padding_token
@@ -95,7 +97,7 @@ class PassKGuardCallback(TrainerCallback):
         self._training = False
         self._attachment = Attachment(trainer, self)
         self._mitigator: Mitigator | NoMitigation = NoMitigation()
-        self._max_tokens = self.config.max_probe_tokens
+        self._max_tokens = FEWEST_TOKENS  # until a run begins
         self._keeper = RolloutKeeper(self.config.resample_refreshes, self.config.min_effective_samples)
         self._verifier = choose_verifier(trainer, correct, self.config)
         self._meter = Meter(trainer)
@@ -128,7 +130,6 @@ class PassKGuardCallback(TrainerCallback):
         )
         self._attachment.claim()
         self._training = True
-        self._max_tokens = self.config.max_probe_tokens
         self._keeper.drop()
         self._ranks = Ranks(self._trainer.accelerator.device)
         self.memory, folder = recall(self._trainer, args, state, self._ranks, self._warn)
@@ -136,18 +137,25 @@ class PassKGuardCallback(TrainerCallback):
         if self._tap is not None:
             self._tap.install()
         self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
+        accelerator, pad = self._trainer.accelerator, padding_token(self._trainer.processing_class)
+        model = accelerator.unwrap_model(self._trainer.model)
+        self._shared = SharedPrompts(Scorer(model, self._ranks, pad, accelerator.autocast))
         self._change.drop()
         self._meter.install()
         if self._source is not None:
             size = probe_size(self._trainer, self.config, state.max_steps)
             self._source = replace(self._source, size=size)
+        direction = self.config.mitigation in ("project", "both", "auto")
+        chosen = self.config.max_probe_tokens or self.memory.pass_tokens  # which a resumed run keeps to
+        self._max_tokens = chosen or choose_tokens(model, self._ranks, direction=direction)
+        self.memory = replace(self.memory, pass_tokens=self._max_tokens)
         self._mitigator = Mitigator(
             self._trainer, self.config, self._ranks, self._warn, lambda: self._attachment.stands
         )
         if folder is not None:
             self._mitigator.resume(folder, self.memory)
             self._change.resume(folder, self._ranks)
-        self._announce()
+        self._announce(passes_of(self._max_tokens, model, direction=direction))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refresh from the probe set when this step is due."""
@@ -314,6 +322,7 @@ class PassKGuardCallback(TrainerCallback):
             autocast=self._trainer.accelerator.autocast,
             sample_fewer=self._sample_fewer,
             on_less_memory=self._use_fewer_tokens,
+            shared=self._shared,
         )
 
     def _opened(
@@ -340,6 +349,7 @@ class PassKGuardCallback(TrainerCallback):
             vocabulary=limits_of(model)["vocabulary"],
             autocast=self._trainer.accelerator.autocast,
             precision=precision_of(model, self._trainer.accelerator.mixed_precision),
+            shared=self._shared,
         )
 
     def _sample_fewer(self) -> bool:
@@ -409,7 +419,7 @@ class PassKGuardCallback(TrainerCallback):
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         return ScoreSketcher(model, self.config.sketch_dim, self.config.sketch_method)
 
-    def _announce(self) -> None:
+    def _announce(self, passes: str) -> None:
         config, remark = self.config, self._mitigator.remark
         what = "the training batch (not held out)" if self._source is None else self._source.summary
         what += f", resampled every {config.resample_refreshes} refreshes" if config.resample_refreshes > 1 else ""
@@ -418,7 +428,8 @@ class PassKGuardCallback(TrainerCallback):
             every = f"as often as overhead={config.overhead:g} allows"
         if self._sketcher is None:
             self._reporter.info(
-                f"passk_guard measures the change of pass@1 and pass@{config.k} {every} on {what}; action: observe"
+                f"passk_guard measures the change of pass@1 and pass@{config.k} {every} on {what}; {passes}; "
+                "action: observe"
             )
             return
         measured = ""
@@ -429,7 +440,7 @@ class PassKGuardCallback(TrainerCallback):
         self._reporter.info(
             f"passk_guard watches cos(pass@1, pass@{config.k}){measured} {every} on {what}; "
             f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "
-            f"action: {self._mitigator.action(self.memory)}" + (f" ({remark})" if remark else "")
+            f"{passes}; action: {self._mitigator.action(self.memory)}" + (f" ({remark})" if remark else "")
         )
 
     def _announce_cadence(self, step: int) -> None:

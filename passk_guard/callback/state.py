@@ -41,6 +41,7 @@ class Memory:
         change: what the windows of the realised change add up to.
         account: work of the run and of its probe.
         run: identity of the run; empty in checkpoints of the first versions.
+        pass_tokens: most tokens of one pass of the probe, which a resumed run keeps to; 0: not chosen yet.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
@@ -54,6 +55,7 @@ class Memory:
     change: ChangeMemory = field(default_factory=ChangeMemory)
     account: Account = field(default_factory=Account)
     run: str = ""
+    pass_tokens: int = 0
 
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
         """Add one refresh, which ends a streak of failures.
@@ -184,6 +186,7 @@ class _Checkpoint(BaseModel):
     change: dict[str, Any] | None = None
     account: _Account | None = None
     run: Annotated[StrictStr, Field(pattern=RUN)] = ""
+    pass_tokens: _Count = 0
 
     @model_validator(mode="after")
     def _refreshes_in_order(self) -> _Checkpoint:
@@ -206,4 +209,5 @@ class _Checkpoint(BaseModel):
             change=ChangeMemory() if self.change is None else ChangeMemory.restored(self.change),
             account=Account(since=max(0, self.step)) if self.account is None else Account(**vars(self.account)),
             run=self.run,
+            pass_tokens=self.pass_tokens,
         )

@@ -37,10 +37,10 @@ class Pass1Loss:
 
     def __call__(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """A scalar for the backward pass. Only its gradient means anything."""
-        logits = forward_logits(model, batch.input_ids, batch.attention_mask)
-        counted = batch.completion_mask.bool() & (batch.slots >= 0)[:, None]
+        logits, slots = forward_logits(model, batch), batch.row_slots
+        counted = batch.completion_mask * (slots >= 0)[:, None]
         _, gradient = score_logits(logits.detach(), batch.input_ids, counted, self.temperature)
-        weight = self.coefficients.to(logits.device)[batch.slots.clamp(min=0)] * (batch.slots >= 0)
+        weight = self.coefficients.to(logits.device)[slots.clamp(min=0)] * (slots >= 0)
         if batch.factors is not None:
             weight = weight * batch.factors.to(weight)
         gradient = gradient.float() * (-self.scale * weight.float())[:, None, None]

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from passk_guard.sketch import TokenBatch, filler_batch
+from passk_guard.sketch import TokenBatch, halves
 from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 
@@ -66,29 +66,12 @@ def free_memory() -> None:
 
 
 def largest(ranks: Ranks, batches: Sequence[TokenBatch]) -> tuple[int, int]:
-    """Most tokens, padding included, and most samples of one batch, over all ranks."""
+    """Most tokens, padding included, and most completions of one batch, over all ranks."""
     tokens = ranks.max(max((batch.input_ids.numel() for batch in batches), default=0))
-    samples = ranks.max(max((batch.input_ids.shape[0] for batch in batches), default=0))
+    samples = ranks.max(max((batch.slots.numel() for batch in batches), default=0))
     return tokens, samples
 
 
 def halved(batches: Sequence[TokenBatch]) -> list[TokenBatch]:
     """Split each batch into two, so that ranks keep equally many; the other half of a single sample is a filler."""
-    pieces: list[TokenBatch] = []
-    for batch in batches:
-        middle = -(-batch.input_ids.shape[0] // 2)
-        pieces.append(_rows(batch, slice(0, middle)))
-        if middle < batch.input_ids.shape[0]:
-            pieces.append(_rows(batch, slice(middle, None)))
-        else:
-            pieces.append(filler_batch(pad_token_id=int(batch.input_ids[0, 0]), device=batch.input_ids.device))
-    return pieces
-
-
-def _rows(batch: TokenBatch, rows: slice) -> TokenBatch:
-    width = int(batch.attention_mask[rows].sum(1).max())
-    ids, attention, completion = (
-        x[rows, :width] for x in (batch.input_ids, batch.attention_mask, batch.completion_mask)
-    )
-    factors = None if batch.factors is None else batch.factors[rows]
-    return TokenBatch(ids, attention, completion, batch.slots[rows], factors)
+    return [half for batch in batches for half in halves(batch)]

@@ -66,9 +66,11 @@ class SketchWithBar(ScoreSketcher):
         self._total = sum((x, 0) in pairs and (x, 1) in pairs for x in rollouts.prompt_index)
         self._advance(0, self._total)
 
-    def sketch(self, input_ids: Tensor, *rest: Any, **options: Any) -> Tensor:
+    def sketch(
+        self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, *rest: Any, **options: Any
+    ) -> Tensor:
         """As `ScoreSketcher.sketch`."""
-        sketched = super().sketch(input_ids, *rest, **options)
-        self._done = min(self._done + input_ids.shape[0], self._total)
+        sketched = super().sketch(input_ids, attention_mask, completion_mask, *rest, **options)
+        self._done = min(self._done + int(completion_mask.amax(1).clamp(min=1).sum()), self._total)
         self._advance(self._done, self._total)
         return sketched

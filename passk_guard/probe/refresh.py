@@ -12,9 +12,10 @@ from torch import Tensor
 
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.probe.out_of_memory import largest, until_it_fits
+from passk_guard.probe.passes import SharedPrompts, shared_batches
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.score_sums import add_scores_, gram_matrix, sum_over_ranks_
-from passk_guard.sketch import ScoreSketcher, TokenBatch, filler_batch, token_batches
+from passk_guard.sketch import ScoreSketcher, TokenBatch, filler_batch
 from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 
@@ -58,6 +59,8 @@ class Refresher:
         sample_fewer: called when memory runs out in sampling, see `Sampler`.
         on_less_memory: called with the `max_tokens` of the next attempt when memory ran out in a pass.
         keeps_log_probs: whether a refresh holds them, for a later one to reweight its samples.
+        shared: whether the samples of a prompt with the same outcome may stand behind one copy of it; None: they do
+            not. Nor where `keeps_log_probs`: each sample is then reweighted by itself.
     """
 
     sketcher: ScoreSketcher
@@ -69,6 +72,7 @@ class Refresher:
     sample_fewer: Callable[[], bool] = lambda: False
     on_less_memory: Callable[[int], None] = lambda tokens: None
     keeps_log_probs: bool = False
+    shared: SharedPrompts | None = None
 
     def run(self, sample: Callable[[], tuple[Rollouts, Outcomes]], keys: Sequence[Hashable], seed: int) -> Refresh:
         """Run all stages. Every rank calls this, and every rank gets the same Gram matrix or the same FailedRefresh.
@@ -115,13 +119,14 @@ class Refresher:
     def _sketched(self, rollouts: Rollouts, slots: Tensor, seed: int) -> tuple[list[TokenBatch], list[Tensor], Tensor]:
         """The batches that fitted into memory, their log-probabilities, and their sums as of `score_sums`."""
         tokens, batches, log_probs = self.max_tokens, list[TokenBatch](), list[Tensor]()
+        shared = None if self.keeps_log_probs else self.shared
 
         def add(total: Tensor, i: int) -> Tensor:
             out = log_probs[i] if self.keeps_log_probs else None
             return add_scores_(total, self.sketcher, batches[i], rollouts.temperature, out)
 
         def attempt() -> Tensor:
-            batches[:] = shared_batches(self.ranks, rollouts, slots, tokens, self.pad_token_id)
+            batches[:] = shared_batches(self.ranks, rollouts, slots, tokens, self.pad_token_id, shared, slots)
             log_probs[:] = [torch.zeros(len(batch.slots), dtype=torch.float64) for batch in batches]
             return self.score_sums(len(batches), add, 2 * rollouts.num_prompts, seed)
 
@@ -178,33 +183,6 @@ def count_verdicts(rollouts: Rollouts, outcomes: Outcomes, ranks: Ranks) -> tupl
     counts[1].index_add_(0, index[verdict], outcomes.correct[verdict].to(torch.int64))
     counts = ranks.sum(counts)
     return counts[0], counts[1]
-
-
-def shared_batches(
-    ranks: Ranks, rollouts: Rollouts, slots: Tensor, max_tokens: int, pad_token_id: int
-) -> list[TokenBatch]:
-    """This rank's samples with a slot, in as many batches as any rank has: parts of one model run equally many passes.
-
-    Args:
-        rollouts: of this rank. slots: [B] int64, -1 for samples that are left out.
-        max_tokens: of one batch, padding included.
-    """
-
-    def own() -> list[TokenBatch]:
-        return list(
-            token_batches(
-                rollouts.prompt_ids,
-                rollouts.completion_ids,
-                slots.tolist(),
-                max_tokens=max_tokens,
-                pad_token_id=pad_token_id,
-                device=ranks.device,
-            )
-        )
-
-    batches = ranks.together(own)
-    missing = ranks.max(len(batches)) - len(batches)
-    return batches + [filler_batch(pad_token_id=pad_token_id, device=ranks.device)] * missing
 
 
 def _slots(rollouts: Rollouts, outcomes: Outcomes, mixed: Tensor) -> Tensor:

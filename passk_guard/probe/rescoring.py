@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,17 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
+from passk_guard.probe.passes import Scorer, SharedPrompts, shared_batches
 from passk_guard.probe.records import Outcomes, Rollouts
-from passk_guard.probe.refresh import shared_batches
-from passk_guard.sketch import TokenBatch, filler_batch
-from passk_guard.sketch.backward import forward_logits
+from passk_guard.sketch import TokenBatch, shared_positions, shares_prompts, unshared
 from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.files import save_whole
-from passk_guard.utils.isolation import sampling_mode
 from passk_guard.utils.ranks import Ranks
 
 _LOGITS = 1 << 28  # numbers of one pass's logits: 1 GiB in float32
-_CHUNK = 1 << 24  # logits turned into log-probabilities at a time
 _FORMAT = 2
 _ROUNDED = (torch.bfloat16, torch.float16)
 
@@ -72,6 +68,7 @@ class Rescorer:
         vocabulary: rows of the logits, which bound the tokens of a pass further; None where the model does not say.
         autocast: makes the context the forward passes run in, as training does.
         precision: format that the model computes in; in bf16 and fp16 `open` takes a second pass, for the noise.
+        shared: whether the completions of a prompt may stand behind one copy of it; None: they do not.
     """
 
     model: nn.Module
@@ -81,6 +78,7 @@ class Rescorer:
     vocabulary: int | None = None
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     precision: torch.dtype = torch.float32
+    shared: SharedPrompts | None = None
 
     def open(
         self,
@@ -108,7 +106,7 @@ class Rescorer:
         places = torch.where(prompt >= 0, prompt * most + place, -1)
         window = Window(
             step=step,
-            batches=self._batches(rollouts, places),
+            batches=self._batches(rollouts, places, prompt),
             log_probs=torch.empty(0),
             correct=correct,
             keys=tuple(keys),
@@ -130,12 +128,15 @@ class Rescorer:
         return self._scored(window).log_probs - window.log_probs
 
     def _scored(self, window: Window, jitter: float = 0.0) -> Window:
-        batches = window.batches
+        batches, scorer = window.batches, Scorer(self.model, self.ranks, self.pad_token_id, self.autocast)
+        if not self._share(batches):  # a resumed run may have another attention
+            batches = [unshared(batch) for batch in batches]
 
         def attempt() -> Tensor:
             table = torch.zeros(window.correct.numel(), dtype=torch.float64)
             for batch in batches:  # agreed on after each: one that went on alone would wait for the others' weights
-                found = self.ranks.together(partial(self._pass, batch, window.temperature, jitter))
+                with jittered(self.model, jitter):
+                    found = scorer.log_probs(batch, window.temperature)
                 slots = batch.slots.cpu()
                 table[slots[slots >= 0]] = found[slots >= 0]
             return self.ranks.sum(table)
@@ -152,25 +153,15 @@ class Rescorer:
             raise FailedRefresh("a log-probability of the probe's completions is not finite")
         return replace(window, batches=batches, log_probs=table)
 
-    def _pass(self, batch: TokenBatch, temperature: float, jitter: float) -> Tensor:
-        try:
-            return self._forward(batch, temperature, jitter)
-        except Exception:
-            if self.ranks.count > 1:  # the others wait in this pass, where weights are sharded
-                self._forward(self._filler(), 1.0)
-            raise
+    def _share(self, batches: Sequence[TokenBatch]) -> bool:
+        """Whether the completions of these batches may stand as they do; the same answer on every rank."""
+        masks = [(b.attention_mask, b.completion_mask) for b in batches if shares_prompts(b.completion_mask)]
+        longest = self.ranks.max(max((int(shared_positions(*pair).max()) + 1 for pair in masks), default=0))
+        return longest == 0 or (self.shared is not None and self.shared.hold(longest))
 
-    def _forward(self, batch: TokenBatch, temperature: float, jitter: float = 0.0) -> Tensor:
-        with sampling_mode(self.model, seed=0), self.autocast(), jittered(self.model, jitter):
-            logits = forward_logits(self.model, batch.input_ids, batch.attention_mask, differentiable=False)
-            return completion_log_probs(logits, batch.input_ids, batch.completion_mask.bool(), temperature)
-
-    def _batches(self, rollouts: Rollouts, slots: Tensor) -> list[TokenBatch]:
+    def _batches(self, rollouts: Rollouts, slots: Tensor, prompt: Tensor) -> list[TokenBatch]:
         tokens = min(self.max_tokens, max(1, _LOGITS // self.vocabulary)) if self.vocabulary else self.max_tokens
-        return shared_batches(self.ranks, rollouts, slots, tokens, self.pad_token_id)
-
-    def _filler(self) -> TokenBatch:
-        return filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)
+        return shared_batches(self.ranks, rollouts, slots, tokens, self.pad_token_id, self.shared, prompt)
 
 
 def precision_of(model: nn.Module, mixed: str) -> torch.dtype:
@@ -197,26 +188,6 @@ def jittered(model: nn.Module, size: float) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def completion_log_probs(logits: Tensor, input_ids: Tensor, completion: Tensor, temperature: float) -> Tensor:
-    """[B] float64 sums over completion tokens of log softmax(logits / temperature)[y_t], in nats, on the CPU.
-
-    Args:
-        logits: [B, T, V].
-        input_ids: [B, T] int64.
-        completion: [B, T] bool, tokens whose log-probability counts; False at t = 0.
-        temperature: of the sampling, > 0.
-    """
-    sample, position = completion[:, 1:].nonzero(as_tuple=True)
-    targets = input_ids[sample, position + 1]
-    total = torch.zeros(len(logits), dtype=torch.float64)
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    step = max(1, _CHUNK // logits.shape[-1])
-    for b, t, y in zip(sample.split(step), position.split(step), targets.split(step), strict=True):
-        log_p = (logits[b, t].to(wide) / temperature).log_softmax(-1).gather(1, y[:, None]).squeeze(1)
-        total.index_add_(0, b.cpu(), log_p.cpu().double())
-    return total
 
 
 def save_window(window: Window, path: Path) -> None:

@@ -35,7 +35,7 @@ def add_scores_(
     Raises:
         GuardError, FailedRefresh: as `ScoreSketcher.sketch`.
     """
-    found, local = batch.slots.unique(return_inverse=True)
+    found, local = batch.row_slots.unique(return_inverse=True)
     unused = int(bool((found == -1).any()))  # sorted: -1 is the first, and becomes -1 again
     rows = found[unused:].to(total.device)
     scores = sketcher.sketch(

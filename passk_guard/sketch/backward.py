@@ -16,6 +16,7 @@ from passk_guard.sketch.batches import TokenBatch
 from passk_guard.sketch.coverage import SketchedParameters
 from passk_guard.sketch.head import ClosedHead
 from passk_guard.sketch.hooks import Tap, tapped
+from passk_guard.sketch.shared_prompts import predictions, shared_attention, shared_positions, shares_prompts
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.isolation import frozen_pass, sampling_mode
 
@@ -39,14 +40,15 @@ def score_pass(
         model: the language model. parameters: of that model.
         accumulator: empty, laid out for the batch.
         checked: whether the formula of a module held when it was first called.
-        batch: samples sorted by slot, with a bool completion mask.
+        batch: rows sorted by slot.
         temperature: of the sampling.
         closed: whether the closed form replaces the head. Whether that applies depends on the code of the model
             alone, so that all ranks of a sharded model agree.
 
     Returns:
-        log pi(y | x) [B] in nats, and the names of parameters to which at least one covered module contributed
-        nothing. None if `closed` and the logits are not simply the output of the head; `accumulator` is then unusable.
+        log pi(y | x) [B] in nats, of a row's completions together, and the names of parameters to which at least one
+        covered module contributed nothing. None if `closed` and the logits are not simply the output of the head;
+        `accumulator` is then unusable.
 
     Raises:
         GuardError: the model returns no logits that a gradient flows through.
@@ -58,7 +60,7 @@ def score_pass(
     besides = None if head is None else head.use.module
     with frozen_pass(model), tapped(model, tap, besides), torch.enable_grad():
         if head is None:
-            logits = forward_logits(model, batch.input_ids, batch.attention_mask)
+            logits = forward_logits(model, batch)
             log_probs, gradient = score_logits(logits.detach(), batch.input_ids, batch.completion_mask, temperature)
             logits.backward(gradient)
         else:
@@ -72,7 +74,7 @@ def _stand_in(model: nn.Module, head: ClosedHead, batch: TokenBatch) -> Tensor |
     """The stand-in for the logits as the model returns it; None if the model changed it or did not return it."""
     try:
         with head.installed():
-            logits = forward_logits(model, batch.input_ids, batch.attention_mask)
+            logits = forward_logits(model, batch)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
@@ -82,18 +84,23 @@ def _stand_in(model: nn.Module, head: ClosedHead, batch: TokenBatch) -> Tensor |
     return logits if head.made(logits) else None
 
 
-def forward_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, differentiable: bool = True
-) -> Tensor:
+def forward_logits(model: nn.Module, batch: TokenBatch, *, differentiable: bool = True) -> Tensor:
     """Logits [B, T, V] of `model(input_ids=..., attention_mask=...)`, without cache and without labels.
+
+    Where completions share prompts, the model gets a mask [B, 1, T, T], and position ids.
 
     Raises:
         GuardError: the output holds no such logits, or none that is `differentiable` where that is asked for.
     """
+    input_ids, options = batch.input_ids, {"attention_mask": batch.attention_mask}
+    if shares_prompts(batch.completion_mask):
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        masks = (batch.attention_mask, batch.completion_mask)
+        options = {"attention_mask": shared_attention(*masks, dtype), "position_ids": shared_positions(*masks)}
     accepted = inspect.signature(model.forward).parameters.values()
     takes_cache = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted)
     cache = {"use_cache": False} if takes_cache else {}
-    output = model(input_ids=input_ids, attention_mask=attention_mask, **cache)
+    output = model(input_ids=input_ids, **options, **cache)
     logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
     if shape is None or len(shape) != 3 or shape[:2] != tuple(input_ids.shape):
@@ -123,13 +130,17 @@ def reads_padding(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
     named = getattr(getattr(model, "config", None), "pad_token_id", None)
     padding = torch.full_like(alone, int(holes[0] if len(holes) else alone[0, -1] if named is None else named))
     with sampling_mode(model, seed=0):
-        expected = forward_logits(model, alone, mask, differentiable=False)
-        padded, hidden = torch.cat([alone, padding], 1), torch.cat([mask, 0 * mask], 1)
-        found = forward_logits(model, padded, hidden, differentiable=False)[:, : alone.shape[1]]
+        expected = forward_logits(model, _text(alone, mask), differentiable=False)
+        padded = _text(torch.cat([alone, padding], 1), torch.cat([mask, 0 * mask], 1))
+        found = forward_logits(model, padded, differentiable=False)[:, : alone.shape[1]]
     expected, found = (x.float() - x.float().mean(-1, keepdim=True) for x in (expected, found))
     # At most tokens, so that one which rounding sends to another expert does not count.
     changed = (found - expected).norm(dim=-1) > _ROUNDING * expected.norm(dim=-1)
     return bool(changed.float().mean() > 0.5)
+
+
+def _text(input_ids: Tensor, attention_mask: Tensor) -> TokenBatch:
+    return TokenBatch(input_ids, attention_mask, torch.zeros_like(input_ids), torch.full((len(input_ids),), -1))
 
 
 def score_logits(
@@ -143,15 +154,15 @@ def score_logits(
     Args:
         logits: [B, T, V].
         input_ids: [B, T] int64.
-        completion_mask: [B, T] bool, tokens whose log-probability counts; False at t = 0.
+        completion_mask: [B, T], not 0 on tokens whose log-probability counts; 0 at t = 0.
         temperature: of the sampling, > 0.
 
     Returns:
-        log-probabilities [B] in nats, and the gradient of their sum [B, T, V] in the dtype of
+        log-probabilities of the rows [B] in nats, and the gradient of their sum [B, T, V] in the dtype of
         the logits.
     """
-    sample, position = completion_mask[:, 1:].nonzero(as_tuple=True)
-    targets = input_ids[sample, position + 1]
+    sample, token, position = predictions(completion_mask)
+    targets = input_ids[sample, token]
     gradient = torch.zeros_like(logits)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     log_probs = torch.zeros(logits.shape[0], dtype=wide, device=logits.device)
@@ -161,5 +172,5 @@ def score_logits(
         log_probs.index_add_(0, b, log_p.gather(1, y[:, None]).squeeze(1))
         rows = log_p.exp_().neg_()
         rows.scatter_add_(1, y[:, None], rows.new_ones(len(y), 1))
-        gradient[b, t] = rows.div_(temperature).to(gradient.dtype)
+        gradient.index_put_((b, t), rows.div_(temperature).to(gradient.dtype), accumulate=True)
     return log_probs, gradient

@@ -1,10 +1,13 @@
-"""Batches of right-padded samples: collated from ragged token lists under a token budget, or checked as a caller's."""
+"""Batches of right-padded rows: collated from ragged token lists under a token budget, or checked as a caller's.
+
+A row is a prompt and its completion, or several completions side by side behind one prompt.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,12 +19,15 @@ from passk_guard.utils.errors import GuardError
 class TokenBatch:
     """Prompt followed directly by completion, padded on the right; positions count 0, 1, 2, ...
 
+    Where prompts are shared, more completions follow the first one in its row. Each of them attends to the prompt and
+    to itself, and its positions continue those of the prompt.
+
     Attributes:
         input_ids: [B, T] int64.
         attention_mask: [B, T] int64, 1 on tokens and 0 on padding.
-        completion_mask: [B, T] int64, 1 on completion tokens.
-        slots: [B] int64, the row of the sketch that each sample adds to; -1: none.
-        factors: [B] float64 by which the samples' scores are multiplied; None: 1 for each.
+        completion_mask: [B, T] int64, j on the tokens of a row's j-th completion, 0 elsewhere: 1 where there is one.
+        slots: [N] int64, the row of the sketch that each completion adds to; -1: none. N = B without shared prompts.
+        factors: [N] float64 by which the completions' scores are multiplied; None: 1 for each.
     """
 
     input_ids: Tensor
@@ -29,6 +35,17 @@ class TokenBatch:
     completion_mask: Tensor
     slots: Tensor
     factors: Tensor | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """[B] the place in `slots` of each row's first completion."""
+        counts = self.completion_mask.amax(1).clamp(min=1)  # an empty completion is the only one of its row
+        return counts.cumsum(0) - counts
+
+    @property
+    def row_slots(self) -> Tensor:
+        """[B] slots of the rows, for a sketch: it adds the completions of a row up."""
+        return self.slots[self.first.to(self.slots.device)]
 
 
 def token_batches(
@@ -39,8 +56,10 @@ def token_batches(
     max_tokens: int,
     pad_token_id: int,
     device: torch.device | str,
+    groups: Sequence[int] | None = None,
+    room: Callable[[int], int] = lambda prompt: 0,
 ) -> Iterator[TokenBatch]:
-    """Batches of similar length with B T <= max_tokens each; a longer sample gets a separate batch.
+    """Batches of similar length with B T <= max_tokens each; a longer row gets a separate batch.
 
     Args:
         prompt_ids: prompt tokens of each sample, at least one.
@@ -49,6 +68,8 @@ def token_batches(
         max_tokens: padded tokens of a batch, > 0.
         pad_token_id: fills the padding.
         device: where the batches are put.
+        groups: samples of one group and one prompt share a row; None: no row is shared.
+        room: most completion tokens behind a prompt of so many tokens, where more than one completion is there.
 
     Raises:
         GuardError: the lists differ in length, max_tokens < 1, or a kept sample has an empty prompt.
@@ -60,49 +81,120 @@ def token_batches(
         )
     if max_tokens < 1:
         raise GuardError(f"Expected `max_tokens` >= 1; found {max_tokens}. Pass the tokens that fit in memory.")
-    samples = [
-        (list(prompt), list(completion), int(slot))
-        for prompt, completion, slot in zip(prompt_ids, completion_ids, slots, strict=True)
-        if slot != -1
-    ]
-    if empty := [slot for prompt, _, slot in samples if not prompt]:
+    kept = [i for i, slot in enumerate(slots) if slot != -1]
+    if empty := [slots[i] for i in kept if not len(prompt_ids[i])]:
         raise GuardError(
             f"Expected at least one prompt token per sample; found an empty prompt in slot {empty[0]}. The first "
             "completion token is predicted from the last prompt token: start the prompt with a BOS token."
         )
-    return _collated(samples, max_tokens, pad_token_id, torch.device(device))
+    rows = [_Row(list(prompt_ids[i]), [list(completion_ids[i])], [int(slots[i])]) for i in kept]
+    if groups is not None:
+        rows = _side_by_side(rows, [groups[i] for i in kept], lambda prompt: min(room(prompt), max_tokens - prompt))
+    return _collated(rows, max_tokens, pad_token_id, torch.device(device))
 
 
-_Sample = tuple[list[int], list[int], int]
+@dataclass
+class _Row:
+    """A prompt with its completions, and the slot of each."""
+
+    prompt: list[int]
+    completions: list[list[int]] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+
+    @property
+    def behind(self) -> int:
+        """Completion tokens."""
+        return sum(map(len, self.completions))
+
+    def __len__(self) -> int:
+        return len(self.prompt) + self.behind
 
 
-def _length(sample: _Sample) -> int:
-    return len(sample[0]) + len(sample[1])
+def _side_by_side(samples: list[_Row], groups: Sequence[int], room: Callable[[int], int]) -> list[_Row]:
+    """The same samples in fewer rows; one with an empty completion keeps a row of its own."""
+    rows, unfilled = list[_Row](), dict[tuple[int, tuple[int, ...]], _Row]()
+    for sample, group in zip(samples, groups, strict=True):
+        key = (group, tuple(sample.prompt))
+        row = unfilled.get(key)
+        if row is None or not sample.behind or row.behind + sample.behind > room(len(row.prompt)):
+            rows.append(sample)
+            if sample.behind:
+                unfilled[key] = sample
+        else:
+            row.completions += sample.completions
+            row.slots += sample.slots
+    return rows
 
 
-def _collated(samples: list[_Sample], max_tokens: int, pad_token_id: int, device: torch.device) -> Iterator[TokenBatch]:
+def _collated(rows: list[_Row], max_tokens: int, pad_token_id: int, device: torch.device) -> Iterator[TokenBatch]:
     # Longest first: the first batch needs the most memory, so that out of memory happens at once if at all.
-    batch: list[_Sample] = []
-    for sample in sorted(samples, key=_length, reverse=True):
-        if batch and _length(batch[0]) * (len(batch) + 1) > max_tokens:
+    batch: list[_Row] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if batch and len(batch[0]) * (len(batch) + 1) > max_tokens:
             yield _collate(batch, pad_token_id, device)
             batch = []
-        batch.append(sample)
+        batch.append(row)
     if batch:
         yield _collate(batch, pad_token_id, device)
 
 
-def _collate(samples: list[_Sample], pad_token_id: int, device: torch.device) -> TokenBatch:
-    width = max(_length(sample) for sample in samples)
-    input_ids = torch.full((len(samples), width), pad_token_id, dtype=torch.int64)
+def _collate(rows: list[_Row], pad_token_id: int, device: torch.device) -> TokenBatch:
+    shape = (len(rows), max(map(len, rows)))
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    for row, (prompt, completion, _) in enumerate(samples):
-        end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor(prompt + completion, dtype=torch.int64)
-        attention_mask[row, :end] = 1
-        completion_mask[row, len(prompt) : end] = 1
-    slots = torch.tensor([slot for _, _, slot in samples], dtype=torch.int64)
+    for i, row in enumerate(rows):
+        tokens, numbers = list(row.prompt), [0] * len(row.prompt)
+        for number, completion in enumerate(row.completions, 1):
+            tokens += completion
+            numbers += [number] * len(completion)
+        input_ids[i, : len(row)] = torch.tensor(tokens, dtype=torch.int64)
+        attention_mask[i, : len(row)] = 1
+        completion_mask[i, : len(row)] = torch.tensor(numbers, dtype=torch.int64)
+    slots = torch.tensor([slot for row in rows for slot in row.slots], dtype=torch.int64)
     return TokenBatch(*(x.to(device) for x in (input_ids, attention_mask, completion_mask, slots)))
+
+
+def _rows_of(batch: TokenBatch) -> list[_Row]:
+    rows, slots = list[_Row](), iter(batch.slots.tolist())
+    for ids, attended, numbers in zip(
+        batch.input_ids.tolist(), batch.attention_mask.sum(1).tolist(), batch.completion_mask.tolist(), strict=True
+    ):
+        ids, numbers = ids[:attended], numbers[:attended]
+        row = _Row([token for token, number in zip(ids, numbers, strict=True) if not number])
+        for j in range(1, max(1, *numbers) + 1):
+            row.completions.append([token for token, number in zip(ids, numbers, strict=True) if number == j])
+            row.slots.append(next(slots))
+        rows.append(row)
+    return rows
+
+
+def halves(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch]:
+    """The completions of a batch in two batches, in their order; the other half of a single one is a filler."""
+    rows, pad, device = _rows_of(batch), int(batch.input_ids[0, 0]), batch.input_ids.device
+    if len(rows) == 1 and len(rows[0].slots) > 1:
+        (row,), middle = rows, -(-len(rows[0].slots) // 2)
+        parts = [
+            [_Row(row.prompt, row.completions[some], row.slots[some])] for some in (slice(middle), slice(middle, None))
+        ]
+    else:
+        parts = [rows[: -(-len(rows) // 2)], rows[-(-len(rows) // 2) :]]
+    one, two = (
+        _collate(part, pad, device) if part else filler_batch(pad_token_id=pad, device=device) for part in parts
+    )
+    if batch.factors is None:
+        return one, two
+    first, rest = batch.factors[: len(one.slots)], batch.factors[len(one.slots) :]
+    return replace(one, factors=first), replace(two, factors=rest if len(rest) else first.new_ones(1))
+
+
+def unshared(batch: TokenBatch) -> TokenBatch:
+    """The same completions in the same order, each behind a prompt of its own."""
+    rows = [
+        _Row(row.prompt, [completion], [slot])
+        for row in _rows_of(batch)
+        for completion, slot in zip(row.completions, row.slots, strict=True)
+    ]
+    return _collate(rows, int(batch.input_ids[0, 0]), batch.input_ids.device)
 
 
 def filler_batch(*, pad_token_id: int, device: torch.device | str) -> TokenBatch:
@@ -110,7 +202,7 @@ def filler_batch(*, pad_token_id: int, device: torch.device | str) -> TokenBatch
 
     Sharded models gather their weights in every forward and backward, so that all ranks must run equally many.
     """
-    return _collate([([pad_token_id], [pad_token_id], -1)], pad_token_id, torch.device(device))
+    return _collate([_Row([pad_token_id], [[pad_token_id]], [-1])], pad_token_id, torch.device(device))
 
 
 def check_batch(
@@ -143,18 +235,24 @@ def check_batch(
             f"Expected `slots` in -1..{num_slots - 1}; found {int(slots.min())}..{int(slots.max())}. Pass -1 for "
             "samples to ignore, or raise `num_slots`."
         )
-    _check_masks(attention_mask.bool(), completion_mask.bool())
+    _check_masks(attention_mask.bool(), completion_mask.long())
     if not (math.isfinite(temperature) and temperature > 0):
         raise GuardError(f"Expected `temperature` > 0; found {temperature}. Pass that of the sampling.")
 
 
 def _check_masks(attended: Tensor, completion: Tensor) -> None:
+    before = completion.roll(1, 1)
     if not bool(attended[:, 0].all()) or bool((attended[:, 1:] & ~attended[:, :-1]).any()):
         raise GuardError(
             "Expected rows of `attention_mask` to be ones followed by zeros; found padding on the left or in "
             "between. Pass right-padded rows, one sample each (see `token_batches`); packed rows are refused."
         )
-    if bool((completion & ~attended).any()):
+    if bool(((completion > 1) & (completion != before) & (completion != before + 1)).any()):
+        raise GuardError(
+            "Expected `completion_mask` to number the completions of a row 1, 2, ... side by side; found another "
+            "order. Pass 0 and 1 for rows of one completion."
+        )
+    if bool((completion.bool() & ~attended).any()):
         raise GuardError(
             "Expected `completion_mask` within `attention_mask`; found completion tokens on padding. Pass 0 there."
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from passk_guard.sketch.accumulator import Accumulator, Span
 from passk_guard.sketch.layers import Use, kind_of
+from passk_guard.sketch.shared_prompts import predictions
 from passk_guard.utils.patching import MethodPatch
 
 _CHUNK_SCALARS = {"cpu": 1 << 22}  # logits formed at a time on the CPU: memory that the allocator reuses
@@ -44,7 +45,7 @@ class ClosedHead:
     The weight is read only while the module is called, when sharded engines have gathered it.
 
     Attributes:
-        log_probs: [B] log pi(y | x) in nats, fp32 (float64 for a float64 model).
+        log_probs: [B] log pi(y | x) in nats, of a row's completions together, fp32 (float64 for a float64 model).
         token: positions of the tokens that predict a completion token, among the B T of the batch.
     """
 
@@ -54,9 +55,9 @@ class ClosedHead:
         assert isinstance(use.module, nn.Linear)
         self.use, self.accumulator, self.temperature, self._module = use, accumulator, temperature, use.module
         self.shape, self.vocabulary = tuple(input_ids.shape), use.module.out_features
-        self._sample, position = completion[:, 1:].nonzero(as_tuple=True)
+        self._sample, token, position = predictions(completion)
         self.token = self._sample * self.shape[1] + position
-        self._targets = input_ids[self._sample, position + 1]
+        self._targets = input_ids[self._sample, token]
         self._spans = _spans(accumulator, completion)
         self.log_probs = accumulator.rows.new_zeros(self.shape[0])
         self._calls, self._stand_in = 0, 0
@@ -149,7 +150,7 @@ class ClosedHead:
 
 def _spans(accumulator: Accumulator, completion: Tensor) -> list[Span]:
     """The completion tokens of each group among those of the batch."""
-    ends = [0, *completion[:, 1:].sum(1).cumsum(0).tolist()]
+    ends = [0, *completion.ne(0).sum(1).cumsum(0).tolist()]
     groups = accumulator.layout.groups
     return [(group, ends[start], ends[end]) for group, (_, start, end) in enumerate(groups) if ends[end] > ends[start]]
 
@@ -165,5 +166,6 @@ class _StandIn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         ctx.head.receive(grads[0])
-        gradient = ctx.gradient.new_zeros(ctx.shape).flatten(0, 1).index_copy_(0, ctx.head.token, ctx.gradient)
+        # Added: several completions start at one token, the end of the prompt that they share.
+        gradient = ctx.gradient.new_zeros(ctx.shape).flatten(0, 1).index_add_(0, ctx.head.token, ctx.gradient)
         return gradient.view(ctx.shape), None, None

@@ -106,7 +106,8 @@ class ScoreSketcher:
         Args:
             input_ids: [B, T] int64, prompt directly followed by completion, padded on the right.
             attention_mask: [B, T], 1 on tokens, 0 on padding.
-            completion_mask: [B, T], 1 on completion tokens.
+            completion_mask: [B, T], 1 on completion tokens. Further completions of the same prompt may follow in the
+                row, 2, 3, ... on their tokens, for a model that `SharedPrompts` accepts; the row is their sum.
             slots: [B] int64 in -1..num_slots-1; -1: the sample takes part in the forward only.
             num_slots: rows of the result.
             temperature: of the sampling.
@@ -136,7 +137,7 @@ class ScoreSketcher:
         order = slots.argsort(stable=True)  # makes the samples of a slot neighbours
         layout = lay_out(slots[order].to(device))
         order = order.to(device)
-        completion = completion_mask.to(device).bool()[order]
+        completion = completion_mask.to(device).long()[order]
         batch = TokenBatch(input_ids[order], attention_mask.to(device)[order], completion, layout.slots)
         found = self._pass(layout, batch, num_slots, temperature)
         if found is None:  # the closed form does not apply to this model

@@ -379,3 +379,19 @@ def test_the_progress_bar_shows_where_it_is_wanted(wanted, tmp_path, capfd):
     guard_of(trainer, progress_bar=wanted)
     trainer.train()
     assert ("passk_guard probe" in capfd.readouterr().err) is bool(wanted), "quiet when nobody watches a terminal"
+
+
+def test_a_resumed_run_keeps_to_the_size_of_a_pass_that_the_free_memory_had_room_for(tmp_path, monkeypatch, caplog):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    monkeypatch.setattr("passk_guard.callback.guard.choose_tokens", lambda *_, **__: 1024)
+    caplog.set_level(logging.INFO, "passk_guard")
+    trainer = tiny_lm_trainer(tmp_path, max_steps=1, **saving)
+    guard_of(trainer)
+    trainer.train()
+    assert "passes of at most 1,024 tokens, about 0.002" in caplog.text
+    monkeypatch.setattr("passk_guard.callback.guard.choose_tokens", lambda *_, **__: 2048)
+    for given, used in ((None, 1024), (600, 600)):
+        trainer = tiny_lm_trainer(tmp_path, max_steps=1, **saving)
+        guard = guard_of(trainer, max_probe_tokens=given)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert guard.memory.pass_tokens == used

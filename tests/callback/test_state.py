@@ -33,6 +33,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_as_it_was_written():
         ({"floor": None}, {"floor": FloorState()}),
         ({"evidence": None}, {"evidence": RunEvidence()}),
         ({"taken": None}, {"taken": (0,)}),
+        ({}, {"pass_tokens": 0}),
     ],
 )
 def test_what_the_first_versions_did_not_write(tmp_path, changed, found):

@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from passk_guard import GuardConfig, PassKGuardCallback
 from passk_guard.mitigation.engines import protocol
 from passk_guard.mitigation.engines.backward import BackwardEngine
+from passk_guard.probe import passes as probe_passes
 from passk_guard.probe import rescoring
 from passk_guard.reporting.journal import JOURNAL_NAME
 from passk_guard.sketch import ScoreSketcher
@@ -99,7 +100,7 @@ def sketch_raises(stack, trainer, given):
 
 def rescoring_raises(stack, method):
     """On rank 1 the second of the passes fails that this method of `Rescorer` makes."""
-    scored, forward, passes = getattr(rescoring.Rescorer, method), rescoring.forward_logits, []
+    scored, forward, passes = getattr(rescoring.Rescorer, method), probe_passes.forward_logits, []
 
     def counting(self, *args):
         passes[:] = [0]
@@ -108,15 +109,15 @@ def rescoring_raises(stack, method):
         finally:
             passes.clear()
 
-    def broken(model, input_ids, attention_mask, **options):
+    def broken(model, batch, **options):
         if passes:
             passes[0] += 1
             if RANK == 1 and passes[0] == 2:
                 raise ArithmeticError("not foreseen")
-        return forward(model, input_ids, attention_mask, **options)
+        return forward(model, batch, **options)
 
     stack.enter_context(patch.object(rescoring.Rescorer, method, counting))
-    stack.enter_context(patch.object(rescoring, "forward_logits", broken))
+    stack.enter_context(patch.object(probe_passes, "forward_logits", broken))
 
 
 @fault(engines=("ddp", "zero3"), mitigation="off", gives_up=False, max_probe_tokens=50)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from passk_guard.probe.records import context_length
+from passk_guard.probe.passes import tolerance
+from passk_guard.probe.records import context_length, limits_of
 from passk_guard.probe.samplers.protocol import Samples, refuse_misfits
 from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.isolation import sampling_mode
 
 Row = Mapping[str, Any]
+_TRIED = 14  # tokens of two prompts in the trial of copied caches, 9 and 5
 
 
 class GenerateSampler:
     """Sample from softmax(logits / temperature) with `model.generate`, independent of the model's own defaults.
+
+    The samples of a prompt share one pass over it: its cache is copied for each. Where that does not give the same
+    logits, found by trying it once, each sample has a pass of its own.
 
     Args:
         model: a causal LM, or a wrapper that holds one as `.module`.
@@ -58,6 +64,7 @@ class GenerateSampler:
         self.on_progress = on_progress
         self._refuse_misuse()
         self._eos = _eos_ids(self.model, self.tokenizer)
+        self._copies: bool | None = None  # whether caches are copied; None: not tried yet
         pad = self.tokenizer.pad_token_id
         self._pad: int = self._eos[0] if pad is None else pad
 
@@ -108,6 +115,8 @@ class GenerateSampler:
         """
         encoded = [self._encode(row["prompt"]) for row in rows]
         prompt_ids = [ids for ids in encoded for _ in range(num_samples)]
+        if self._copies is None and num_samples > 1:
+            self._copies = self._try_copies()
         completion_ids = self._generate(prompt_ids, seed)
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         chats = [not isinstance(row["prompt"], str) for row in rows for _ in range(num_samples)]
@@ -139,19 +148,56 @@ class GenerateSampler:
         with sampling_mode(self.model, seed):
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                input_ids, mask = _left_pad([prompt_ids[i] for i in batch], self._pad, self.model.device)
-                output = self.model.generate(
-                    input_ids=input_ids,
-                    attention_mask=mask,
-                    generation_config=config,
-                    logits_processor=LogitsProcessorList([finite]),
-                )
-                for i, ids in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
+                prompts = [prompt_ids[i] for i in batch]
+                output = self._call(prompts, config, bool(self._copies), LogitsProcessorList([finite]))
+                for i, ids in zip(batch, output.tolist(), strict=True):
                     completions[i] = _until_eos(ids, self._eos)
                 if self.on_progress is not None:
                     self.on_progress(min(start + self.batch_size, len(order)), len(order))
         finite.check()
         return completions
+
+    def _call(self, prompts: list[list[int]], config: GenerationConfig, copies: bool, processors: Any = None) -> Any:
+        """Tokens [b, new] after each prompt, or with `return_dict_in_generate` what `generate` returns."""
+        width = max(2 if copies else 1, *map(len, prompts))  # every rank has something to read ahead
+        input_ids, mask = _left_pad(prompts, self._pad, self.model.device, width)
+        cache = {"past_key_values": self._read_once(prompts, width)} if copies else {}
+        output = self.model.generate(
+            input_ids=input_ids, attention_mask=mask, generation_config=config, logits_processor=processors, **cache
+        )
+        return output if config.return_dict_in_generate else output[:, width:]
+
+    def _read_once(self, prompts: list[list[int]], width: int) -> DynamicCache:
+        """The cache of all tokens but the last of each prompt, from one pass over each different one."""
+        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        ids, mask = _left_pad(list(map(list, places)), self._pad, self.model.device, width)
+        ids, mask, cache = ids[:, :-1], mask[:, :-1], DynamicCache(config=self.model.config)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **last
+        )
+        cache.batch_select_indices(torch.tensor([places[tuple(prompt)] for prompt in prompts], device=ids.device))
+        return cache
+
+    def _try_copies(self) -> bool:
+        """Whether two random prompts, two samples each, get the logits from copied caches that they get without."""
+        limits = limits_of(self.model)
+        if limits["vocabulary"] is None or (limits["context"] or _TRIED) < _TRIED:
+            return False
+        ids = torch.randint(limits["vocabulary"], (_TRIED,), generator=torch.Generator().manual_seed(0)).tolist()
+        config, logits = self._config(), list[Tensor]()
+        config.update(max_new_tokens=2, eos_token_id=None, output_logits=True, return_dict_in_generate=True)
+        try:
+            for copies in (False, True):
+                with sampling_mode(self.model, seed=0):
+                    found = self._call([ids[:9], ids[:9], ids[9:], ids[9:]], config, copies)
+                logits.append(torch.stack(found.logits).double())
+        except Exception:  # whatever a model makes of a cache that it did not fill itself
+            return False
+        plain, copied = logits
+        error, effect = copied - plain, plain[0, 0] - plain[0, 2]
+        return bool(error.square().mean().sqrt() <= tolerance(self.model) * effect.square().mean().sqrt())
 
     def _config(self) -> GenerationConfig:
         """Plain sampling. `generate` fills what is None from the model's own config, so all is spelled out."""
@@ -209,11 +255,10 @@ def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(i for i in (tokenizer.eos_token_id, *declared) if i is not None))
 
 
-def _left_pad(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Input ids and attention mask [b, longest], prompts at the right edge."""
-    longest = max(map(len, prompts))
-    ids = [[pad] * (longest - len(p)) + p for p in prompts]
-    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+def _left_pad(prompts: list[list[int]], pad: int, device: torch.device, width: int) -> tuple[Tensor, Tensor]:
+    """Input ids and attention mask [b, width], prompts at the right edge."""
+    ids = [[pad] * (width - len(p)) + p for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
