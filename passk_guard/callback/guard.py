@@ -7,17 +7,26 @@ probe set --sample--> rollouts --score--> outcomes --sketch--> Gram matrix --est
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback
 
+from passk_guard.callback import speech
+from passk_guard.callback.facts import cost_of_a_refresh, different_k, facts_of, trains_on
 from passk_guard.callback.mitigator import Mitigator, NoMitigation
 from passk_guard.callback.realised import ChangeMemory, RealisedChange, WindowResult
-from passk_guard.callback.setup import Attachment, check_compatibility, check_groups, choose_verifier, held_out_source
+from passk_guard.callback.setup import (
+    Attachment,
+    check_compatibility,
+    check_groups,
+    choose_verifier,
+    held_out_source,
+    refuse_no_trainer,
+)
 from passk_guard.callback.state import Memory, load_memory, save_memory
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import estimate_pooled
@@ -25,6 +34,7 @@ from passk_guard.estimation.evidence import conflict_check
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
+from passk_guard.mitigation.objective import PassKObjective
 from passk_guard.planning import decision_rule, outlook
 from passk_guard.probe.out_of_memory import until_it_fits
 from passk_guard.probe.progress import sampling_bar, wanted
@@ -61,13 +71,17 @@ class PassKGuardCallback(TrainerCallback):
     alert of wandb or trackio. Weights, losses, gradients and random states stay bit-for-bit as without it. When a
     refresh fails, the log gives the reason and training goes on.
 
+    `watch` makes one and adds it in one line. Made without a trainer, for `callbacks=[...]`, it waits until a
+    PassKObjective is installed on its trainer, or `bind` is called.
+
     Args:
         trainer: a transformers Trainer of a causal LM, or TRL's GRPOTrainer or RLOOTrainer.
         probe: held-out prompts: a ProbeSet, a list of rows, a JSONL path, or a datasets.Dataset, each row with
             `prompt` and the columns the reward function needs. Left out only with `source="training_batch"`.
         correct: the reward function that means *correct*, in TRL's signature, or the name of one of the trainer's.
-        config: settings; the defaults otherwise.
+        config: settings, as a GuardConfig, a mapping or the path of a YAML file; the defaults otherwise.
         sampler: samples the completions; by default the TRL trainer's own generation, else `model.generate`.
+        settings: of the config, by name, such as k=8.
 
     Raises:
         GuardError: misuse, each time with what to pass instead: no probe, probe prompts that are also in the
@@ -77,17 +91,32 @@ class PassKGuardCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: Any = None,
         probe: Any = None,
         correct: Any = None,
-        config: GuardConfig | None = None,
+        config: GuardConfig | Mapping[str, Any] | str | Path | None = None,
         sampler: Sampler | None = None,
+        **settings: Any,
     ) -> None:
-        self.config = config or GuardConfig()
+        self.config = GuardConfig.of(config, **settings)
         self.memory = Memory()
         self.estimate: ConflictEstimate | None = None
-        self._trainer = trainer
         self._training = False
+        self._trainer: Any = None
+        self._given = probe, correct, sampler
+        if trainer is not None:
+            self.bind(trainer)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has no trainer yet."""
+        return self._trainer is None
+
+    def bind(self, trainer: Any) -> None:
+        """Become the guard of this trainer, where it was made without one. Raises GuardError as the constructor."""
+        refuse_no_trainer(trainer)
+        probe, correct, sampler = self._given
+        self._trainer = trainer
         self._attachment = Attachment(trainer, self)
         self._mitigator: Mitigator | NoMitigation = NoMitigation()
         self._max_tokens = self.config.max_probe_tokens
@@ -99,7 +128,9 @@ class PassKGuardCallback(TrainerCallback):
             held_out=self.config.source == "held_out",
             since_last=lambda: self._mitigator.step_metrics(),
             image_refreshes=self.config.image_refreshes,
-            settings=asdict(self.config),
+            settings=self.config.shown,
+            webhook=self.config.alert_webhook,
+            quiet=self.config.verbosity == "quiet",
         )
         self._source: HeldOut | None = None
         self._tap: BatchTap | None = None
@@ -114,6 +145,8 @@ class PassKGuardCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prepare for this train(): engines exist only now, and a resumed run has a past."""
+        if self.waits:
+            refuse_no_trainer(None)
         self.detach()  # a train() that raised has not reached its end
         check_compatibility(
             self._trainer,
@@ -124,7 +157,8 @@ class PassKGuardCallback(TrainerCallback):
         self._training = True
         self._max_tokens = self.config.max_probe_tokens
         self._keeper.drop()
-        self._reporter.open()
+        self._reporter.open(facts_of(self._trainer, self._source))
+        self._first, self._told_partial = True, False
         if self._tap is not None:
             self._tap.install()
         self._ranks = Ranks(self._trainer.accelerator.device)
@@ -161,12 +195,16 @@ class PassKGuardCallback(TrainerCallback):
         self._save(lambda folder: self._change.save(folder, self._ranks.index), _checkpoint(args, state))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the trainer its methods back."""
+        """Give the trainer its methods back, and say what was found."""
+        if self._training:
+            self._reporter.end(state.global_step, speech.found(self.config, self.memory))
         self.detach()
 
     def detach(self) -> None:
         """Leave no patch on the trainer, its objective and its engine; the next train() puts them back."""
         self._training = False
+        if self.waits:
+            return
         self._attachment.release()
         self._reporter.close()
         self._mitigator.remove()
@@ -207,16 +245,26 @@ class PassKGuardCallback(TrainerCallback):
                     before = memory.change if window is None else window.memory
                     memory = memory.with_change(self._opened(rescorer, sampled[0], keys, before, step))
         except Exception as error:  # of any kind: the probe may not stop training
+            self._reporter.spend(time.perf_counter() - began)
             self._fail(step, str(error) if isinstance(error, FailedRefresh) else describe_error(error))
             return
         pool_filled = len(self.memory.history) < self.config.pool_refreshes == len(memory.history)  # once in a run
         self.memory = memory
         seconds = time.perf_counter() - began
+        self._reporter.spend(seconds)
         if found is not None:
             self.estimate = found.estimate
             self._report(step, found, seconds)
         if window is not None:
             self._report_window(window if sampled else window.unfinished(), control, seconds)
+        self._reporter.status(self.memory.status)
+        self._tell_partial_rewards()
+        if self._first:
+            self._first = False
+            estimate = None if found is None else found.estimate
+            self._reporter.say(speech.first_refresh(step, self.config, memory, estimate, seconds))
+        if found is not None and pool_filled and found.verdict.status == "undetermined":
+            self._cannot_tell(step, found.estimate.reason, found.estimate)
         if pool_filled:
             self._reporter.outlook(step, lambda: outlook(memory.history, self.config, seconds))
 
@@ -313,6 +361,7 @@ class PassKGuardCallback(TrainerCallback):
         p_value = self.memory.evidence.p_value
         extra = self._keeper.metrics() | self._mitigator.refresh_metrics(self.memory)
         extra |= {"run_p_value": p_value, "probe_seconds": seconds}
+        extra |= {"weighted_prompts": refresh.probe.share_weighted(self.config.k)}
         self._reporter.refresh(step, estimate, verdict.status, extra, remark=refresh.remark, probe=refresh.probe)
         if verdict.changed:
             self._reporter.change(
@@ -321,18 +370,25 @@ class PassKGuardCallback(TrainerCallback):
                 before=verdict.previous,
                 after=verdict.status,
                 action=self._mitigator.action(self.memory),
+                advice=self._what_to_do("conflict"),
                 run_p_value=p_value if self._rule.false_alarms is not None else None,
             )
 
     def _report_window(self, window: WindowResult, control: Any, seconds: float) -> None:
         """Report what the updates did; end the training where the user asked for it."""
         details = window.details(self._change.prompt)
-        metrics = window.metrics | {"probe_seconds": seconds}
+        metrics = window.metrics | {"probe_seconds": seconds, "status": self.memory.status}
         self._reporter.window(window.ended, metrics, remark=window.reason, **details)
         if window.verdict.changed:
             action = self._mitigator.action(self.memory)
             before, after = window.verdict.previous, window.verdict.outcome
-            self._reporter.outcome(window.ended, before=before, after=after, message=window.message(action))
+            message, advice = window.message(action), self._what_to_do("losing")
+            self._reporter.outcome(window.ended, before=before, after=after, message=message, advice=advice)
+        elif self._sketcher is None and (window.run.windows, window.verdict.outcome) == (
+            self.config.pool_refreshes,
+            "undetermined",
+        ):
+            self._cannot_tell(window.ended, window.verdict.reason)
         if window.verdict.stop and self.config.on_loss == "stop" and control is not None:
             control.should_training_stop = True
             self._warn(f"training stops: the loss of pass@1 exceeds max_loss={self.config.max_loss:g}")
@@ -342,8 +398,13 @@ class PassKGuardCallback(TrainerCallback):
         self._keeper.drop()
         self._mitigator.leave_unguarded()
         self.memory = self.memory.with_failure(step)
-        alert_after = self.config.failed_refresh_alert
-        self._reporter.failed_refresh(step, reason, streak=self.memory.failures, alert_after=alert_after)
+        self._reporter.failed_refresh(
+            step,
+            reason,
+            streak=self.memory.failures,
+            alert_after=self.config.failed_refresh_alert,
+            advice=self._what_to_do("blind"),
+        )
 
     # Parts
 
@@ -356,25 +417,30 @@ class PassKGuardCallback(TrainerCallback):
         return ScoreSketcher(model, self.config.sketch_dim, self.config.sketch_method)
 
     def _announce(self) -> None:
-        config, remark = self.config, self._mitigator.remark
-        what = "the training batch (not held out)" if self._source is None else self._source.summary
-        what += f", resampled every {config.resample_refreshes} refreshes" if config.resample_refreshes > 1 else ""
-        if self._sketcher is None:
-            self._reporter.info(
-                f"passk_guard measures the change of pass@1 and pass@{config.k} every {config.refresh_steps} steps on "
-                f"{what}; action: observe"
+        trainer, source, config = self._trainer, self._source, self.config
+        coverage = None if self._sketcher is None else self._sketcher.coverage.share
+        run = cost_of_a_refresh(trainer, source, config), trains_on(trainer, config)
+        action, remark = self._mitigator.action(self.memory), self._mitigator.remark
+        self._reporter.say(speech.start(config, source, coverage, action, remark, run))
+        if (reason := different_k(trainer, config)) is not None:
+            self._warn(reason)
+
+    def _cannot_tell(self, step: int, reason: str, estimate: ConflictEstimate | None = None) -> None:
+        available = 0 if self._source is None else len(self._source.probe)
+        self._reporter.say(speech.cannot_tell(step, self.config, reason, estimate, available))
+
+    def _tell_partial_rewards(self) -> None:
+        verifier = self._verifier
+        if verifier.partial is not None and not self._told_partial:
+            self._told_partial = True
+            self._warn(
+                f"`{verifier.name}` gives rewards such as {verifier.partial:g}, below correct_threshold="
+                f"{verifier.threshold:g}, which count as wrong; set `correct_threshold` if they mean correct"
             )
-            return
-        measured = ""
-        if self._change.enabled:
-            measured = f" and the change of pass@1 and pass@{config.k}"
-        elif self._source is None:
-            what += ", from which no realised change can be measured"
-        self._reporter.info(
-            f"passk_guard watches cos(pass@1, pass@{config.k}){measured} every {config.refresh_steps} steps on {what}; "
-            f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "
-            f"action: {self._mitigator.action(self.memory)}" + (f" ({remark})" if remark else "")
-        )
+
+    def _what_to_do(self, alarm: speech.Alarm) -> str:
+        objective = PassKObjective.of(self._trainer)
+        return speech.what_to_do(alarm, self.config, self._mitigator, None if objective is None else objective.k)
 
     def _warn(self, reason: str) -> None:
         self._reporter.warn(f"passk_guard step {self._trainer.state.global_step}: {reason}")
