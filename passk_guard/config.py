@@ -17,9 +17,9 @@ from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import brief, describe_error, one_line
 
 
-def _setting(default: Any, text: str) -> Any:
+def _setting(default: Any, text: str, **more: Any) -> Any:
     # HfArgumentParser hands everything in the metadata to argparse, so the bounds are in the annotations instead.
-    return dataclasses.field(default=default, metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text}, **more)
 
 
 _LARGEST = 2**31 - 1  # what torch and the seeds made of these numbers can hold
@@ -194,6 +194,7 @@ class GuardConfig:
         None,
         "Address that each alert is posted to as JSON with a `text`, which Slack and others take. It is written into "
         "no file and no tracker.",
+        repr=False,
     )
     advanced: Advanced = _setting(Advanced(), "Settings for developers of the guard, as a mapping or as JSON.")
 

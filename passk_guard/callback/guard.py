@@ -158,13 +158,14 @@ class PassKGuardCallback(TrainerCallback):
         self._max_tokens = self.config.max_probe_tokens
         self._keeper.drop()
         self._reporter.open(facts_of(self._trainer, self._source))
-        self._first, self._told_partial = True, False
+        self._told_partial = False
         if self._tap is not None:
             self._tap.install()
         self._ranks = Ranks(self._trainer.accelerator.device)
         self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
         self._change.drop()
         self.memory = self._recall(args, state)
+        self._first = self.memory.step < 0
         self._mitigator = Mitigator(
             self._trainer, self.config, self._ranks, self._warn, lambda: self._attachment.stands
         )

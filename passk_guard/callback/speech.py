@@ -81,7 +81,9 @@ def cannot_tell(step: int, config: GuardConfig, reason: str, estimate: ConflictE
         estimate: of the angle, where it is measured.
         available: prompts in the probe; 0 for the training batch.
     """
-    return f"passk_guard step {step}: UNDETERMINED: {reason.rstrip('.')}; next: {_next(config, estimate, available)}"
+    what = "change" if estimate is None else "angle"
+    following = _next(config, estimate, available)
+    return f"passk_guard step {step}: the {what} is UNDETERMINED: {reason.rstrip('.')}; next: {following}"
 
 
 def _next(config: GuardConfig, estimate: ConflictEstimate | None, available: int) -> str:
@@ -140,8 +142,8 @@ def what_to_do(alarm: Alarm, config: GuardConfig, mitigator: NoMitigation, objec
         advice = 'set `mitigation="reweight"`, or `mitigation="project"`'
     elif alarm == "conflict":
         return (
-            f'before this run trains on pass@{config.k}, set `mitigation="project"`, or `mitigation="reweight"` with a '
-            "PassKObjective"
+            f'if this run trains on pass@{config.k}, or before it does, set `mitigation="project"`, or '
+            '`mitigation="reweight"` with a PassKObjective'
         )
     else:
         advice = 'set `mitigation="project"`'

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from datetime import datetime, timedelta
 
 import torch
 
@@ -64,7 +65,9 @@ def test_the_journal_is_json_whatever_it_is_given(tmp_path):
     journal.write("failed_refresh", 4, reason='quote " and\nnewline')
     lines = (tmp_path / "deep" / "passk_guard.jsonl").read_text().splitlines()
     first, second = map(json.loads, lines)
-    assert first | {"d": 0} == {
+    assert datetime.fromisoformat(first["time"]).utcoffset() == timedelta(0)
+    assert first | {"d": 0, "time": ""} == {
+        "time": "",
         "event": "refresh",
         "step": 3,
         "a": None,
