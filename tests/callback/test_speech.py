@@ -55,6 +55,17 @@ def test_a_run_speaks_at_its_start_at_the_first_refresh_where_it_cannot_tell_and
     assert command == f"passk_guard: the whole run on a page: passk-guard report {tmp_path}"
 
 
+def test_every_number_of_a_row_is_explained(tmp_path):
+    trainer = tiny_lm_trainer(tmp_path, max_steps=3, learning_rate=1e-4)
+    passk_guard.watch(trainer, probe=probe_rows(), correct=digit_reward, **SMALL | {"probe_prompts": 40})
+    trainer.train()
+    names = {name for row in trainer.state.log_history for name in row if name.startswith("passk_guard/")}
+    assert {"passk_guard/status", "passk_guard/weighted_prompts", "passk_guard/pass_at_4_total_ci_low"} <= names
+    for name in names:
+        stem = re.sub(r"_se$|_ci_low$|_ci_high$", "", name.removeprefix("passk_guard/").replace("at_4", "at_<k>"))
+        assert f"`{stem}`" in passk_guard.watch.__doc__, name
+
+
 def test_a_quiet_run_says_nothing_where_nothing_changes(tmp_path, caplog):
     trainer = tiny_lm_trainer(tmp_path, max_steps=2, learning_rate=0.0)
     passk_guard.watch(
