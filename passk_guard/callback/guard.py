@@ -15,8 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainerCallback
 
-from passk_guard.callback import speech
-from passk_guard.callback.facts import cost_of_a_refresh, different_k, facts_of, trains_on
+from passk_guard.callback.facts import facts_of
 from passk_guard.callback.mitigator import Mitigator, NoMitigation
 from passk_guard.callback.realised import ChangeMemory, RealisedChange, WindowResult
 from passk_guard.callback.setup import (
@@ -28,13 +27,13 @@ from passk_guard.callback.setup import (
     refuse_no_trainer,
 )
 from passk_guard.callback.state import Memory, load_memory, save_memory
+from passk_guard.callback.voice import Voice
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.evidence import conflict_check
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
-from passk_guard.mitigation.objective import PassKObjective
 from passk_guard.planning import decision_rule, outlook
 from passk_guard.probe.out_of_memory import until_it_fits
 from passk_guard.probe.progress import sampling_bar, wanted
@@ -140,6 +139,7 @@ class PassKGuardCallback(TrainerCallback):
         else:
             self._source = held_out_source(trainer, probe, self._verifier, sampler, self.config)
         self._change = RealisedChange(self._source, self.config)
+        self._voice = Voice(trainer, self._source, self._verifier, self.config, self._reporter)
 
     # Events of the Trainer
 
@@ -157,22 +157,21 @@ class PassKGuardCallback(TrainerCallback):
         self._training = True
         self._max_tokens = self.config.max_probe_tokens
         self._keeper.drop()
-        self._reporter.open(facts_of(self._trainer, self._source))
-        self._told_partial = False
+        self._reporter.open(lambda: facts_of(self._trainer, self._source))
         if self._tap is not None:
             self._tap.install()
         self._ranks = Ranks(self._trainer.accelerator.device)
         self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
         self._change.drop()
         self.memory = self._recall(args, state)
-        self._first = self.memory.step < 0
         self._mitigator = Mitigator(
             self._trainer, self.config, self._ranks, self._warn, lambda: self._attachment.stands
         )
         if state.global_step:
             self._mitigator.resume(_checkpoint(args, state), self.memory)
             self._change.resume(_checkpoint(args, state), self._ranks)
-        self._announce()
+        coverage = None if self._sketcher is None else self._sketcher.coverage.share
+        self._voice.begin(self.memory, self._mitigator, coverage)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refresh from the probe set when this step is due."""
@@ -198,7 +197,7 @@ class PassKGuardCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the trainer its methods back, and say what was found."""
         if self._training:
-            self._reporter.end(state.global_step, speech.found(self.config, self.memory))
+            self._voice.end(state.global_step, self.memory)
         self.detach()
 
     def detach(self) -> None:
@@ -259,13 +258,9 @@ class PassKGuardCallback(TrainerCallback):
         if window is not None:
             self._report_window(window if sampled else window.unfinished(), control, seconds)
         self._reporter.status(self.memory.status)
-        self._tell_partial_rewards()
-        if self._first:
-            self._first = False
-            estimate = None if found is None else found.estimate
-            self._reporter.say(speech.first_refresh(step, self.config, memory, estimate, seconds))
+        self._voice.refreshed(step, memory, None if found is None else found.estimate, seconds)
         if found is not None and pool_filled and found.verdict.status == "undetermined":
-            self._cannot_tell(step, found.estimate.reason, found.estimate)
+            self._voice.pool_is_full(step, found.estimate)
         if pool_filled:
             self._reporter.outlook(step, lambda: outlook(memory.history, self.config, seconds))
 
@@ -371,25 +366,21 @@ class PassKGuardCallback(TrainerCallback):
                 before=verdict.previous,
                 after=verdict.status,
                 action=self._mitigator.action(self.memory),
-                advice=self._what_to_do("conflict"),
+                advice=self._voice.what_to_do("conflict", self._mitigator),
                 run_p_value=p_value if self._rule.false_alarms is not None else None,
             )
 
     def _report_window(self, window: WindowResult, control: Any, seconds: float) -> None:
         """Report what the updates did; end the training where the user asked for it."""
         details = window.details(self._change.prompt)
-        metrics = window.metrics | {"probe_seconds": seconds, "status": self.memory.status}
+        metrics = window.metrics | {"probe_seconds": seconds}
         self._reporter.window(window.ended, metrics, remark=window.reason, **details)
         if window.verdict.changed:
             action = self._mitigator.action(self.memory)
             before, after = window.verdict.previous, window.verdict.outcome
-            message, advice = window.message(action), self._what_to_do("losing")
+            message, advice = window.message(action), self._voice.what_to_do("losing", self._mitigator)
             self._reporter.outcome(window.ended, before=before, after=after, message=message, advice=advice)
-        elif self._sketcher is None and (window.run.windows, window.verdict.outcome) == (
-            self.config.pool_refreshes,
-            "undetermined",
-        ):
-            self._cannot_tell(window.ended, window.verdict.reason)
+        self._voice.window(window)
         if window.verdict.stop and self.config.on_loss == "stop" and control is not None:
             control.should_training_stop = True
             self._warn(f"training stops: the loss of pass@1 exceeds max_loss={self.config.max_loss:g}")
@@ -404,7 +395,7 @@ class PassKGuardCallback(TrainerCallback):
             reason,
             streak=self.memory.failures,
             alert_after=self.config.failed_refresh_alert,
-            advice=self._what_to_do("blind"),
+            advice=self._voice.what_to_do("blind", self._mitigator),
         )
 
     # Parts
@@ -416,32 +407,6 @@ class PassKGuardCallback(TrainerCallback):
     def _new_sketcher(self) -> ScoreSketcher:
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         return ScoreSketcher(model, self.config.sketch_dim, self.config.sketch_method)
-
-    def _announce(self) -> None:
-        trainer, source, config = self._trainer, self._source, self.config
-        coverage = None if self._sketcher is None else self._sketcher.coverage.share
-        run = cost_of_a_refresh(trainer, source, config), trains_on(trainer, config)
-        action, remark = self._mitigator.action(self.memory), self._mitigator.remark
-        self._reporter.say(speech.start(config, source, coverage, action, remark, run))
-        if (reason := different_k(trainer, config)) is not None:
-            self._warn(reason)
-
-    def _cannot_tell(self, step: int, reason: str, estimate: ConflictEstimate | None = None) -> None:
-        available = 0 if self._source is None else len(self._source.probe)
-        self._reporter.say(speech.cannot_tell(step, self.config, reason, estimate, available))
-
-    def _tell_partial_rewards(self) -> None:
-        verifier = self._verifier
-        if verifier.partial is not None and not self._told_partial:
-            self._told_partial = True
-            self._warn(
-                f"`{verifier.name}` gives rewards such as {verifier.partial:g}, below correct_threshold="
-                f"{verifier.threshold:g}, which count as wrong; set `correct_threshold` if they mean correct"
-            )
-
-    def _what_to_do(self, alarm: speech.Alarm) -> str:
-        objective = PassKObjective.of(self._trainer)
-        return speech.what_to_do(alarm, self.config, self._mitigator, None if objective is None else objective.k)
 
     def _warn(self, reason: str) -> None:
         self._reporter.warn(f"passk_guard step {self._trainer.state.global_step}: {reason}")

@@ -117,14 +117,14 @@ def found(config: GuardConfig, memory: Memory) -> str:
     )
 
 
-def what_to_do(alarm: Alarm, config: GuardConfig, mitigator: NoMitigation, objective_k: int | None) -> str:
+def what_to_do(alarm: Alarm, config: GuardConfig, mitigator: NoMitigation, has_objective: bool) -> str:
     """The next thing to do about an alarm, with the setting's name.
 
     Args:
         alarm: CONFLICT, LOSING, or no valid refresh ("blind").
         config: of the run.
         mitigator: of the run, which may act already.
-        objective_k: k of the installed PassKObjective, if there is one.
+        has_objective: whether a PassKObjective is installed.
     """
     if alarm == "blind":
         return (
@@ -138,7 +138,7 @@ def what_to_do(alarm: Alarm, config: GuardConfig, mitigator: NoMitigation, objec
         acting.append(f"raise `floor_gamma` above {config.floor_gamma:g} or `floor_max` above {config.floor_max:g}")
     if acting:
         return f"{'if pass@1 falls, ' if alarm == 'conflict' else ''}{' and '.join(acting)}"
-    if objective_k is not None:
+    if has_objective:
         advice = 'set `mitigation="reweight"`, or `mitigation="project"`'
     elif alarm == "conflict":
         return (

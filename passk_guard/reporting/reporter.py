@@ -128,11 +128,11 @@ class Reporter:
         self._pace = Pace()
         self._spent = Spent()
 
-    def open(self, facts: Mapping[str, Any] | None = None) -> None:
+    def open(self, facts: Callable[[], Mapping[str, Any]] = dict) -> None:
         """Start a run: complete log rows from here on, and append to `passk_guard.jsonl` in its output folder.
 
         Args:
-            facts: what the journal says of the run beside the settings.
+            facts: gives what the journal says of the run beside the settings.
 
         Raises:
             GuardError: another guard reports on this trainer.
@@ -140,14 +140,14 @@ class Reporter:
         self._rows.install()
         self._pace.forget()
         self._spent = Spent()
-        self._open_journal(facts or {})
+        self._open_journal(facts)
 
     @quietly
-    def _open_journal(self, facts: Mapping[str, Any]) -> None:
+    def _open_journal(self, facts: Callable[[], Mapping[str, Any]]) -> None:
         folder = Path(self._trainer.args.output_dir)
         self._journal = Journal(folder / JOURNAL_NAME if self._reports else None)
         if self._settings is not None:
-            self._journal.write("start", self._trainer.state.global_step, settings=dict(self._settings), **facts)
+            self._journal.write("start", self._trainer.state.global_step, settings=dict(self._settings), **facts())
             if self._reports:
                 show_settings(self._trainer, self._settings)
 

@@ -114,22 +114,22 @@ def test_the_next_setting_to_change(informative, available, words):
 
 
 @pytest.mark.parametrize(
-    ("alarm", "acting", "objective", "settings", "words"),
+    ("alarm", "acting", "has_objective", "settings", "words"),
     [
-        ("conflict", "", None, {}, 'before it does, set `mitigation="project"`'),
-        ("conflict", "", 8, {}, '^set `mitigation="reweight"`'),
-        ("conflict", "steps", None, {}, "^if pass@1 falls, raise `gamma` above 0.2$"),
-        ("losing", "", None, {}, '`mitigation="project"`; to end .* `max_loss=0.05` with `on_loss="stop"`'),
-        ("losing", "", None, {"on_loss": "stop", "max_loss": 0.1}, '^set `mitigation="project"`$'),
-        ("losing", "floor", 8, {}, "^raise `floor_gamma` above 0.2 or `floor_max` above 1$"),
-        ("blind", "", None, {}, "`failed_refresh_alert`=3"),
+        ("conflict", "", False, {}, 'before it does, set `mitigation="project"`'),
+        ("conflict", "", True, {}, '^set `mitigation="reweight"`'),
+        ("conflict", "steps", False, {}, "^if pass@1 falls, raise `gamma` above 0.2$"),
+        ("losing", "", False, {}, '`mitigation="project"`; to end .* `max_loss=0.05` with `on_loss="stop"`'),
+        ("losing", "", False, {"on_loss": "stop", "max_loss": 0.1}, '^set `mitigation="project"`$'),
+        ("losing", "floor", True, {}, "^raise `floor_gamma` above 0.2 or `floor_max` above 1$"),
+        ("blind", "", False, {}, "`failed_refresh_alert`=3"),
     ],
 )
-def test_an_alarm_says_what_to_do_with_the_settings_name(alarm, acting, objective, settings, words):
+def test_an_alarm_says_what_to_do_with_the_settings_name(alarm, acting, has_objective, settings, words):
     mitigator = NoMitigation()
     if acting:
         mitigator = SimpleNamespace(**{"steps": None, "floor": None, acting: object()})
-    text = speech.what_to_do(alarm, GuardConfig(**settings), mitigator, objective)
+    text = speech.what_to_do(alarm, GuardConfig(**settings), mitigator, has_objective)
     assert re.search(words, text), text
     assert set(re.findall(r"`(\w+)[`=]", text)) <= set(GuardConfig.__dataclass_fields__) | {"PassKObjective"}
 
