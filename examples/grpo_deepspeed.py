@@ -26,7 +26,7 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from examples.interference.task import correct, make_prompts
 from examples.interference.warm_start import warm_start
-from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
+from passk_guard import GuardConfig, PassKObjective, watch
 
 
 @dataclass
@@ -80,7 +80,7 @@ def main() -> None:
     )
     trainer.remove_callback(PrinterCallback)
     probe = make_prompts("probe", 1024, args.seed)
-    trainer.add_callback(PassKGuardCallback(trainer, probe=probe, correct=correct, config=guard_config))
+    watch(trainer, probe=probe, correct=correct, config=guard_config)
     with PassKObjective(trainer, k=guard_config.k):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 

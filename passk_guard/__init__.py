@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from passk_guard.analysis import Analysis, analyze
     from passk_guard.analysis.compare import Comparison, compare
     from passk_guard.callback.guard import PassKGuardCallback
+    from passk_guard.callback.watch import watch
     from passk_guard.change import ChangeEstimate, RunChange, cumulate, estimate_change
     from passk_guard.config import Advanced, GuardConfig
     from passk_guard.estimation.estimate import estimate_conflict, estimate_pooled
@@ -31,6 +32,7 @@ _PLACES = {
     "analysis": ("Analysis", "analyze"),
     "analysis.compare": ("Comparison", "compare"),
     "callback.guard": ("PassKGuardCallback",),
+    "callback.watch": ("watch",),
     "change": ("ChangeEstimate", "RunChange", "cumulate", "estimate_change"),
     "config": ("Advanced", "GuardConfig"),
     "estimation.estimate": ("estimate_conflict", "estimate_pooled"),
@@ -87,6 +89,7 @@ __all__ = [
     "run_p_value",
     "smooth_floor",
     "solve_floor",
+    "watch",
 ]
 
 

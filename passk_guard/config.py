@@ -17,9 +17,9 @@ from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import brief, describe_error, one_line
 
 
-def _setting(default: Any, text: str) -> Any:
+def _setting(default: Any, text: str, **more: Any) -> Any:
     # HfArgumentParser hands everything in the metadata to argparse, so the bounds are in the annotations instead.
-    return dataclasses.field(default=default, metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text}, **more)
 
 
 def _no_switch_for_a_number(value: Any) -> Any:
@@ -198,6 +198,17 @@ class GuardConfig:
         5, "Refreshes between pictures of the kernel and the k curve in TensorBoard, wandb and trackio. 0 sends none."
     )
     progress_bar: bool | None = _setting(None, "Show a progress bar while probing. None shows it in a terminal only.")
+    verbosity: Literal["normal", "quiet"] = _setting(
+        "normal",
+        "normal: also one line at the start, one at the first refresh, one where the pool is full and cannot tell, and "
+        "a summary at the end. quiet: changes of the verdict, alerts and warnings alone.",
+    )
+    alert_webhook: Annotated[str, Field(pattern=r"^https?://[^\s/]+")] | None = _setting(
+        None,
+        "Address that each alert is posted to as JSON with a `text`, which Slack and others take. It is written into "
+        "no file and no tracker.",
+        repr=False,
+    )
     advanced: Advanced = _setting(Advanced(), "Settings for developers of the guard, as a mapping or as JSON.")
 
     @field_validator("mitigation", mode="before")
@@ -251,6 +262,36 @@ class GuardConfig:
                 f"Expected `floor_max` <= k; found floor_max={self.floor_max}, k={self.k}. No weight is above k."
             )
         return self
+
+    @classmethod
+    def of(cls, config: GuardConfig | Mapping[str, Any] | str | Path | None = None, **settings: Any) -> GuardConfig:
+        """What a user passes as settings: a GuardConfig, a mapping or a YAML or JSON file, with `settings` over it.
+
+        Raises:
+            GuardError: something else, or settings that are unknown, out of bounds or do not fit, one by one.
+        """
+        if isinstance(config, cls) and not settings:
+            return config
+        if isinstance(config, (str, Path)):
+            given = read_settings(Path(config))
+        elif config is None or isinstance(config, Mapping):
+            given = dict(config or {})
+        elif isinstance(config, cls):
+            given = {name: getattr(config, name) for name in _names(cls)}
+        else:
+            raise GuardError(
+                f"Expected `config` to be a GuardConfig, a mapping or the path of a YAML file; found "
+                f"{type(config).__name__}. Settings can also be keywords, such as k=8."
+            )
+        given |= settings
+        if problems := _problems(given):
+            raise GuardError("; ".join(problems))
+        return TypeAdapter(cls).validate_python(given)
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The settings for a journal or a tracker: all but the address of the webhook, which lets who has it post."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "alert_webhook"}
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> GuardConfig:
@@ -319,7 +360,10 @@ def config_problems(path: str | Path) -> list[str]:
     Raises:
         GuardError: no such file, none that can be read, neither YAML nor JSON, or not a mapping.
     """
-    content = read_settings(Path(path))
+    return _problems(read_settings(Path(path)))
+
+
+def _problems(content: Mapping[str, Any]) -> list[str]:
     problems = _renamed(content)
     try:
         TypeAdapter(GuardConfig).validate_python({k: v for k, v in content.items() if k not in _RENAMED})

@@ -78,7 +78,7 @@ def run_missing(jobs: list[Job], results: Path, cache: Path, workers: int) -> No
         for future in as_completed([pool.submit(warm_start, cache, seed) for seed in missing]):
             future.result()
         futures = [pool.submit(run, job.setting, job.arm, job.seed, cache, job.steps) for job in todo]
-        bar = tqdm(as_completed(futures), total=len(futures), desc="runs", file=sys.stderr)
+        bar = tqdm(as_completed(futures), total=len(futures), desc="runs", file=sys.stderr, disable=None)
         for future in bar:
             record = future.result()
             comparison.append(results, record)

@@ -38,7 +38,7 @@ from examples.interference import report
 from examples.interference.task import correct, make_prompts
 from examples.interference.train import train
 from examples.interference.warm_start import warm_start, warm_start_dir
-from passk_guard import GuardConfig, PassKGuardCallback, ProbeSet
+from passk_guard import ProbeSet, watch
 
 K, STEPS, LEARNING_RATE, EVALUATE_EVERY = 8, 60, 0.02, 2
 
@@ -46,11 +46,11 @@ K, STEPS, LEARNING_RATE, EVALUATE_EVERY = 8, 60, 0.02, 2
 class ProgressBar(TrainerCallback):
     """One line for the run: pass@1 and pass@k (exact) and the guard's cosine, in place of a line for each step.
 
-    Nothing where standard output is no terminal.
+    Nothing where standard error, which it is drawn on, is no terminal.
     """
 
     def __init__(self, arm: str) -> None:
-        self.bar = tqdm(total=STEPS, desc=f"GRPO on pass@{K}, {arm}", disable=not sys.stdout.isatty())
+        self.bar = tqdm(total=STEPS, desc=f"GRPO on pass@{K}, {arm}", disable=None)
         self.shown = {}
 
     def on_log(self, args, state, control, logs=None, **_):
@@ -68,8 +68,8 @@ class ProgressBar(TrainerCallback):
 def attach_guard(trainer: GRPOTrainer, arm: str) -> None:
     """The guard as a user would add it. Observing only, the run is the one it would have been without it."""
     probe = ProbeSet.from_list(make_prompts("probe", 2048, seed=trainer.args.seed))
-    config = GuardConfig(k=K, refresh_steps=5, probe_prompts=64, mitigation="project" if arm == "project" else "off")
-    trainer.add_callback(PassKGuardCallback(trainer, probe=probe, correct=correct, config=config))
+    settings = {"refresh_steps": 5, "probe_prompts": 64, "mitigation": "project" if arm == "project" else "off"}
+    watch(trainer, probe=probe, correct=correct, k=K, **settings)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(arm))
 
@@ -132,7 +132,7 @@ def main() -> int:
     # The matrices are tiny: a second thread gains a third at best, and on a busy machine the two wait for each other.
     torch.set_num_threads(args.threads)
 
-    if not sys.stdout.isatty():
+    if not sys.stderr.isatty():
         disable_progress_bar()  # of a model being loaded
 
     console = Console()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ def fit(
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
-    bar = tqdm(range(steps), desc=f"warm start, seed {seed}", disable=not sys.stdout.isatty())
+    bar = tqdm(range(steps), desc=f"warm start, seed {seed}", disable=None)
     for step in bar:
         batch = [supervised_example(rng) for _ in range(batch_size)]
         loss = supervised_loss(model, tokenizer, batch)

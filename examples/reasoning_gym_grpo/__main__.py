@@ -38,7 +38,7 @@ def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], plan: Plan, title: str
 ) -> Tensor:
     """`count_correct` with a progress bar, and the same random numbers for every model."""
-    with tqdm(total=len(rows) * plan.test_samples, desc=f"test, {title}", unit="completion") as bar:
+    with tqdm(total=len(rows) * plan.test_samples, desc=f"test, {title}", unit="completion", disable=None) as bar:
         return count_correct(
             model, tokenizer, rows, plan.test_samples, seed=0, on_progress=lambda done, _: bar.update(done - bar.n)
         )

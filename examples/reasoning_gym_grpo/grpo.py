@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from examples.interference.report import read_events
 from examples.reasoning_gym_grpo.policy import MAX_ANSWER
 from examples.reasoning_gym_grpo.tasks import correct, make_rows
-from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective, ProbeSet
+from passk_guard import PassKObjective, ProbeSet, watch
 
 ARMS = {"observe": "off", "guarded": "project"}  # the guard's `mitigation`
 
@@ -46,7 +46,7 @@ class ProgressBar(TrainerCallback):
     """One line for the run, with the newest pass rates of the guard's probe, in place of a line for each step."""
 
     def __init__(self, title: str, plan: Plan) -> None:
-        self.bar, self.shown = tqdm(total=plan.steps, desc=title), {}
+        self.bar, self.shown = tqdm(total=plan.steps, desc=title, disable=None), {}
         self.names = {"probe pass@1": "pass_at_1", f"pass@{plan.k}": f"pass_at_{plan.k}", "cosine": "cosine"}
 
     def on_log(self, args, state, control, logs=None, **_):
@@ -100,8 +100,8 @@ def run_arm(arm: str, model_dir: Path, out: Path, plan: Plan, seed: int) -> tupl
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )
     probe = ProbeSet.from_list(make_rows("probe", plan.probe_set, seed))
-    config = GuardConfig(k=plan.k, mitigation=ARMS[arm], refresh_steps=5, probe_prompts=plan.probe_prompts)
-    trainer.add_callback(PassKGuardCallback(trainer, probe=probe, correct=correct, config=config))
+    settings = {"k": plan.k, "mitigation": ARMS[arm], "refresh_steps": 5, "probe_prompts": plan.probe_prompts}
+    watch(trainer, probe=probe, correct=correct, **settings)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(f"GRPO on pass@{plan.k}, {arm}", plan))
     with PassKObjective(trainer, k=plan.k):

@@ -46,7 +46,7 @@ def fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int, s
     pools = [distinct_rows(kind, seed)["warm"] for kind in KINDS]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
-    bar = tqdm(range(steps), desc=f"warm start, seed {seed}")
+    bar = tqdm(range(steps), desc=f"warm start, seed {seed}", disable=None)
     for step in bar:
         batch = [rng.choice(pools[i % len(pools)]) for i in range(BATCH)]
         loss = model(**encode(tokenizer, batch), use_cache=False).loss

@@ -7,8 +7,8 @@ probe set --sample--> rollouts --score--> outcomes --sketch--> Gram matrix --est
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +16,20 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard.callback.budget import Meter, probe_size, tokens_of
+from passk_guard.callback.facts import facts_of
 from passk_guard.callback.mitigator import Mitigator, NoMitigation
 from passk_guard.callback.realised import ChangeMemory, RealisedChange, WindowResult
 from passk_guard.callback.resumed import recall
-from passk_guard.callback.setup import Attachment, check_compatibility, check_groups, choose_verifier, held_out_source
+from passk_guard.callback.setup import (
+    Attachment,
+    check_compatibility,
+    check_groups,
+    choose_verifier,
+    held_out_source,
+    refuse_no_trainer,
+)
 from passk_guard.callback.state import Memory, save_memory
+from passk_guard.callback.voice import Voice
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.evidence import conflict_check
@@ -45,9 +54,6 @@ from passk_guard.utils.isolation import seeded, untouched
 from passk_guard.utils.ranks import Ranks
 from passk_guard.utils.text import describe_error
 
-_FEW = 4
-"""Refreshes of a run below which the guard says that the budget is too small."""
-
 
 @dataclass(frozen=True)
 class _Angle:
@@ -68,13 +74,17 @@ class PassKGuardCallback(TrainerCallback):
     alert of wandb or trackio. Weights, losses, gradients and random states stay bit-for-bit as without it. When a
     refresh fails, the log gives the reason and training goes on.
 
+    `watch` makes one and adds it in one line. Made without a trainer, for `callbacks=[...]`, it waits until a
+    PassKObjective is installed on its trainer, or `bind` is called.
+
     Args:
         trainer: a transformers Trainer of a causal LM, or TRL's GRPOTrainer or RLOOTrainer.
         probe: held-out prompts: a ProbeSet, a list of rows, a JSONL path, or a datasets.Dataset, each row with
             `prompt` and the columns the reward function needs. Left out only with `source="training_batch"`.
         correct: the reward function that means *correct*, in TRL's signature, or the name of one of the trainer's.
-        config: settings; the defaults otherwise.
+        config: settings, as a GuardConfig, a mapping or the path of a YAML file; the defaults otherwise.
         sampler: samples the completions; by default the TRL trainer's own generation, else `model.generate`.
+        settings: of the config, by name, such as k=8.
 
     Raises:
         GuardError: misuse, each time with what to pass instead: no probe, probe prompts that are also in the
@@ -84,17 +94,32 @@ class PassKGuardCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: Any = None,
         probe: Any = None,
         correct: Any = None,
-        config: GuardConfig | None = None,
+        config: GuardConfig | Mapping[str, Any] | str | Path | None = None,
         sampler: Sampler | None = None,
+        **settings: Any,
     ) -> None:
-        self.config = config or GuardConfig()
+        self.config = GuardConfig.of(config, **settings)
         self.memory = Memory()
         self.estimate: ConflictEstimate | None = None
-        self._trainer = trainer
         self._training = False
+        self._trainer: Any = None
+        self._given = probe, correct, sampler
+        if trainer is not None:
+            self.bind(trainer)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has no trainer yet."""
+        return self._trainer is None
+
+    def bind(self, trainer: Any) -> None:
+        """Become the guard of this trainer, where it was made without one. Raises GuardError as the constructor."""
+        refuse_no_trainer(trainer)
+        probe, correct, sampler = self._given
+        self._trainer = trainer
         self._attachment = Attachment(trainer, self)
         self._mitigator: Mitigator | NoMitigation = NoMitigation()
         self._max_tokens = FEWEST_TOKENS  # until a run begins
@@ -107,7 +132,9 @@ class PassKGuardCallback(TrainerCallback):
             held_out=self.config.source == "held_out",
             since_last=lambda: self._mitigator.step_metrics(),
             image_refreshes=self.config.image_refreshes,
-            settings=asdict(self.config),
+            settings=self.config.shown,
+            webhook=self.config.alert_webhook,
+            quiet=self.config.verbosity == "quiet",
         )
         self._source: HeldOut | None = None
         self._tap: BatchTap | None = None
@@ -117,11 +144,14 @@ class PassKGuardCallback(TrainerCallback):
         else:
             self._source = held_out_source(trainer, probe, self._verifier, sampler, self.config)
         self._change = RealisedChange(self._source, self.config)
+        self._voice = Voice(trainer, self._verifier, self.config, self._reporter)
 
     # Events of the Trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prepare for this train(): engines exist only now, and a resumed run has a past."""
+        if self.waits:
+            refuse_no_trainer(None)
         self.detach()  # a train() that raised has not reached its end
         check_compatibility(
             self._trainer,
@@ -133,7 +163,7 @@ class PassKGuardCallback(TrainerCallback):
         self._keeper.drop()
         self._ranks = Ranks(self._trainer.accelerator.device)
         self.memory, folder = recall(self._trainer, args, state, self._ranks, self._warn)
-        self._reporter.open(self.memory.run)
+        self._reporter.open(lambda: facts_of(self._trainer, self._source), self.memory.run)
         if self._tap is not None:
             self._tap.install()
         self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
@@ -155,7 +185,9 @@ class PassKGuardCallback(TrainerCallback):
         if folder is not None:
             self._mitigator.resume(folder, self.memory)
             self._change.resume(folder, self._ranks)
-        self._announce(passes_of(self._max_tokens, model, direction=direction))
+        coverage = None if self._sketcher is None else self._sketcher.coverage.share
+        passes = passes_of(self._max_tokens, model, direction=direction)
+        self._voice.begin(self.memory, self._mitigator, self._source, coverage, passes)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refresh from the probe set when this step is due."""
@@ -180,12 +212,16 @@ class PassKGuardCallback(TrainerCallback):
         self._save(lambda folder: self._change.save(folder, self._ranks.index), folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the trainer its methods back."""
+        """Give the trainer its methods back, and say what was found."""
+        if self._training:
+            self._voice.end(state.global_step, self.memory)
         self.detach()
 
     def detach(self) -> None:
         """Leave no patch on the trainer, its objective and its engine; the next train() puts them back."""
         self._training = False
+        if self.waits:
+            return
         self._attachment.release()
         self._reporter.close()
         self._meter.remove()
@@ -212,7 +248,7 @@ class PassKGuardCallback(TrainerCallback):
         allowed = account.allows(step, overhead)
         self.memory = replace(self.memory, account=account if allowed else account.planned(step, overhead))
         if not allowed and account.refreshes == 1:
-            self._announce_cadence(step)
+            self._voice.cadence(step, account)
         return allowed
 
     def _settle(self, step: int | None = None, *, failed: bool = False) -> None:
@@ -256,6 +292,7 @@ class PassKGuardCallback(TrainerCallback):
                     memory = memory.with_change(self._opened(rescorer, sampled[0], keys, before, step))
         except Exception as error:  # of any kind: the probe may not stop training
             self._settle(step, failed=True)
+            self._reporter.spend(time.perf_counter() - began)
             self._fail(step, str(error) if isinstance(error, FailedRefresh) else describe_error(error))
             return
         pool_filled = len(self.memory.history) < self.config.pool_refreshes == len(memory.history)  # once in a run
@@ -265,11 +302,16 @@ class PassKGuardCallback(TrainerCallback):
         self._meter.charge(sampled[0][0] if sampled and self._source is not None else None, trained, scored)
         self._settle(step)
         seconds = time.perf_counter() - began
+        self._reporter.spend(seconds)
         if found is not None:
             self.estimate = found.estimate
             self._report(step, found, seconds)
         if window is not None:
             self._report_window(window if sampled else window.unfinished(), control, seconds)
+        self._reporter.status(self.memory.status)
+        self._voice.refreshed(step, memory, None if found is None else found.estimate, seconds)
+        if found is not None and pool_filled and found.verdict.status == "undetermined":
+            self._voice.pool_is_full(step, found.estimate)
         if pool_filled:
             cost = Cost(seconds, None, self.memory.account.cadence(step, self.config.overhead))
             self._reporter.outlook(step, lambda: outlook(memory.history, self.config, cost))
@@ -372,6 +414,7 @@ class PassKGuardCallback(TrainerCallback):
         p_value = self.memory.evidence.p_value
         extra = self._keeper.metrics() | self._mitigator.refresh_metrics(self.memory)
         extra |= {"run_p_value": p_value, "probe_seconds": seconds, "probe_share": self.memory.account.share}
+        extra |= {"weighted_prompts": refresh.probe.share_weighted(self.config.k)}
         self._reporter.refresh(step, estimate, verdict.status, extra, remark=refresh.remark, probe=refresh.probe)
         if verdict.changed:
             self._reporter.change(
@@ -380,6 +423,7 @@ class PassKGuardCallback(TrainerCallback):
                 before=verdict.previous,
                 after=verdict.status,
                 action=self._mitigator.action(self.memory),
+                advice=self._voice.what_to_do("conflict", self._mitigator),
                 run_p_value=p_value if self._rule.false_alarms is not None else None,
             )
 
@@ -391,7 +435,9 @@ class PassKGuardCallback(TrainerCallback):
         if window.verdict.changed:
             action = self._mitigator.action(self.memory)
             before, after = window.verdict.previous, window.verdict.outcome
-            self._reporter.outcome(window.ended, before=before, after=after, message=window.message(action))
+            message, advice = window.message(action), self._voice.what_to_do("losing", self._mitigator)
+            self._reporter.outcome(window.ended, before=before, after=after, message=message, advice=advice)
+        self._voice.window(window)
         if window.verdict.stop and self.config.on_loss == "stop" and control is not None:
             control.should_training_stop = True
             self._warn(f"training stops: the loss of pass@1 exceeds max_loss={self.config.max_loss:g}")
@@ -401,8 +447,13 @@ class PassKGuardCallback(TrainerCallback):
         self._keeper.drop()
         self._mitigator.leave_unguarded()
         self.memory = self.memory.with_failure(step)
-        alert_after = self.config.failed_refresh_alert
-        self._reporter.failed_refresh(step, reason, streak=self.memory.failures, alert_after=alert_after)
+        self._reporter.failed_refresh(
+            step,
+            reason,
+            streak=self.memory.failures,
+            alert_after=self.config.failed_refresh_alert,
+            advice=self._voice.what_to_do("blind", self._mitigator),
+        )
 
     # Parts
 
@@ -418,50 +469,6 @@ class PassKGuardCallback(TrainerCallback):
     def _new_sketcher(self) -> ScoreSketcher:
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         return ScoreSketcher(model, self.config.sketch_dim, self.config.sketch_method)
-
-    def _announce(self, passes: str) -> None:
-        config, remark = self.config, self._mitigator.remark
-        what = "the training batch (not held out)" if self._source is None else self._source.summary
-        what += f", resampled every {config.resample_refreshes} refreshes" if config.resample_refreshes > 1 else ""
-        every = f"every {config.refresh_steps} steps"
-        if config.refresh_steps is None:
-            every = f"as often as overhead={config.overhead:g} allows"
-        if self._sketcher is None:
-            self._reporter.info(
-                f"passk_guard measures the change of pass@1 and pass@{config.k} {every} on {what}; {passes}; "
-                "action: observe"
-            )
-            return
-        measured = ""
-        if self._change.enabled:
-            measured = f" and the change of pass@1 and pass@{config.k}"
-        elif self._source is None:
-            what += ", from which no realised change can be measured"
-        self._reporter.info(
-            f"passk_guard watches cos(pass@1, pass@{config.k}){measured} {every} on {what}; "
-            f"the sketch covers {100 * self._sketcher.coverage.share:.1f}% of the trainable parameters; "
-            f"{passes}; action: {self._mitigator.action(self.memory)}" + (f" ({remark})" if remark else "")
-        )
-
-    def _announce_cadence(self, step: int) -> None:
-        """Say what a refresh costs, once training has shown what a step does; warn where few fit into the run."""
-        config, account, source = self.config, self.memory.account, self._source
-        every = account.cadence(step, config.overhead)
-        if every is None:
-            return
-        what = "the training batch" if source is None else f"{source.size} x {source.num_samples} completions"
-        cost = f"a refresh of {what} costs as much as {every * config.overhead:.2g} steps of training"
-        last = self._trainer.state.max_steps
-        if last // every >= _FEW:
-            self._reporter.info(
-                f"passk_guard step {step}: {cost}: one every {every} steps, about {1 + config.overhead:.2f}x"
-            )
-            return
-        more = account.refresh * (step - account.since) / account.run * _FEW / last
-        self._warn(
-            f"{cost}: {last // every + 1} in the {last} steps of this run keep to overhead={config.overhead:g}. For "
-            f"{_FEW} of them set overhead={float(f'{more:.1g}'):g} or lower num_samples"
-        )
 
     def _warn(self, reason: str) -> None:
         self._reporter.warn(f"passk_guard step {self._trainer.state.global_step}: {reason}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from passk_guard.callback.budget import MOST_PROMPTS
 from passk_guard.config import GuardConfig
-from passk_guard.mitigation.objective import PassKObjective
+from passk_guard.mitigation.objective import PassKObjective, too_few_samples
 from passk_guard.probe.prompts import HeldOut, ProbeSet
 from passk_guard.probe.samplers import Sampler, TRLSampler, choose_sampler
 from passk_guard.probe.verifier import Verifier, resolve_verifier
@@ -77,6 +79,16 @@ class Attachment:
         return [i for i, c in enumerate(self._trainer.callback_handler.callbacks) if c is self._guard]
 
 
+def refuse_no_trainer(trainer: Any) -> None:
+    """Raise GuardError unless this is a trainer, with the two lines to write."""
+    if not (hasattr(trainer, "add_callback") and hasattr(trainer, "model")):
+        raise GuardError(
+            f"Expected the guard to have a transformers Trainer; found {type(trainer).__name__}. In `callbacks=[...]` "
+            "no callback is told its trainer. Take the guard out of there, and write after the trainer is made: "
+            "`guard = passk_guard.watch(trainer, probe=..., correct=..., k=8)` and then `trainer.train()`."
+        )
+
+
 def choose_verifier(trainer: Any, correct: Any, config: GuardConfig) -> Verifier:
     """The verifier that `correct` means; raises GuardError as `resolve_verifier`."""
     limit = config.verifier_timeout
@@ -102,8 +114,20 @@ def held_out_source(
         )
     prompts = ProbeSet.of(probe)
     prompts.require_columns(verifier.required_columns)
-    _refuse_overlap(prompts, trainer.train_dataset, config.allow_overlap)
-    sampler = sampler or choose_sampler(
+    _refuse_overlap(prompts, trainer, config.allow_overlap)
+    if sampler is None:
+        _refuse_another_kind(prompts, trainer.train_dataset)
+        sampler = _own_sampler(prompts, trainer, config)
+    else:
+        sampler.check_lengths(prompts.rows)
+    _warn_of_mismatches(trainer, config)
+    prompts_each = config.probe_prompts or MOST_PROMPTS
+    _warn_of_recurrence(len(prompts), prompts_each, config)
+    return HeldOut(prompts, sampler, prompts_each, config.num_samples, config.probe_seed)
+
+
+def _own_sampler(prompts: ProbeSet, trainer: Any, config: GuardConfig) -> Sampler:
+    sampler = choose_sampler(
         trainer.model,
         trainer.processing_class,
         temperature=config.probe_temperature,
@@ -111,10 +135,11 @@ def held_out_source(
         batch_size=config.probe_batch_size,
         trainer=trainer,
     )
-    sampler.check_lengths(prompts.rows)
-    prompts_each = config.probe_prompts or MOST_PROMPTS
-    _warn_of_recurrence(len(prompts), prompts_each, config)
-    return HeldOut(prompts, sampler, prompts_each, config.num_samples, config.probe_seed)
+    try:
+        sampler.check_lengths(prompts.rows)
+    except GuardError as error:  # the sampler names its argument, and the user knows the setting
+        raise GuardError(str(error).replace("`max_new_tokens`", "`probe_max_new_tokens`")) from None
+    return sampler
 
 
 def _warn_of_recurrence(size: int, prompts_each: int, config: GuardConfig) -> None:
@@ -130,8 +155,46 @@ def _warn_of_recurrence(size: int, prompts_each: int, config: GuardConfig) -> No
         )
 
 
-def _refuse_overlap(prompts: ProbeSet, training: Any, allowed: bool) -> None:
-    shared = [] if allowed or training is None else prompts.overlap(training)
+def _refuse_another_kind(prompts: ProbeSet, training: Any) -> None:
+    if not prompts.of_another_kind(training):
+        return
+    kinds, remedy = ("texts", "lists of messages"), 'Convert the probe to [{"role": "user", "content": text}]'
+    if prompts.chats:
+        kinds = "lists of messages", "texts"
+        remedy = "Pass tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), or the text"
+    raise GuardError(
+        f"Expected probe prompts of the kind that training has; found {kinds[0]} in the probe and {kinds[1]} in the "
+        f"training set, so that the model would be asked in another form. {remedy}."
+    )
+
+
+def _warn_of_mismatches(trainer: Any, config: GuardConfig) -> None:
+    if config.num_samples == config.k:
+        logger.warning("%s", too_few_samples("num_samples", config.k))
+    if getattr(trainer.args, "mask_truncated_completions", False):
+        logger.warning(
+            "passk_guard: training masks completions that reach max_completion_length "
+            "(mask_truncated_completions=True), and the probe counts them, mostly as wrong. To leave them out of it "
+            "too, let `correct` return None where `completion_ids` does not end in an end-of-sequence token, or raise "
+            "`max_completion_length`."
+        )
+
+
+def _renderings(tokenizer: Any) -> Callable[[Any], list[str]]:
+    """From a list of messages to the texts that it may have been made to: by the template, and its only content."""
+
+    def render(messages: Any) -> list[str]:
+        texts = [messages[0]["content"]] if len(messages) == 1 and isinstance(messages[0]["content"], str) else []
+        with suppress(Exception):  # no template, or one that does not take these messages
+            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return texts
+
+    return render
+
+
+def _refuse_overlap(prompts: ProbeSet, trainer: Any, allowed: bool) -> None:
+    training, render = trainer.train_dataset, _renderings(trainer.processing_class)
+    shared = [] if allowed or training is None else prompts.overlap(training, render)
     if shared is None:
         logger.info("passk_guard: the training set has no readable prompts; overlap with the probe is not checked")
     elif shared:
@@ -150,6 +213,8 @@ def check_groups(trainer: Any, config: GuardConfig) -> None:
             f"Expected num_generations >= k to use the training batch as probe; found num_generations={found}, "
             f"k={config.k}. Raise `num_generations`, lower `k`, or pass held-out prompts as `probe`."
         )
+    if found == config.k:
+        logger.warning("%s", too_few_samples("num_generations", config.k))
 
 
 def check_compatibility(trainer: Any, sampler: Sampler | None, *, taps_batch: bool) -> None:

@@ -57,6 +57,15 @@ class Memory:
     run: str = ""
     pass_tokens: int = 0
 
+    @property
+    def status(self) -> float:
+        """One number for a tracker's own alert: 3 LOSING, 2 CONFLICT, 1 CLEAR, HOLDING or GAINING, 0 undetermined."""
+        if self.change.outcome.outcome == "losing":
+            return 3.0
+        if self.decision.verdict == "conflict":
+            return 2.0
+        return float(self.decision.verdict == "clear" or self.change.outcome.outcome in ("holding", "gaining"))
+
     def with_refresh(self, probe: ProbeGram, pool: int, step: int) -> Memory:
         """Add one refresh, which ends a streak of failures.
 

@@ -41,6 +41,15 @@ class ProbeGram:
         """Whether the samples are those of an earlier refresh."""
         return self.misses is not None
 
+    def share_weighted(self, k: int) -> float:
+        """Share of the prompts with a sample of non-zero pass@k advantage: 0 < c < n and n - c >= k - 1.
+
+        The leave-one-out weight W(c - 1) of a right sample is k C(n - c, k - 1)/C(n - 1, k - 1), 0 where fewer than
+        k - 1 samples are wrong. With n = k it takes c = 1.
+        """
+        n, c = self.num_samples, self.num_correct
+        return float(((c > 0) & (c < n) & (n - c >= k - 1)).double().mean())
+
     def keep(self, key: Hashable, make: Callable[[], T]) -> T:
         """The value of `make()`, computed at the first request for `key`.
 

@@ -69,6 +69,9 @@ class PassKObjective:
 
     def install(self) -> PassKObjective:
         """Take over the advantages. Raises GuardError when the trainer has a pass@k objective already."""
+        for callback in self._trainer.callback_handler.callbacks:
+            if getattr(callback, "waits", False) is True:  # a guard in `callbacks=[...]`, which nobody told its trainer
+                callback.bind(self._trainer)
         for patch in self._patches:
             patch.install()
         setattr(self._trainer, _INSTALLED, self)
@@ -132,6 +135,14 @@ class PassKObjective:
         return generate_and_score
 
 
+def too_few_samples(name: str, k: int) -> str:
+    """A warning where a setting of this name makes n = k samples of each prompt."""
+    return (
+        f"passk_guard: {name}={k} is k itself. A pass@{k} weight of {k} samples is non-zero only where exactly one of "
+        f"them is right, so that most prompts count for nothing. Use {name}={2 * k}."
+    )
+
+
 def _correct_completion_log(trainer: Any, advantages: Tensor) -> None:
     """Show the advantages that are used in the table of completions, where TRL has put its own by now."""
     log = getattr(trainer, "_logs", {}).get("advantages")
@@ -168,6 +179,8 @@ def _check_trainer(trainer: Any, k: int) -> None:
             f"Expected 1 <= k <= num_generations; found k={k}, num_generations={trainer.num_generations}. "
             "No unbiased pass@k gradient exists above it: raise `num_generations` or lower `k`."
         )
+    if 1 < k == trainer.num_generations:
+        logger.warning("%s", too_few_samples("num_generations", k))
     args = trainer.args
     scaling = getattr(args, "scale_rewards", "none")
     if scaling not in ("none", False):

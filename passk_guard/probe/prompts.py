@@ -7,7 +7,7 @@ import json
 import random
 import unicodedata
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from passk_guard.probe.samplers import Sampler
 
 Row = Mapping[str, Any]
+_OTHER_NAMES = ("question", "problem", "instruction", "query", "input", "messages", "text")
 _SHAPE = "a non-empty text or a list of chat messages with `role` and `content`"
 
 
@@ -124,13 +125,19 @@ class ProbeSet:
                     f"missing in {lacking} of {len(self)} (first row: {list(self.rows[0])}). Add it to the probe."
                 )
 
-    def overlap(self, training: Any) -> list[int] | None:
+    @property
+    def chats(self) -> bool:
+        """Whether the prompts are lists of messages."""
+        return not isinstance(self.rows[0]["prompt"], str)
+
+    def overlap(self, training: Any, render: Callable[[Any], Iterable[str]] = lambda messages: ()) -> list[int] | None:
         """Find the probe prompts that also occur among the training prompts, by `prompt_key`.
 
         The `prompt` column is read once, in batches, and no other column where the dataset allows it.
 
         Args:
             training: rows, or a dataset with a `prompt` column.
+            render: the texts that a list of messages may stand for, where one side has messages and the other texts.
 
         Returns:
             The indices in rising order, or None when it cannot be checked: a stream without a length, or no prompts.
@@ -139,8 +146,21 @@ class ProbeSet:
         if not hasattr(training, "__len__") or (columns is not None and "prompt" not in columns):
             return None
         index = {key: i for i, key in enumerate(self._keys)}
-        keys = (prompt_key(prompt) for prompt in _prompts(training) if _is_prompt(prompt))
-        return sorted({index[key] for key in keys if key in index})
+        if self.chats:
+            index |= {prompt_key(text): i for i, row in enumerate(self.rows) for text in render(row["prompt"])}
+        found = set()
+        for prompt in filter(_is_prompt, _prompts(training)):
+            texts = () if self.chats or isinstance(prompt, str) else render(prompt)
+            found |= {index[key] for key in map(prompt_key, (prompt, *texts)) if key in index}
+        return sorted(found)
+
+    def of_another_kind(self, training: Any) -> bool:
+        """Whether the first training prompt that can be read is a text where these are messages, or the reverse."""
+        try:
+            prompt = training[0]["prompt"]
+        except Exception:  # a stream, no rows, or no prompts
+            return False
+        return _is_prompt(prompt) and isinstance(prompt, str) == self.chats
 
     def draw(self, refresh: int, size: int, seed: int) -> list[int]:
         """Choose the prompts of one refresh, as a pure function of the arguments: resuming needs no state.
@@ -198,7 +218,11 @@ def _check_row(row: Any, where: str) -> None:
             'Pass {"prompt": text, ...}.'
         )
     if "prompt" not in row:
-        raise GuardError(f"Expected a `prompt` in every probe row; found only {list(row)} in {where}.")
+        likely = next((name for name in _OTHER_NAMES if name in row), "question")
+        raise GuardError(
+            f"Expected a `prompt` in every probe row; found only {list(row)} in {where}. Rename the column that is "
+            f"one, of a dataset by `dataset.rename_column({likely!r}, 'prompt')`."
+        )
     if not _is_prompt(row["prompt"]):
         raise GuardError(f"Expected `prompt` to be {_SHAPE}; found {brief(row['prompt'])} in {where}.")
 

@@ -35,6 +35,9 @@ class Verifier:
         threshold: rewards from here on count as correct; compared in float32, as TRL keeps rewards.
         timeout: seconds in which the samples of one refresh must be scored, see `TimeLimit`; None or 0 for no limit.
 
+    Attributes:
+        partial: the largest reward so far that is above 0 and counts as wrong, if there was one.
+
     Raises:
         GuardError: `function` is a reward model or not callable, or `threshold` is not a finite number.
     """
@@ -56,6 +59,7 @@ class Verifier:
         self.function = function
         self.threshold = float(threshold)
         self.name = one_line(_name(function))
+        self.partial: float | None = None
         self._limit = TimeLimit(timeout)
         self._accepted, self.required_columns = _read_signature(function)
 
@@ -93,6 +97,9 @@ class Verifier:
         known = ~values.isnan()
         correct = torch.where(known, (values >= self.threshold).to(torch.int8), torch.tensor(-1, dtype=torch.int8))
         best = values[known].max().item() if known.any() else None
+        between = values[(values > 0) & (values < self.threshold)]
+        if between.numel():
+            self.partial = max(self.partial or 0.0, between.max().item())
         return Outcomes(correct=correct, failures=failures, reason=reason, best_reward=best)
 
     def _call(self, rollouts: Rollouts, scored: list[int], trainer_state: Any) -> tuple[list[float], int, str | None]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,11 @@ class Journal:
         self._whole = False  # whether the file is known to end in a whole line
 
     def write(self, event: str, step: int, **fields: Any) -> None:
-        """Append one event; numbers that are not finite are written as null."""
+        """Append one event with the `time` (UTC); numbers that are not finite are written as null."""
         if self.path is None:
             return
-        line = json.dumps({"event": event, "step": step} | {k: _plain(v) for k, v in fields.items()})
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        line = json.dumps({"event": event, "step": step} | {k: _plain(v) for k, v in fields.items()} | {"time": now})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             refuse_links(self.path)

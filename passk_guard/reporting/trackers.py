@@ -1,14 +1,15 @@
-"""Alerts and pictures in the trackers of a run.
+"""Alerts, pictures and settings in the trackers of a run.
 
 Trackers are found where the run has them, never imported or started here. One that fails is only logged.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,12 +27,16 @@ logger = logging.getLogger(__name__)
 _BLUE, _VERMILLION, _GREY = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in (POSITIVE, NEGATIVE, UNDEFINED))
 
 
-def send_alert(title: str, text: str, trackers: Collection[str]) -> list[str]:
+Level = Literal["INFO", "WARN", "ERROR"]
+
+
+def send_alert(title: str, text: str, trackers: Collection[str], level: Level = "WARN") -> list[str]:
     """Raise an alert in wandb and trackio where the run reports to them.
 
     Args:
-        title: short, for a phone; text: the log line.
+        title: short, for a phone; text: the evidence and what to do.
         trackers: names in `TrainingArguments.report_to`.
+        level: ERROR for damage that is done, WARN for what may follow, INFO for an end of either.
 
     Returns:
         Names of the trackers that took it.
@@ -41,11 +46,32 @@ def send_alert(title: str, text: str, trackers: Collection[str]) -> list[str]:
         try:
             tracker = _running(name, trackers)
             if tracker is not None:
-                tracker.alert(title=title, text=text, level=tracker.AlertLevel.WARN)
+                tracker.alert(title=title, text=text, level=getattr(tracker.AlertLevel, level))
                 reached.append(name)
         except Exception as error:
             logger.warning("passk_guard: %s did not take the alert: %s", name, describe_error(error))
     return reached
+
+
+def show_settings(trainer: Any, settings: Mapping[str, Any]) -> None:
+    """Put the guard's settings into the config of the run in wandb and trackio, and beside it in TensorBoard."""
+    names = trainer.args.report_to or ()
+    for name in ("wandb", "trackio"):
+        try:
+            config = getattr(_running(name, names), "config", None)
+            if config is not None:
+                config.update({"passk_guard": dict(settings)}, allow_val_change=True)
+        except Exception as error:
+            logger.warning("passk_guard: %s did not take the settings: %s", name, describe_error(error))
+    writer = _tensorboard(trainer)
+    if writer is not None:
+        writer.add_text(PREFIX + "settings", json.dumps(settings, indent=2, default=str))
+
+
+def _tensorboard(trainer: Any) -> Any:
+    """The writer of transformers' TensorBoardCallback, which has one once the run has begun."""
+    callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", ())
+    return next((writer for c in callbacks if (writer := getattr(c, "tb_writer", None)) is not None), None)
 
 
 def _running(name: str, trackers: Collection[str]) -> Any:
@@ -146,9 +172,7 @@ class Images:
 
     def _trackers(self) -> dict[str, Any]:
         names = self._trainer.args.report_to or ()
-        callbacks = getattr(getattr(self._trainer, "callback_handler", None), "callbacks", ())
-        # transformers' TensorBoardCallback has a writer once the run has begun.
-        found = {"tensorboard": next((w for c in callbacks if (w := getattr(c, "tb_writer", None)) is not None), None)}
+        found = {"tensorboard": _tensorboard(self._trainer)}
         found |= {name: _running(name, names) for name in ("wandb", "trackio")}
         return {name: tracker for name, tracker in found.items() if tracker is not None}
 

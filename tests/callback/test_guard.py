@@ -198,7 +198,7 @@ def test_a_conflict_is_one_warning_one_state_line_and_one_alert(tmp_path, caplog
     trainer.args.report_to = ["trackio"]
     with caplog.at_level(logging.WARNING, logger="passk_guard"):
         trainer.train()
-    lines = [r.getMessage() for r in caplog.records if "CONFLICT" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if ": CONFLICT " in r.getMessage()]
     assert len(lines) == 1
     assert lines[0].startswith("passk_guard step 1: CONFLICT cos(pass@1, pass@8) = -")
     assert ", 95% CI [-" in lines[0]
@@ -207,7 +207,17 @@ def test_a_conflict_is_one_warning_one_state_line_and_one_alert(tmp_path, caplog
     states = [e for e in journal(tmp_path) if e["event"] == "state"]
     assert [(e["from"], e["to"]) for e in states] == [("undetermined", "conflict")]
     assert states[0]["message"] == lines[0]
-    assert calls == [{"title": "passk_guard: CONFLICT", "text": lines[0], "level": "warn"}]
+    (call,) = calls
+    assert (call["title"], call["level"]) == ("passk_guard: CONFLICT", "warn")
+    evidence, to_do, cost = call["text"].splitlines()
+    assert evidence == lines[0]
+    assert to_do.startswith("What to do: ")
+    assert 'mitigation="project"' in to_do
+    assert cost.startswith("WARN; ")
+    assert "s in the probe (" in cost
+    assert "arXiv 2602.21189" in cost
+    statuses = [row["passk_guard/status"] for row in trainer.state.log_history if "passk_guard/status" in row]
+    assert statuses == [0, 2, 2, 2, 2, 2]
     rows = [row for row in trainer.state.log_history if "passk_guard/conflict" in row]
     assert {row["passk_guard/conflict"] for row in rows} == {1.0}
     assert guard.estimate.status == "conflict"
@@ -272,7 +282,9 @@ def test_resuming_gives_the_verdicts_of_the_uninterrupted_run(tmp_path, rule, st
     second.train(resume_from_checkpoint=str(checkpoint))
 
     def numbers(folder):
-        return [{k: v for k, v in e.items() if k not in ("probe_seconds", "step_seconds")} for e in journal(folder)]
+        return [
+            {k: v for k, v in e.items() if k not in ("time", "probe_seconds", "step_seconds")} for e in journal(folder)
+        ]
 
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
     assert [e["event"] for e in journal(tmp_path / "whole")].count("state") == 1

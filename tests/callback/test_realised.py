@@ -345,7 +345,7 @@ def test_a_run_goes_on_with_the_window_of_its_checkpoint(tmp_path):
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert guard.memory.change == whole.memory.change
     again = windows(tmp_path / "whole")[len(before) :]
-    timed = {"probe_seconds"}
+    timed = {"time", "probe_seconds"}
     assert [{k: v for k, v in e.items() if k not in timed} for e in again] == [
         {k: v for k, v in e.items() if k not in timed} for e in before[1:]
     ]

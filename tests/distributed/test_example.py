@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("probe_seconds", "step_seconds", "mitigation_seconds")
+TIMES = ("time", "probe_seconds", "step_seconds", "mitigation_seconds")
 
 
 def free_port():

@@ -39,7 +39,7 @@ MODES = {
     "batch_reweight": BATCH | REWEIGHT,
 }
 """Settings of the guard; those of `PLANTED` have a probe in conflict, see `_tag`."""
-TIMES = ("probe_seconds", "step_seconds", "mitigation_seconds")
+TIMES = ("time", "probe_seconds", "step_seconds", "mitigation_seconds")
 STEPS = 10
 LULL = range(6, 9)
 """Steps at which a planted probe is not in conflict."""

@@ -218,7 +218,7 @@ def test_another_k_is_an_error(tmp_path):
 
 
 def test_a_cap_alone_is_warned_about(tmp_path, caplog):
-    trainer = grpo(tmp_path, max_steps=1)
+    trainer = grpo(tmp_path, max_steps=1, num_generations=8)
     PassKObjective(trainer, k=4, floor=0.5, cap=2.0)
     assert not caplog.records
     PassKObjective(trainer, k=4, cap=2.0)

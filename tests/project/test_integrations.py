@@ -17,7 +17,7 @@ import yaml
 from transformers import Trainer, TrainerCallback
 
 import passk_guard
-from passk_guard import GuardConfig, PassKGuardCallback, passk_advantages
+from passk_guard import PassKGuardCallback, passk_advantages
 from tests.helpers.tiny import digit_reward, probe_rows, tiny_grpo_trainer
 
 SMALL = {"probe_prompts": 10, "num_samples": 8, "sketch_dim": 512}  # over the defaults, which take a minute
@@ -42,7 +42,7 @@ def project(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_text(code)
         monkeypatch.delitem(sys.modules, name.removesuffix(".py").replace("/", "."), raising=False)
-    monkeypatch.setattr(passk_guard, "GuardConfig", partial(GuardConfig, **SMALL))
+    monkeypatch.setattr(passk_guard, "watch", partial(passk_guard.watch, **SMALL))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     write_probe(probe_rows())
@@ -92,7 +92,6 @@ def test_axolotl_plugin(project, monkeypatch):
 
     trainer = tiny_grpo_trainer(project / "out", reward_funcs=[accuracy], max_steps=1)
     for callback in plugin.add_callbacks_post_trainer(SimpleNamespace(**settings), trainer):
-        assert callback  # the builder drops what is false
         trainer.add_callback(callback)
     assert len(guards(trainer)) == 1
     trainer.train()
@@ -118,13 +117,8 @@ def test_swift_callback_waits_for_the_rewards(project, monkeypatch):
     trainer.train()
     assert refreshes(trainer)
     assert list(project.glob("out/checkpoint-1/passk_guard*")), "on_save reached the guard"
-
-
-def test_swift_callback_forwards_every_event_of_the_guard(project, monkeypatch):
-    stand_in(monkeypatch, "swift.callbacks", TrainerCallback=SwiftCallback, callbacks_map={})
-    adapter = importlib.import_module("passk_plugin").PassKGuard
-    events = {name for name in vars(PassKGuardCallback) if name.startswith("on_")}
-    assert events == {name for name in vars(adapter) if name.startswith("on_")}
+    trainer.train()
+    assert len(guards(trainer)) == 1
 
 
 def test_guarded_adds_the_guard_and_restores_the_class(project):
@@ -137,8 +131,7 @@ def test_guarded_adds_the_guard_and_restores_the_class(project):
 
     code = re.search(r"^<!-- run -->\n```python\n(.*?)^```", PAGE, flags=re.M | re.S)[1]
     guarded = importlib.import_module("guarded").guarded
-    small = partial(PassKGuardCallback, config=GuardConfig(**SMALL))
-    names = {"guarded": guarded, "PassKGuardCallback": small, "accuracy": accuracy}
+    names = {"guarded": guarded, "watch": passk_guard.watch, "accuracy": accuracy}
     exec(code, names | {"framework_main": framework_main})
     assert len(guards(trainers[0])) == 1
     assert refreshes(trainers[0])

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import passk_guard
-from passk_guard import PassKGuardCallback
 from passk_guard.config import Advanced, GuardConfig
 from passk_guard.reporting.log_rows import estimate_metrics
 from tests.helpers.tiny import digit_reward, probe_rows, tiny_grpo_trainer
@@ -29,7 +28,7 @@ def test_the_diff_of_a_users_loop_runs(tmp_path):
     added = [line[2:] for line in blocks("diff")[0].splitlines() if line.startswith("+ ")]
     trainer = tiny_grpo_trainer(tmp_path, max_steps=1)
     names = {"trainer": trainer, "held_out": probe_rows(), "accuracy": digit_reward}
-    exec("\n".join(added), names | {"PassKGuardCallback": PassKGuardCallback, "GuardConfig": GuardConfig})
+    exec("\n".join(added), names | {"passk_guard": passk_guard})
     trainer.train()
     assert any("passk_guard/pass_at_8" in row for row in trainer.state.log_history)
 
@@ -44,7 +43,7 @@ def test_metric_names_are_documented():
 
 def test_names_in_the_readme_exist():
     settings = "patience probe_prompts pool_refreshes num_samples failed_refresh_alert refresh_steps sketch_dim"
-    settings += " floor_gamma floor_max image_refreshes instruments group_by on_loss max_loss"
+    settings += " floor_gamma floor_max image_refreshes instruments group_by on_loss max_loss verbosity"
     for name in settings.split():
         assert re.search(rf"`{name}[`=]", README), name
         assert name in GuardConfig.__dataclass_fields__

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import types
+from datetime import datetime, timedelta
 
+import pytest
 import torch
 
 from passk_guard import ConflictEstimate
-from passk_guard.reporting import Journal, describe_estimate, estimate_metrics
+from passk_guard.reporting import Journal, Reporter, describe_estimate, estimate_metrics
+from passk_guard.reporting import reporter as reporter_module
 from passk_guard.reporting.log_rows import log_row, state_change
 
 COMMON = {"k": 8, "confidence": 0.95, "threshold": 0.0, "num_prompts": 192, "num_informative": 150, "num_refreshes": 3}
@@ -64,7 +68,9 @@ def test_the_journal_is_json_whatever_it_is_given(tmp_path):
     journal.write("failed_refresh", 4, reason='quote " and\nnewline')
     lines = (tmp_path / "deep" / "passk_guard.jsonl").read_text().splitlines()
     first, second = map(json.loads, lines)
-    assert first | {"d": 0} == {
+    assert datetime.fromisoformat(first["time"]).utcoffset() == timedelta(0)
+    assert first | {"d": 0, "time": ""} == {
+        "time": "",
         "event": "refresh",
         "step": 3,
         "a": None,
@@ -83,3 +89,36 @@ def test_a_verdict_that_the_two_sided_interval_does_not_explain_names_what_decid
     assert bound in state_change(10, "conflict", wide, "observe")
     narrow = dataclasses.replace(CONFLICT, ci_high=-0.05, reason=bound)
     assert bound not in state_change(10, "conflict", narrow, "observe")
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after", "expected"),
+    [
+        ("change", "undetermined", "conflict", "WARN CONFLICT"),
+        ("change", "conflict", "clear", "INFO CONFLICT is over, CLEAR"),
+        ("change", "undetermined", "clear", ""),
+        ("outcome", "holding", "losing", "ERROR LOSING"),
+        ("outcome", "losing", "undetermined", "INFO LOSING is over, UNDETERMINED"),
+        ("outcome", "undetermined", "gaining", ""),
+        ("outcome", "holding", "undetermined", ""),
+    ],
+)
+def test_alerts_worth_paging_for(kind, before, after, expected, tmp_path, monkeypatch):
+    sent, posted = [], []
+    monkeypatch.setattr(reporter_module, "send_alert", lambda title, text, _, level: sent.append((title, text, level)))
+    monkeypatch.setattr(reporter_module.Webhook, "send", lambda _, text: posted.append(text))
+    state = types.SimpleNamespace(global_step=0, is_world_process_zero=True)
+    args = types.SimpleNamespace(output_dir=str(tmp_path), report_to=[])
+    reporter = Reporter(types.SimpleNamespace(log=print, state=state, args=args), held_out=True)
+    if kind == "change":
+        reporter.change(5, CONFLICT, before=before, after=after, action="observe", advice="set `gamma`")
+    else:
+        reporter.outcome(5, before=before, after=after, message="pass@1 -0.1", advice="set `gamma`")
+    found = [f"{level} {title.removeprefix('passk_guard: ')}" for title, _, level in sent]
+    assert found == [expected] * bool(expected)
+    assert posted == [f"{title}\n{text}" for title, text, _ in sent]
+    if expected.startswith(("WARN", "ERROR")):
+        assert "\nWhat to do: set `gamma`\n" in sent[0][1]
+    state.is_world_process_zero = False
+    reporter.outcome(6, before="holding", after="losing", message="on another rank")
+    assert len(sent) == bool(expected)

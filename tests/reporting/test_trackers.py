@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from passk_guard import ConflictEstimate, ProbeGram
 from passk_guard.estimation.records import ConflictCurve
 from passk_guard.reporting import Reporter
-from passk_guard.reporting.trackers import Images, curve_figure, kernel_figure, send_alert
+from passk_guard.reporting.trackers import Images, curve_figure, kernel_figure, send_alert, show_settings
 
 VERMILLION, BLUE, NAN = "#d55e00", "#0072b2", float("nan")
 
@@ -95,7 +95,7 @@ def test_nothing_is_drawn_without_a_tracker(monkeypatch):
 
 def module(calls, **more):
     """A tracker that takes what it is given."""
-    level = types.SimpleNamespace(WARN="warn")
+    level = types.SimpleNamespace(INFO="info", WARN="warn", ERROR="error")
     common = {"Image": lambda array: array, "log": calls.append, "alert": lambda **kw: calls.append(kw)}
     return types.SimpleNamespace(**common | more, AlertLevel=level)
 
@@ -108,7 +108,20 @@ def test_alerts_go_where_the_run_reports(monkeypatch):
     assert send_alert("t", "x", ["wandb", "tensorboard"]) == ["wandb"]
     assert wandb == [{"title": "t", "text": "x", "level": "warn"}]
     assert trackio == []
-    assert send_alert("t", "x", ["wandb", "trackio"]) == ["wandb", "trackio"]
+    assert send_alert("t", "x", ["wandb", "trackio"], "ERROR") == ["wandb", "trackio"]
+    assert trackio == [{"title": "t", "text": "x", "level": "error"}]
+
+
+def test_the_config_of_a_run_has_the_settings(monkeypatch, caplog):
+    config = types.SimpleNamespace(taken=[])
+    config.update = lambda settings, **_: config.taken.append(settings)
+    monkeypatch.setitem(sys.modules, "wandb", module([], run=object(), config=config))
+    monkeypatch.setitem(sys.modules, "trackio", module([], config=object()))
+    texts = types.SimpleNamespace(add_text=lambda name, text: config.taken.append((name, text)))
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        show_settings(trainer(texts, ["wandb", "trackio"]), {"k": 8})
+    assert config.taken == [{"passk_guard": {"k": 8}}, ("passk_guard/settings", '{\n  "k": 8\n}')]
+    assert "trackio did not take the settings: AttributeError" in caplog.text
 
 
 def test_alerts_that_fail_are_logged(monkeypatch, caplog):

@@ -129,7 +129,9 @@ def test_a_log_line_an_alert_and_a_line_of_the_journal_are_one_line(payload, rep
         reporter.info(payload)
     assert all(record.getMessage().isprintable() for record in caplog.records)
     assert len(alerts) == 2
-    assert all(alert["title"].isprintable() and alert["text"].isprintable() for alert in alerts)
+    for alert in alerts:
+        evidence, cost = alert["text"].split("\n")
+        assert all(text.isprintable() for text in (alert["title"], evidence, cost))
     events = [json.loads(line) for line in (tmp_path / "passk_guard.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["failed_refresh"] * 2
     assert events[1]["reason"] == payload

@@ -14,6 +14,7 @@ from passk_guard.probe.samplers.protocol import Samples, refuse_misfits
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.isolation import attributes, sampling_mode
 from passk_guard.utils.private_api import is_trl, requires
+from passk_guard.utils.text import brief
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class TRLSampler:
         self.trainer = trainer
         self.on_progress = on_progress
         self._halvings = 0
-        _warn_of_truncated_sampling(trainer)
+        _check_sampling(trainer)
 
     @property
     def temperature(self) -> float:
@@ -158,14 +159,42 @@ def _refuse(trainer: Any) -> None:
             raise GuardError(f"Expected a trainer without `{name}` ({why}); found one. {_REMEDY}")
 
 
-def _warn_of_truncated_sampling(trainer: Any) -> None:
-    neutral = {"top_p": (None, 1.0), "top_k": (None, 0, -1), "min_p": (None, 0.0), "repetition_penalty": (None, 1.0)}
-    found = {n: getattr(trainer, n, None) for n in neutral if getattr(trainer, n, None) not in neutral[n]}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty"), (None, 1.0)),
+    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff"), (None, 0.0)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "min_new_tokens"), (None, 0)),
+    **dict.fromkeys(("suppress_tokens", "bad_words_ids", "bad_words", "logit_bias", "allowed_token_ids"), (None,)),
+    "top_k": (None, 0, -1),
+    "num_beams": (None, 1),
+    "do_sample": (None, True),
+    "min_tokens": (None, 0),
+}
+_STRUCTURED = ("vllm_structured_outputs_regex", "vllm_guided_decoding_regex")
+
+
+def _check_sampling(trainer: Any) -> None:
+    """Warn of what makes the policy sampled another than the softmax; refuse another temperature than the trainer's."""
+    given = dict(getattr(trainer.args, "generation_kwargs", None) or {})
+    temperature = given.get("temperature", trainer.temperature)
+    if temperature != trainer.temperature:
+        raise GuardError(
+            f"Expected the temperature in `temperature` of the trainer's arguments, at which scores are taken; found "
+            f"{temperature} in `generation_kwargs` and {trainer.temperature} there. Set `temperature={temperature}` "
+            "there and take it out of `generation_kwargs`."
+        )
+    # transformers fills what the trainer does not set from the model's own generation config; vLLM does not read it.
+    model = None if trainer.use_vllm else trainer.accelerator.unwrap_model(trainer.model)
+    defaults = getattr(model, "generation_config", None)
+    found = {name: given.get(name, getattr(trainer, name, getattr(defaults, name, None))) for name in _NEUTRAL}
+    found = {name: value for name, value in found.items() if value not in _NEUTRAL[name]}
+    found |= {name: value for name in _STRUCTURED if (value := getattr(trainer.args, name, None)) is not None}
+    if "structured_outputs" in given:
+        found["structured_outputs"] = given["structured_outputs"]
     if found:
         logger.warning(
             "passk_guard: the trainer samples with %s. Score vectors are taken of the whole softmax, so the "
             "conflict is measured for a policy that differs from the one sampled; set them to their neutral values.",
-            ", ".join(f"{name}={value}" for name, value in found.items()),
+            ", ".join(f"{name}={brief(value)}" for name, value in found.items()),
         )
 
 
