@@ -133,8 +133,8 @@ class SharedPrompts:
         """Try two random completions behind one prompt: their scores are those of each alone, and not of one text.
 
         The error is compared with the difference that a neighbour makes to a completion. On random Qwen2 models of 12
-        layers it is up to 2e-6 of that in float32 and 0.013 in bf16. Where a random Llama of two layers ignores the mask
-        it is 0.5, the positions 0.4; with weights of 0.02 in place of 0.3, where neither does much, 0.17 and 0.001.
+        layers it is up to 2e-6 of that in float32 and 0.013 in bf16. Where a random Llama of two layers ignores the
+        mask it is 0.5, the positions 0.4; with weights of 0.02 for 0.3, where neither does much, 0.17 and 0.001.
         """
         before, size = _TRIED
         if self._vocabulary is None or (self._context is not None and self._context < before + 2 * size):
