@@ -109,7 +109,8 @@ ESTIMATE = ConflictEstimate(
 )
 def test_the_next_setting_to_change(informative, available, words):
     estimate = dataclasses.replace(ESTIMATE, num_informative=informative)
-    line = speech.cannot_tell(10, GuardConfig(), estimate.reason, estimate, available)
+    source = SimpleNamespace(probe=range(available), size=64) if available else None
+    line = speech.cannot_tell(10, GuardConfig(), estimate.reason, estimate, source)
     assert line == f"passk_guard step 10: the angle is UNDETERMINED: wide; next: {words}"
 
 
