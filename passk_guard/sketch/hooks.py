@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from passk_guard.sketch.accumulator import Accumulator
 from passk_guard.sketch.layers import CONTRIBUTIONS, Use, by_sample, scales_normalised_input
+from passk_guard.sketch.replay import Replay, Replays
 
 
 class _Keep(torch.autograd.Function):
@@ -39,15 +40,23 @@ class Tap:
     """The hooks of one pass, and their observations.
 
     Attributes:
-        checked: norms whose formula has held once, shared by all passes, since a check makes a GPU wait.
+        checked: norms whose formula has held once, and replayed modules whose second forward has agreed, shared by all
+            passes, since a check makes a GPU wait.
         seen: positions in `uses` of the modules whose output gradient arrived.
         missed: names of parameters whose module was called on something that is not the batch.
     """
 
     def __init__(
-        self, uses: Sequence[Use], accumulator: Accumulator, batch: int, width: int, checked: set[nn.Module]
+        self,
+        uses: Sequence[Use],
+        replays: Sequence[Replay],
+        accumulator: Accumulator,
+        batch: int,
+        width: int,
+        checked: set[nn.Module],
     ) -> None:
         self.uses, self.accumulator, self.checked = uses, accumulator, checked
+        self.replays = Replays(replays, accumulator, batch, width, checked)
         self.batch, self.width = batch, width
         self.seen: set[int] = set()
         self.missed: set[str] = set()
@@ -55,7 +64,7 @@ class Tap:
     def unseen(self) -> set[str]:
         """Names of parameters to which at least one covered module contributed nothing in this pass."""
         silent = {name for i, use in enumerate(self.uses) if i not in self.seen for name in _names(use)}
-        return silent | self.missed
+        return silent | self.missed | self.replays.unseen()
 
     def on_forward(self, index: int, x: Tensor, output: Tensor) -> None:
         """Keep the factor that comes from the input until the gradient of the output arrives."""
@@ -104,7 +113,8 @@ def tapped(model: nn.Module, tap: Tap, besides: nn.Module | None = None) -> Iter
 
     def listen(index: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            if not torch.is_grad_enabled():  # the first forward of reentrant checkpointing
+            # The first forward of reentrant checkpointing, or a module that runs again.
+            if not torch.is_grad_enabled() or tap.replays.running:
                 return None
             output = _into_graph(output)
             with _plain_arithmetic(output):
@@ -124,6 +134,7 @@ def tapped(model: nn.Module, tap: Tap, besides: nn.Module | None = None) -> Iter
                 tap.seen.add(index)
                 continue
             handles.append(use.module.register_forward_hook(listen(index), with_kwargs=True))
+        handles += tap.replays.hooks(_keep)
         yield
     finally:
         for handle in handles:

@@ -15,7 +15,7 @@ from passk_guard.sketch.accumulator import (
     Projections,
     lay_out,
 )
-from passk_guard.sketch.backward import score_pass
+from passk_guard.sketch.backward import score_pass, unused
 from passk_guard.sketch.batches import TokenBatch, check_batch, check_dim, check_log_probs, check_prompts
 from passk_guard.sketch.coverage import Coverage, find_sketched_parameters, warn_if_low, warn_missed
 from passk_guard.sketch.kronecker import KroneckerAccumulator
@@ -64,8 +64,7 @@ class ScoreSketcher:
         self.model, self.method = model, method
         self._find_parameters()
         self._asked_dim = dim
-        self._missed: set[str] = set()
-        self._checked_norms: set[nn.Module] = set()
+        self._checked: set[nn.Module] = set()
         self.reseed(seed)
         warn_if_low(self.coverage, self._parameters.sizes)
 
@@ -125,26 +124,58 @@ class ScoreSketcher:
         if self._parameters.trainable != {id(p) for p in self.model.parameters() if p.requires_grad}:
             self._find_parameters()
             self._projections = Projections(self.seed)
+        self.settle(input_ids.device)
         device = input_ids.device
         order = slots.argsort(stable=True)  # makes the samples of a slot neighbours
         layout = lay_out(slots[order].to(device))
         order = order.to(device)
         completion = completion_mask.to(device).bool()[order]
         batch = TokenBatch(input_ids[order], attention_mask.to(device)[order], completion, layout.slots)
-        found = self._pass(layout, batch, num_slots, temperature)
-        if found is None:  # the closed form does not apply to this model
-            self._closed = False
-            found = self._pass(layout, batch, num_slots, temperature)
-        assert found is not None
-        sketch, log_p, unseen = found
+        sketch, log_p, unseen = self._sketched(layout, batch, num_slots, temperature)
         log_p = log_p[order.argsort()]
         _check_finite(sketch, log_p)
         if log_probs is not None:
             log_probs.copy_(log_p)
+        self._note_missed(unseen - self._idle)
+        return sketch
+
+    def settle(self, device: torch.device) -> None:
+        """Find out in a short pass which parameters are sketched, and how; once, and before the first sketch.
+
+        Where the formula of a module does not hold, or the module is bypassed, it runs again instead, or the module
+        around it does (`replay.py`). What then still gets no gradient is not covered, and a warning names it. The pass
+        is the same on all ranks: two samples of eight tokens.
+
+        Args:
+            device: of the tokens.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        batch, layout = self._short_batch(device), lay_out(torch.arange(2, device=device))
+        levels: dict[nn.Module, int] = {}
+        while True:
+            unseen = self._sketched(layout, batch, 2, 1.0)[2]
+            if not levels:
+                self._idle = unused(self.model, unseen, batch)
+            unseen -= self._idle
+            holders = [h for h in self._parameters.holders if h.names & unseen and h.level < h.stages]
+            if not holders:
+                break
+            levels |= {holder.module: holder.level + 1 for holder in holders}
+            self._parameters = find_sketched_parameters(self.model, levels)
+        self._note_missed(unseen)
+
+    def _short_batch(self, device: torch.device) -> TokenBatch:
+        tables = [m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding)]
+        ids = torch.arange(16, device=device).remainder(max(tables, default=16)).view(2, 8)
+        mask = torch.ones_like(ids)
+        return TokenBatch(ids, mask, mask.cumsum(1) > 3, torch.arange(2, device=device))
+
+    def _note_missed(self, unseen: set[str]) -> None:
         if unseen and not self._missed:
             warn_missed(unseen, self._parameters.sizes)
         self._missed |= unseen
-        return sketch
 
     def prompt_scores(
         self,
@@ -180,7 +211,18 @@ class ScoreSketcher:
 
     def _find_parameters(self) -> None:
         self._parameters = find_sketched_parameters(self.model)
+        self._settled, self._idle, self._missed = False, set[str](), set[str]()
         self._closed = self._parameters.head is not None  # until a pass shows that the closed form does not apply
+
+    def _sketched(
+        self, layout: Layout, batch: TokenBatch, num_slots: int, temperature: float
+    ) -> tuple[Tensor, Tensor, set[str]]:
+        found = self._pass(layout, batch, num_slots, temperature)
+        if found is None:  # the closed form does not apply to this model
+            self._closed = False
+            found = self._pass(layout, batch, num_slots, temperature)
+        assert found is not None
+        return found
 
     def _pass(
         self, layout: Layout, batch: TokenBatch, num_slots: int, temperature: float
@@ -190,8 +232,8 @@ class ScoreSketcher:
         dtype = torch.float64 if double else torch.float32
         rows = torch.zeros(len(layout.groups), self.dim, dtype=dtype, device=layout.slots.device)
         into = _ACCUMULATORS[self.method](rows, layout, self._parameters.shapes, self._projections)
-        model, norms = self.model, self._checked_norms
-        scored = score_pass(model, self._parameters, into, norms, batch, temperature, self._closed)
+        model, checked = self.model, self._checked
+        scored = score_pass(model, self._parameters, into, checked, batch, temperature, self._closed)
         if scored is None:
             return None
         sketch = rows.new_zeros(num_slots, self.dim)
