@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ class _Absent(Exception):
     """The installed transformers has no such model, or it needs a library that is not there."""
 
 
-def causal_lm(model_type: str, experts: str = "eager", **overrides: Any) -> Any:
-    """A tiny random model of that type in float64, every parameter away from its initial value."""
+def causal_lm(model_type: str, experts: str = "eager", dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
+    """A tiny random model of that type, every parameter away from its initial value."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -92,7 +93,7 @@ def causal_lm(model_type: str, experts: str = "eager", **overrides: Any) -> Any:
     config = kind(**{name: value for name, value in TINY.items() if name in known} | mla | overrides)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
         _perturb(model)
     if hasattr(model, "set_experts_implementation"):  # grouped_mm, the default, takes no float64
         model.set_experts_implementation(experts)
@@ -118,7 +119,35 @@ def adapted(kind: str, model_type: str = "qwen2", **settings: Any) -> Any:
 
 
 ATTENTION = ["q_proj", "v_proj"]
-FAMILIES: dict[str, Callable[[], Any]] = {}
+DELTA_NET = {f"linear_{which}": size for which, size in (("num_key_heads", 2), ("num_value_heads", 2))}
+DELTA_NET |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+PLAIN = """
+    apertus arcee bart bert biogpt bitnet bloom cohere cohere2 cpmant cwm ernie4_5 exaone4 falcon gemma gemma2
+    gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neox gptj granite helium llama minicpm3 ministral mistral
+    modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 openai-gpt opt persimmon phi phi3 qwen2 qwen3 seed_oss
+    smollm3 stablelm starcoder2
+"""
+EXPERTS = """
+    afmoe aria_text cohere2_moe deepseek_v2 deepseek_v3 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe gpt_oss
+    granitemoe granitemoeshared hunyuan_v1_moe jetmoe llama4_text longcat_flash minimax minimax_m2 mixtral olmoe phimoe
+    qwen2_moe qwen3_moe
+"""
+RECURRENT = "falcon_mamba jamba lfm2 mamba recurrent_gemma rwkv"
+FAMILIES: dict[str, Callable[[], Any]] = {
+    **{name: partial(causal_lm, name) for name in (PLAIN + EXPERTS + RECURRENT).split()},
+    "qwen3_next": partial(causal_lm, "qwen3_next", **DELTA_NET),
+    "mamba2": partial(causal_lm, "mamba2", num_heads=4, head_dim=8, state_size=8, n_groups=1, chunk_size=8),
+    "mixtral, batched_mm": partial(causal_lm, "mixtral", experts="batched_mm"),
+    "mixtral, grouped_mm, float32": partial(causal_lm, "mixtral", experts="grouped_mm", dtype=torch.float32),
+    "qwen2 + LoRA": partial(adapted, "LoraConfig", r=2, target_modules=ATTENTION),
+    "qwen2 + DoRA": partial(adapted, "LoraConfig", r=2, target_modules=ATTENTION, use_dora=True),
+    "qwen2 + IA3": partial(
+        adapted, "IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "mixtral + LoRA on experts": partial(
+        adapted, "LoraConfig", "mixtral", r=2, target_modules=ATTENTION, target_parameters=["mlp.experts.down_proj"]
+    ),
+}
 
 
 def _batch() -> dict[str, Tensor]:
@@ -145,7 +174,9 @@ def exact(model: Any, batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         log_p = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
         model.zero_grad()
         log_p[counted[1:]].sum().backward()
-        yield {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad}
+        yield {
+            n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad
+        }
 
 
 def measure(name: str, make: Callable[[], Any]) -> Row:
@@ -196,7 +227,9 @@ def main(names: list[str]) -> int:
     measured = [row for row in rows if row.error is not None]
     full = sum(row.covered == 1 for row in measured)
     wrong = [row.name for row in measured if row.silent]
-    print(f"\n{len(measured)} families measured, {full} covered in full, {len(wrong)} wrong without a word {wrong or ''}")
+    print(
+        f"\n{len(measured)} families measured, {full} covered in full, {len(wrong)} wrong without a word {wrong or ''}"
+    )
     return 1 if wrong else 0
 
 

@@ -275,6 +275,8 @@ class Job:
         with bar(f"sketching, {what}", self.shown) as advance:
             sketcher = SketchWithBar(self.model, chosen.sketch_dim, chosen.sketch_method, chosen.seed, advance)
             refresher = Refresher(sketcher, self.ranks, chosen.k, chosen.max_tokens, padding_token(self.tokenizer))
+            self.ranks.together(lambda: sketcher.settle(self.ranks.device))
+            sketcher.require_coverage()
             sketcher.expect(rollouts, outcomes)
             refresh = refresher.run(lambda: (rollouts, outcomes), range(len(self.prompts)), chosen.seed)
         seen = sketcher.coverage

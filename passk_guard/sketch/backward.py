@@ -36,7 +36,7 @@ def score_pass(
     Args:
         model: the language model. parameters: of that model.
         accumulator: empty, laid out for the batch.
-        checked: modules whose check has held before.
+        checked: norms whose formula has held before.
         batch: samples sorted by slot, with a bool completion mask.
         temperature: of the sampling.
         closed: whether the closed form replaces the head. Whether that applies depends on the code of the model

@@ -163,10 +163,22 @@ def warn_if_low(coverage: Coverage, sizes: Mapping[str, int]) -> None:
     if coverage.share < WARN_BELOW:
         warnings.warn(
             f"The sketch covers {coverage.share:.1%} of the trainable parameters; inner products of score "
-            f"vectors miss the rest. Not covered: {_listed(coverage.uncovered, sizes)}. Covered are nn.Linear, "
-            "Conv1D, nn.Embedding, LayerNorm and RMSNorm, each called as a module.",
+            f"vectors miss the rest. Not covered: {_listed(coverage.uncovered, sizes)}. Covered is what a module "
+            "computes that is called on the batch, is not the whole model, and keeps its weights for the backward, "
+            "which ZeRO-3 does for linear layers, embeddings and norms only.",
             UserWarning,
             stacklevel=3,
+        )
+
+
+def refuse_if_low(coverage: Coverage, sizes: Mapping[str, int]) -> None:
+    """Raise GuardError when less than 80% of the trainable scalars are covered: too few for a cosine."""
+    if coverage.share < REFUSE_BELOW:
+        raise GuardError(
+            f"Expected a sketch of at least {REFUSE_BELOW:.0%} of the trainable parameters; found "
+            f"{coverage.share:.1%}. Not covered: {_listed(coverage.uncovered, sizes)}. Switch off kernels that bypass "
+            "modules, use ZeRO-2 or FSDP2 in place of ZeRO-3, train adapters on the covered layers, or pass "
+            "GuardConfig(instruments='change'), which needs no sketch."
         )
 
 

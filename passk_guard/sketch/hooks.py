@@ -40,8 +40,7 @@ class Tap:
     """The hooks of one pass, and their observations.
 
     Attributes:
-        checked: norms whose formula has held once, and replayed modules whose second forward has agreed, shared by all
-            passes, since a check makes a GPU wait.
+        checked: norms whose formula has held once, shared by all passes, since a check makes a GPU wait.
         seen: positions in `uses` of the modules whose output gradient arrived.
         missed: names of parameters whose module was called on something that is not the batch.
     """
@@ -56,7 +55,7 @@ class Tap:
         checked: set[nn.Module],
     ) -> None:
         self.uses, self.accumulator, self.checked = uses, accumulator, checked
-        self.replays = Replays(replays, accumulator, batch, width, checked)
+        self.replays = Replays(replays, accumulator, batch, width)
         self.batch, self.width = batch, width
         self.seen: set[int] = set()
         self.missed: set[str] = set()

@@ -1,10 +1,10 @@
 """Modules whose parameters no formula covers: their forward runs again for each group, and autograd does the rest.
 
 Fused experts, routers, gated norms and adapters' scales compute with parameters of their own. With the samples of one
-group as input, and the gradient of the output from the pass, autograd gives that group's gradient whatever they compute.
-It holds if a sample's output depends on that sample's input alone, which is checked: the second forward of a group must
-return what the pass returned. The weights must be there in the backward, so that ZeRO-3, which releases them, is left
-out.
+group as input, and the gradient of the output from the pass, autograd gives that group's gradient, whatever they
+compute. It holds if a sample's output depends on that sample's input alone, which is checked: the second forward of a
+group must return what the pass returned. The weights must be there in the backward, so that ZeRO-3, which releases
+them, is left out.
 """
 
 from __future__ import annotations
@@ -25,28 +25,31 @@ from passk_guard.sketch.accumulator import Accumulator
 Keep = Callable[..., Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Replay:
     """A module whose forward is run again.
 
     Attributes:
-        module: below the model itself, and without the head in it.
+        module: a part of the model, one of its `stages`.
         names: path of a trainable parameter in the module -> the name under which it is sketched.
+        agreed: whether a second forward has returned what the first one did. A check makes a GPU wait, so one is made.
     """
 
     module: nn.Module
     names: dict[str, str] = field(default_factory=dict)
+    agreed: bool = False
 
 
 def stages(path: str, modules: Mapping[str, nn.Module], head: nn.Module | None) -> list[str]:
     """Paths of the modules that can be replayed for the parameters of module `path`: itself first, then those around.
 
-    The model itself is not among them, nor what holds the head: their output is not a tensor of the pass.
+    What holds the head or looks up tokens is not among them: the model itself, which would run again as a whole.
     """
     found = []
     while path:
         module = modules[path]
-        if head is not None and any(inner is head for inner in module.modules()):
+        inside = [inner for name, inner in module.named_modules() if name]
+        if head is module or any(inner is head or isinstance(inner, nn.Embedding) for inner in inside):
             break
         if type(module).forward is not nn.Module.forward:  # containers of modules or parameters have none
             found.append(path)
@@ -61,7 +64,6 @@ class Replays:
         replays: of the model.
         accumulator: of the batch.
         batch, width: B and T.
-        checked: modules whose second forward has agreed with the first; shared by all passes.
 
     Attributes:
         running: while a module runs again, when no hook of the pass may act.
@@ -69,15 +71,12 @@ class Replays:
         missed: names of the parameters of modules whose samples cannot be told apart.
     """
 
-    def __init__(
-        self, replays: Sequence[Replay], accumulator: Accumulator, batch: int, width: int, checked: set[nn.Module]
-    ) -> None:
+    def __init__(self, replays: Sequence[Replay], accumulator: Accumulator, batch: int, width: int) -> None:
         self._replays, self._accumulator = replays, accumulator
         self._batch, self._width = batch, width
-        self._checked = checked
         # Fixed for the pass: checkpointing asks for the same saved tensors in the recomputation. With B = T a
         # sequence-first module looks like a batch-first one, so that an earlier check says nothing.
-        self._unchecked = {r.module for r in replays if r.module not in checked or batch == width}
+        self._unchecked = {r.module for r in replays if not r.agreed or batch == width}
         self.running = False
         self.seen: set[str] = set()
         self.missed: set[str] = set()
@@ -147,8 +146,7 @@ class Replays:
             if len(outputs) != len(deltas) or (checks and not all(_agree(outputs[i], part(expected[i])) for i in used)):
                 self.missed.update(names)
                 return
-            if checks:
-                self._checked.add(replay.module)
+            replay.agreed |= checks
             pairs = [(outputs[i], part(x)) for i, x in enumerate(deltas) if x is not None and outputs[i].requires_grad]
             if not pairs:
                 continue
@@ -209,7 +207,8 @@ def _gradients(pairs: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor])
 def _agree(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape:
         return False
-    tolerance = torch.finfo(found.dtype).eps ** 0.5
+    # A model in float64 may compute in float32 inside.
+    tolerance = max(torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
     return bool((found.detach() - expected).norm() <= tolerance * expected.norm())
 
 
@@ -236,8 +235,8 @@ def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
         items = [_mapped(change, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        items = {key: _mapped(change, item) for key, item in value.items()}
-        return items if type(value) is dict else type(value)(**items)
+        named = {key: _mapped(change, item) for key, item in value.items()}
+        return named if type(value) is dict else type(value)(**named)
     return value
 
 

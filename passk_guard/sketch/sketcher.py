@@ -17,7 +17,14 @@ from passk_guard.sketch.accumulator import (
 )
 from passk_guard.sketch.backward import score_pass, unused
 from passk_guard.sketch.batches import TokenBatch, check_batch, check_dim, check_log_probs, check_prompts
-from passk_guard.sketch.coverage import Coverage, find_sketched_parameters, warn_if_low, warn_missed
+from passk_guard.sketch.coverage import (
+    Coverage,
+    SketchedParameters,
+    find_sketched_parameters,
+    refuse_if_low,
+    warn_if_low,
+    warn_missed,
+)
 from passk_guard.sketch.kronecker import KroneckerAccumulator
 from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.text import first_of
@@ -56,6 +63,11 @@ class ScoreSketcher:
         GuardError: the model has no trainable parameter, `method` is unknown, or `dim` does not suit it.
     """
 
+    _parameters: SketchedParameters
+    _settled: bool
+    _idle: set[str]
+    _missed: set[str]
+
     def __init__(self, model: nn.Module, dim: int = 16384, method: Method = "kronecker", seed: int = 0) -> None:
         if method not in get_args(Method):
             raise GuardError(f"Expected `method` in {get_args(Method)}; found {method!r}. Pass one of them.")
@@ -64,7 +76,7 @@ class ScoreSketcher:
         self.model, self.method = model, method
         self._find_parameters()
         self._asked_dim = dim
-        self._checked: set[nn.Module] = set()
+        self._checked_norms: set[nn.Module] = set()
         self.reseed(seed)
         warn_if_low(self.coverage, self._parameters.sizes)
 
@@ -77,6 +89,10 @@ class ScoreSketcher:
     def coverage(self) -> Coverage:
         """Share of the trainable parameters that the sketch sees, as far as the passes so far have shown."""
         return self._parameters.coverage(self._missed)
+
+    def require_coverage(self) -> None:
+        """Raise GuardError, naming the parameters, when the sketch sees less than 80% of them; after `settle`."""
+        refuse_if_low(self.coverage, self._parameters.sizes)
 
     def reseed(self, seed: int) -> None:
         """Sample new projections. An average over refreshes then averages the sketch error as well.
@@ -211,7 +227,9 @@ class ScoreSketcher:
 
     def _find_parameters(self) -> None:
         self._parameters = find_sketched_parameters(self.model)
-        self._settled, self._idle, self._missed = False, set[str](), set[str]()
+        self._settled = False
+        self._idle = set()
+        self._missed = set()
         self._closed = self._parameters.head is not None  # until a pass shows that the closed form does not apply
 
     def _sketched(
@@ -232,8 +250,8 @@ class ScoreSketcher:
         dtype = torch.float64 if double else torch.float32
         rows = torch.zeros(len(layout.groups), self.dim, dtype=dtype, device=layout.slots.device)
         into = _ACCUMULATORS[self.method](rows, layout, self._parameters.shapes, self._projections)
-        model, checked = self.model, self._checked
-        scored = score_pass(model, self._parameters, into, checked, batch, temperature, self._closed)
+        model, norms = self.model, self._checked_norms
+        scored = score_pass(model, self._parameters, into, norms, batch, temperature, self._closed)
         if scored is None:
             return None
         sketch = rows.new_zeros(num_slots, self.dim)

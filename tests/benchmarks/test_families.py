@@ -1,0 +1,54 @@
+"""Families whose parameters no formula covers, against autograd; `python -m benchmarks.families` prints all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import families
+
+HARD = ["mixtral", "mixtral, batched_mm", "mixtral, grouped_mm, float32", "qwen3_moe", "deepseek_v3", "falcon", "opt"]
+HARD += ["mamba2", "bart", "qwen2 + LoRA", "qwen2 + DoRA", "qwen2 + IA3", "mixtral + LoRA on experts"]
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_covered_in_full_and_as_autograd_says(name):
+    row = families.measure(name, families.FAMILIES[name])
+    if row.covered is None:
+        pytest.skip(row.remark)  # the oldest transformers and peft lack some
+    assert (row.covered, row.remark) == (1.0, "")
+    assert row.error <= families.TOLERANCE
+
+
+class MixesSamples(torch.nn.Module):
+    """Scales by its own weight, with the mean over the batch: no sample has a gradient of its own."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(width, dtype=torch.float64))
+
+    def forward(self, x):
+        return x + x.mean(0, keepdim=True) * self.scale
+
+
+def test_a_wrong_number_is_never_silent(monkeypatch, capsys):
+    """What mixes samples is not covered; a wrong gradient ends the script with an error."""
+
+    def mixing():
+        model = families.causal_lm("llama")
+        model.model.norm = torch.nn.Sequential(model.model.norm, MixesSamples(16))
+        return model
+
+    assert "model.norm.scale" in families.measure("mixing", mixing).remark
+    monkeypatch.setattr(families, "FAMILIES", {"llama": families.FAMILIES["llama"]})
+    assert families.main([]) == 0
+    monkeypatch.setattr("passk_guard.sketch.layers.normalised_input", lambda module, x: x)
+    monkeypatch.setattr("passk_guard.sketch.hooks.scales_normalised_input", lambda *_: True)
+    assert families.main([]) == 1
+    assert "WRONG: model." in capsys.readouterr().out
+
+
+def test_the_table_in_the_docs_has_all_rows():
+    text = (Path(families.__file__).parent / "README.md").read_text()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
+    assert set(families.FAMILIES) <= set(rows)
