@@ -190,13 +190,14 @@ def measure(name: str, make: Callable[[], Any]) -> Row:
     from passk_guard.sketch import ScoreSketcher
     from passk_guard.utils.errors import GuardError
 
+    batch = _batch()
     try:
         model = make()
+        expected = list(exact(model, batch))
     except _Absent as error:
         return Row(name, None, None, str(error))
     except Exception as error:  # a library is missing, or this transformers wants other fields
-        return Row(name, None, None, f"not built: {first_line(str(error))}")
-    batch = _batch()
+        return Row(name, None, None, f"does not run: {first_line(str(error))}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they would say is in the row
         try:
@@ -205,7 +206,7 @@ def measure(name: str, make: Callable[[], Any]) -> Row:
         except GuardError as error:
             return Row(name, None, None, f"refused: {first_line(str(error))}")
     coverage, worst = sketcher.coverage, (0.0, "")
-    for row, gradients in zip(rows, exact(model, batch), strict=True):
+    for row, gradients in zip(rows, expected, strict=True):
         least = 1e-3 * float(torch.cat([g.flatten() for g in gradients.values()]).norm())
         parts = row.split([g.numel() for g in gradients.values()])
         for (parameter, gradient), part in zip(gradients.items(), parts, strict=True):

@@ -56,13 +56,13 @@ class Holder:
     Attributes:
         module: the module.
         names: of those parameters.
-        stages: how many modules could be replayed for them: itself and those around it.
-        level: which of them is; `FORMULA` where none is needed, `stages` where all have failed.
+        stages: the modules that could be replayed for them: itself and those around it.
+        level: which of them is; `FORMULA` where none is needed, their number where all have failed.
     """
 
     module: nn.Module
     names: frozenset[str]
-    stages: int
+    stages: tuple[nn.Module, ...]
     level: int
 
 
@@ -133,7 +133,8 @@ def find_sketched_parameters(model: nn.Module, levels: Mapping[nn.Module, int] |
         weight, bias = (trainable.get(id(own.get(key))) for key in ("weight", "bias"))
         kind = kind_of(module) if weight or bias else None
         level = (levels or {}).get(module, 0 if kind is None else FORMULA)
-        holders.append(Holder(module, frozenset(trainable[id(p)] for p in own.values()), len(around), level))
+        names_held = frozenset(trainable[id(p)] for p in own.values())
+        holders.append(Holder(module, names_held, tuple(modules[outer] for outer in around), level))
         if 0 <= level < len(around):
             outer = modules[around[level]]
             names = replays.setdefault(outer, Replay(outer)).names

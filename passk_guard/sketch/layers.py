@@ -68,8 +68,11 @@ def _is_plain_embedding(module: nn.Embedding) -> bool:
 
 
 def by_sample(x: Tensor, batch: int, width: int) -> Tensor | None:
-    """x [B, ..., d] or flattened [B T, d] as [B, tokens, d]; None where samples cannot be told apart."""
-    if batch == 1 or (x.dim() > 1 and x.shape[0] == batch):
+    """x [B, ..., d] or flattened [B T, d] as [B, tokens, d]; None where samples cannot be told apart.
+
+    [B, d] may be B tokens of any samples that a router has sent to an expert.
+    """
+    if batch == 1 or (x.dim() > 2 and x.shape[0] == batch):
         return x.reshape(batch, -1, x.shape[-1])
     if x.dim() == 2 and x.shape[0] == batch * width:
         return x.reshape(batch, width, -1)

@@ -77,13 +77,14 @@ class Replays:
         # Fixed for the pass: checkpointing asks for the same saved tensors in the recomputation. With B = T a
         # sequence-first module looks like a batch-first one, so that an earlier check says nothing.
         self._unchecked = {r.module for r in replays if not r.agreed or batch == width}
+        self._new = [r for r in replays if not r.agreed]
         self.running = False
         self.seen: set[str] = set()
         self.missed: set[str] = set()
 
     def unseen(self) -> set[str]:
-        """Names of parameters of which some gradient did not arrive."""
-        return {name for replay in self._replays for name in replay.names.values()} - self.seen | self.missed
+        """Names of parameters whose gradient did not arrive. Once it has, none later on means that it is zero."""
+        return {name for replay in self._new for name in replay.names.values()} - self.seen | self.missed
 
     def hooks(self, keep: Keep) -> list[Any]:
         """Install a forward hook on every module; `keep` saves tensors for the backward. Returns the handles."""
@@ -141,7 +142,7 @@ class Replays:
                     raise
                 outputs = []  # it does not take a part of the batch
             used = [i for i, x in enumerate(deltas) if x is not None]
-            if not whole and not all(self._is_apart(x) for x in deltas if x is not None):
+            if not whole and not all(self._is_apart(x, least=3) for x in deltas if x is not None):
                 outputs = []
             if len(outputs) != len(deltas) or (checks and not all(_agree(outputs[i], part(expected[i])) for i in used)):
                 self.missed.update(names)
@@ -163,8 +164,10 @@ class Replays:
             return x.expand(self._batch, -1, -1)
         return x
 
-    def _is_apart(self, x: Tensor) -> bool:
-        return x.dim() > 0 and x.shape[0] in (self._batch, self._batch * self._width)
+    def _is_apart(self, x: Tensor, least: int = 1) -> bool:
+        """Whether x is [B, ...] or [B T, ...]. An output [B, d] may be B tokens of any samples: it takes three."""
+        by_sample = x.dim() >= least and x.shape[0] == self._batch
+        return x.dim() > 0 and (by_sample or x.shape[0] == self._batch * self._width)
 
     def _of_samples(self, x: Tensor, *, start: int, end: int) -> Tensor:
         """Samples start..end-1 of x [B, ...] or [B T, ...]. What has another first dimension is shared by all."""

@@ -175,11 +175,20 @@ class ScoreSketcher:
             if not levels:
                 self._idle = unused(self.model, unseen, batch)
             unseen -= self._idle
-            holders = [h for h in self._parameters.holders if h.names & unseen and h.level < h.stages]
+            holders = [h for h in self._parameters.holders if h.names & unseen and h.level < len(h.stages)]
             if not holders:
                 break
             levels |= {holder.module: holder.level + 1 for holder in holders}
             self._parameters = find_sketched_parameters(self.model, levels)
+        # An expert that the short batch did not reach is computed where the others are.
+        agreed = {replay.module for replay in self._parameters.replays if replay.agreed}
+        for holder in self._parameters.holders:
+            level = next((i for i, stage in enumerate(holder.stages) if i and stage in agreed), None)
+            if level is not None and holder.names <= self._idle:
+                levels[holder.module] = level
+        self._parameters = find_sketched_parameters(self.model, levels)
+        for replay in self._parameters.replays:
+            replay.agreed = replay.module in agreed
         self._note_missed(unseen)
 
     def _short_batch(self, device: torch.device) -> TokenBatch:

@@ -76,3 +76,49 @@ def test_a_layer_called_on_something_else_than_the_batch_is_noticed():
     with pytest.warns(UserWarning, match=r"up\.weight"):
         sketcher.sketch(**ragged_batch(vocab=VOCAB), num_slots=6)
     assert set(sketcher.coverage.uncovered) == {"up.weight", "up.bias"}
+
+
+class RoutedLM(PlainLM):
+    """Each token goes to one of four experts, each a linear layer called on the tokens it got, as many as there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Routed()
+
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids, attention_mask) + self.head(self.block(self.embed(input_ids), input_ids))
+
+
+class Routed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x, ids):
+        found = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            # The last one gets token 22, which a short batch lacks; the first one four tokens of a batch of four.
+            chosen = (ids == 22) if number == 3 else (ids % 3 == number) & (ids != 22)
+            if chosen.any():
+                found[chosen] = expert(x[chosen])
+        return found
+
+
+def test_experts_that_are_called_on_the_tokens_they_got():
+    torch.manual_seed(0)
+    model, ids = (
+        RoutedLM().double(),
+        torch.tensor([[3, 1, 2, 4, 5], [1, 6, 22, 2, 2], [4, 4, 1, 9, 8], [12, 7, 2, 1, 1]]),
+    )
+    assert ((ids % 3 == 0).sum(), (ids == 22).sum()) == (4, 1)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "completion_mask": (ids > 0).long().cumsum(1).gt(1),
+    }
+    batch |= {"slots": torch.arange(4)}
+    sketcher = ScoreSketcher(model, method="identity")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert relative_error(sketcher.sketch(**batch, num_slots=4), oracle_sketch(model, batch, 4)) < 1e-9
+        assert sketcher.coverage.share == 1.0
