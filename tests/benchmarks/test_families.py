@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import families
+from passk_guard.sketch import ScoreSketcher
 
 HARD = ["mixtral", "mixtral, batched_mm", "mixtral, grouped_mm, float32", "qwen3_moe", "deepseek_v3", "falcon", "opt"]
 HARD += ["mamba2", "bart", "qwen2 + LoRA", "qwen2 + DoRA", "qwen2 + IA3", "mixtral + LoRA on experts"]
@@ -52,3 +53,14 @@ def test_the_table_in_the_docs_has_all_rows():
     text = (Path(families.__file__).parent / "README.md").read_text()
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
     assert set(families.FAMILIES) <= set(rows)
+
+
+@pytest.mark.parametrize("method", ["kronecker", "countsketch"])
+def test_gradients_that_autograd_formed_keep_their_inner_products(method):
+    model, batch, dim = families.FAMILIES["mixtral"](), families._batch(), 4096
+    rows = torch.stack([torch.cat([g.flatten() for g in sample.values()]) for sample in families.exact(model, batch)])
+    found = torch.stack([ScoreSketcher(model, dim, method, seed).sketch(**batch, num_slots=4) for seed in range(6)])
+    scale = rows.norm(dim=1)[:, None] * rows.norm(dim=1)
+    errors = (found @ found.mT - rows @ rows.T) / scale
+    assert float(errors.square().mean().sqrt()) < 2 / dim**0.5
+    assert float(errors.mean(0).abs().max()) < 4 / (6 * dim) ** 0.5
