@@ -280,6 +280,8 @@ class Job:
             shared = SharedPrompts(Scorer(self.model, self.ranks, pad))
             tokens = chosen.max_tokens or self._pass_tokens(rollouts)
             refresher = Refresher(sketcher, self.ranks, chosen.k, tokens, pad, shared=shared)
+            self.ranks.together(lambda: sketcher.settle(self.ranks.device))
+            sketcher.require_coverage()
             sketcher.expect(rollouts, outcomes)
             refresh = refresher.run(lambda: (rollouts, outcomes), range(len(self.prompts)), chosen.seed)
         seen = sketcher.coverage

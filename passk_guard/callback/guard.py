@@ -170,6 +170,7 @@ class PassKGuardCallback(TrainerCallback):
         accelerator, pad = self._trainer.accelerator, padding_token(self._trainer.processing_class)
         model = accelerator.unwrap_model(self._trainer.model)
         self._shared = SharedPrompts(Scorer(model, self._ranks, pad, accelerator.autocast))
+        self._check_coverage()
         self._change.drop()
         self._meter.install()
         if self._source is not None:
@@ -469,6 +470,25 @@ class PassKGuardCallback(TrainerCallback):
     def _new_sketcher(self) -> ScoreSketcher:
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         return ScoreSketcher(model, self.config.sketch_dim, self.config.sketch_method)
+
+    def _check_coverage(self) -> None:
+        """Give the angle up where the sketch sees too little of the gradient; raise GuardError where it is needed."""
+        trainer, sketcher = self._trainer, self._sketcher
+        if sketcher is None:
+            return
+        try:
+            with untouched(trainer.model), untraced(trainer.model_wrapped), trainer.accelerator.autocast():
+                self._ranks.together(lambda: sketcher.settle(self._ranks.device))
+        except FailedRefresh as error:  # the first refresh will say so again
+            self._warn(f"which parameters the sketch sees could not be checked: {error}")
+            return
+        try:
+            sketcher.require_coverage()  # it depends on the model's code alone, so that all ranks agree
+        except GuardError as error:
+            if not self._change.enabled or self.config.instruments != "both" or self.config.mitigation != "off":
+                raise
+            self._sketcher = None
+            self._warn(f"the angle is not measured in this run, the change of pass@1 and pass@k is. {error}")
 
     def _warn(self, reason: str) -> None:
         self._reporter.warn(f"passk_guard step {self._trainer.state.global_step}: {reason}")

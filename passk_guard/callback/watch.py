@@ -40,6 +40,7 @@ def watch(
     | `frac_negative_pairs` | share of prompt pairs whose pass@1 gradients point against each other |
     | `weighted_prompts` | share of the prompts that count in the pass@k gradient |
     | `probe_seconds` | what the refresh took |
+    | `probe_share` | work of the probe over that of training so far, in tokens (`overhead`) |
 
     Args:
         trainer, probe, correct, config, sampler, settings: as for `PassKGuardCallback`.

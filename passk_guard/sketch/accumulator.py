@@ -41,6 +41,11 @@ def lay_out(sorted_slots: Tensor) -> Layout:
     return Layout(sorted_slots, tuple(span for span in spans if span[0] >= 0))
 
 
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """(rows, cols) of a parameter seen as a matrix: [E, out, in] as [E out, in], and a vector as one column."""
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
+
+
 @dataclass
 class Projections:
     """The random projections of one seed, sampled once and kept on the device for all batches of a refresh."""
@@ -91,6 +96,10 @@ class Accumulator(ABC):
     def add_vector(self, name: str, values: Tensor) -> None:
         """Add the gradient of a 1-D parameter, values [B, n] per sample."""
 
+    @abstractmethod
+    def add_gradient(self, name: str, group: int, gradient: Tensor) -> None:
+        """Add the gradient of a parameter of any shape, formed by autograd, to one group."""
+
     def spans(self, width: int) -> list[Span]:
         """The groups among the B T tokens of a batch of that width."""
         return [(group, start * width, end * width) for group, (_, start, end) in enumerate(self.layout.groups)]
@@ -137,6 +146,13 @@ class ExactAccumulator(Accumulator):
         for row, (_, start, end) in enumerate(self.layout.groups):
             self._add(row, values[start:end].sum(0)[:, None], places, signs)
 
+    def add_gradient(self, name: str, group: int, gradient: Tensor) -> None:
+        matrix = gradient.reshape(matrix_shape(gradient.shape))
+        step = max(1, _CHUNK // matrix.shape[1])
+        for first in range(0, len(matrix), step):
+            part = torch.arange(first, min(first + step, len(matrix)), device=matrix.device)
+            self._add(group, matrix[first : first + step], *self.deposit(name, part, matrix.shape[1]))
+
     def _add(self, row: int, values: Tensor, places: Tensor, signs: Tensor | None) -> None:
         values = values.to(self.rows.dtype)
         values = values if signs is None else values * signs
@@ -159,7 +175,7 @@ class CountSketchAccumulator(ExactAccumulator):
     """Each entry of the gradient goes to one of `dim` buckets with a random sign."""
 
     def deposit(self, name: str, rows: Tensor, cols: int) -> tuple[Tensor, Tensor]:
-        shape = (self.shapes[name][0], cols)
+        shape = (matrix_shape(self.shapes[name])[0], cols)
         seed, dim = self.projections.seed, self.rows.shape[1]
         pair = self.projections.keep((name, rows.device), lambda: sample_pair_hash(shape, dim, seed, name, self.rows))
         return pair.places(rows), pair.signs(rows)

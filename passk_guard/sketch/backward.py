@@ -56,7 +56,8 @@ def score_pass(
     head = None
     if closed and parameters.head is not None:
         head = ClosedHead(parameters.head, accumulator, batch.input_ids, batch.completion_mask, temperature)
-    tap = Tap(parameters.uses, accumulator, len(batch.input_ids), batch.input_ids.shape[1], checked)
+    samples, width = batch.input_ids.shape
+    tap = Tap(parameters.uses, parameters.replays, accumulator, samples, width, checked)
     besides = None if head is None else head.use.module
     with frozen_pass(model), tapped(model, tap, besides), torch.enable_grad():
         if head is None:
@@ -68,6 +69,29 @@ def score_pass(
                 return None
             log_probs = head.log_probs
     return log_probs, tap.unseen()
+
+
+def unused(model: nn.Module, names: set[str], batch: TokenBatch) -> set[str]:
+    """Those of the trainable parameters `names` that the logits do not depend on, so that their gradient is zero.
+
+    A sharded parameter stands for pieces that only its engine puts together, and is never among them.
+    """
+    some = {n: p for n, p in model.named_parameters() if n in names and type(p.data) is Tensor and p.numel()}
+    if not some:
+        return set()
+    with frozen_pass(model), torch.enable_grad():
+        for p in some.values():
+            p.requires_grad_(True)
+        logits = forward_logits(model, batch, differentiable=False)
+        if not logits.requires_grad:
+            return set(some)
+        try:
+            found = torch.autograd.grad(logits.sum(), list(some.values()), allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # reentrant checkpointing cannot tell
+            return set()
+    return {name for name, gradient in zip(some, found, strict=True) if gradient is None}
 
 
 def _stand_in(model: nn.Module, head: ClosedHead, batch: TokenBatch) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from passk_guard.sketch.accumulator import Accumulator
 from passk_guard.sketch.layers import CONTRIBUTIONS, Use, by_sample, formula_holds, is_close
+from passk_guard.sketch.replay import Replay, Replays
 
 
 class _Keep(torch.autograd.Function):
@@ -46,9 +47,16 @@ class Tap:
     """
 
     def __init__(
-        self, uses: Sequence[Use], accumulator: Accumulator, batch: int, width: int, checked: dict[nn.Module, bool]
+        self,
+        uses: Sequence[Use],
+        replays: Sequence[Replay],
+        accumulator: Accumulator,
+        batch: int,
+        width: int,
+        checked: dict[nn.Module, bool],
     ) -> None:
         self.uses, self.accumulator, self.checked = uses, accumulator, checked
+        self.replays = Replays(replays, accumulator, batch, width)
         self.batch, self.width = batch, width
         self.seen: set[int] = set()
         self.missed: set[str] = set()
@@ -57,7 +65,7 @@ class Tap:
     def unseen(self) -> set[str]:
         """Names of parameters to which at least one covered module contributed nothing in this pass."""
         silent = {name for i, use in enumerate(self.uses) if i not in self.seen for name in _names(use)}
-        return silent | self.missed
+        return silent | self.missed | self.replays.unseen()
 
     def check(self, index: int, x: Tensor, output: Tensor) -> None:
         """Compare the output of a module with its formula, once, while its weights are gathered."""
@@ -116,13 +124,15 @@ def tapped(model: nn.Module, tap: Tap, besides: nn.Module | None = None) -> Iter
     def check(index: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             with torch.no_grad():
-                tap.check(index, _input(args, kwargs), output)
+                if not tap.replays.running:
+                    tap.check(index, _input(args, kwargs), output)
 
         return hook
 
     def listen(index: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            if not torch.is_grad_enabled():  # the first forward of reentrant checkpointing
+            # The first forward of reentrant checkpointing, or a module that runs again.
+            if not torch.is_grad_enabled() or tap.replays.running:
                 return None
             output = _into_graph(output)
             with _plain_arithmetic(output):
@@ -147,6 +157,7 @@ def tapped(model: nn.Module, tap: Tap, besides: nn.Module | None = None) -> Iter
             first = not isinstance(use.module, nn.Embedding)
             handles.append(use.module.register_forward_hook(listen(index), with_kwargs=True, prepend=first))
             handles.append(use.module.register_forward_hook(check(index), with_kwargs=True, prepend=True))
+        handles += tap.replays.hooks(_keep)
         yield
     finally:
         for handle in handles:

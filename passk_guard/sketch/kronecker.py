@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from passk_guard.sketch.accumulator import Accumulator, Span
+from passk_guard.sketch.accumulator import Accumulator, Span, matrix_shape
 from passk_guard.sketch.projections import (
     FoldedSide,
     PairHash,
@@ -92,14 +92,26 @@ class KroneckerAccumulator(Accumulator):
         if side.width * right.shape[-1] <= self.rows.shape[1]:
             self.add_matrix(name, side.rows(indices), right)
             return
-        # Each token fills one row of [a, b] only, and is added to its place without the product.
-        pair = self._pair_hash(name, side.width, right)
-        columns = side.column(indices)
         for row, (_, start, end) in enumerate(self.layout.groups):
-            column = columns[start:end].flatten()
-            signs = pair.signs(column) * (side.signs[indices[start:end]].flatten()[:, None])
-            values = right[start:end].flatten(0, 1).to(signs.dtype) * signs
-            self.rows[row].scatter_add_(0, pair.places(column).flatten(), values.flatten())
+            self._scatter(row, name, side, indices[start:end].flatten(), right[start:end].flatten(0, 1))
+
+    def add_gradient(self, name: str, group: int, gradient: Tensor) -> None:
+        if gradient.dim() < 2:
+            buckets, signs = self._vector_hash(name, gradient.reshape(-1))
+            self.rows[group].index_add_(0, buckets, gradient.reshape(-1).to(self.rows.dtype) * signs)
+            return
+        right = self.project(name, "right", gradient.reshape(matrix_shape(gradient.shape))).to(self.rows.dtype)
+        side = self._side(name, "left", right)
+        if side.width * right.shape[1] <= self.rows.shape[1]:
+            self.rows[group] += side(right.t()).t().flatten()
+        else:
+            self._scatter(group, name, side, torch.arange(len(right), device=right.device), right)
+
+    def _scatter(self, group: int, name: str, side: FoldedSide, indices: Tensor, right: Tensor) -> None:
+        """Add sum_i e_{indices[i]} right[i]^T: each i fills one row of [a, b] only, and needs no product."""
+        pair, column = self._pair_hash(name, side.width, right), side.column(indices)
+        signs = pair.signs(column) * side.signs[indices][:, None]
+        self.rows[group].scatter_add_(0, pair.places(column).flatten(), (right.to(signs.dtype) * signs).flatten())
 
     def add_vector(self, name: str, values: Tensor) -> None:
         if not self.layout.groups:
@@ -110,7 +122,7 @@ class KroneckerAccumulator(Accumulator):
 
     def _side(self, name: str, side: str, like: Tensor) -> FoldedSide:
         def sample() -> FoldedSide:
-            which, sizes, seed = ("left", "right").index(side), self.shapes[name], self.projections.seed
+            which, sizes, seed = ("left", "right").index(side), matrix_shape(self.shapes[name]), self.projections.seed
             widths = split_dim(sizes[0], sizes[1], self.rows.shape[1])
             return sample_side(sizes[which], widths[which], generator_for(seed, name, side), like)
 

@@ -70,26 +70,12 @@ def _is_plain_embedding(module: nn.Embedding) -> bool:
     return scaled or type(module).forward is nn.Embedding.forward
 
 
-def find_uses(model: nn.Module, trainable: dict[int, str]) -> list[Use]:
-    """All covered modules that hold a trainable parameter.
-
-    Args:
-        model: any module.
-        trainable: id of each trainable parameter -> its name.
-    """
-    uses = []
-    for module in model.modules():
-        own = dict(module.named_parameters(recurse=False))
-        weight, bias = (trainable.get(id(own.get(key))) for key in ("weight", "bias"))
-        kind = kind_of(module) if weight or bias else None
-        if kind is not None:
-            uses.append(Use(module, kind, weight, bias))
-    return uses
-
-
 def by_sample(x: Tensor, batch: int, width: int) -> Tensor | None:
-    """x [B, ..., d] or flattened [B T, d] as [B, tokens, d]; None where samples cannot be told apart."""
-    if batch == 1 or (x.dim() > 1 and x.shape[0] == batch):
+    """x [B, ..., d] or flattened [B T, d] as [B, tokens, d]; None where samples cannot be told apart.
+
+    [B, d] may be B tokens of any samples that a router has sent to an expert.
+    """
+    if batch == 1 or (x.dim() > 2 and x.shape[0] == batch):
         return x.reshape(batch, -1, x.shape[-1])
     if x.dim() == 2 and x.shape[0] == batch * width:
         return x.reshape(batch, width, -1)

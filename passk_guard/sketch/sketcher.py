@@ -15,9 +15,16 @@ from passk_guard.sketch.accumulator import (
     Projections,
     lay_out,
 )
-from passk_guard.sketch.backward import reads_padding, score_pass
+from passk_guard.sketch.backward import reads_padding, score_pass, unused
 from passk_guard.sketch.batches import TokenBatch, check_batch, check_dim, check_log_probs, check_prompts
-from passk_guard.sketch.coverage import Coverage, find_sketched_parameters, warn_if_low, warn_missed
+from passk_guard.sketch.coverage import (
+    Coverage,
+    SketchedParameters,
+    find_sketched_parameters,
+    refuse_if_low,
+    warn_if_low,
+    warn_missed,
+)
 from passk_guard.sketch.kronecker import KroneckerAccumulator
 from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.text import first_of
@@ -56,6 +63,11 @@ class ScoreSketcher:
         GuardError: the model has no trainable parameter, `method` is unknown, or `dim` does not suit it.
     """
 
+    _parameters: SketchedParameters
+    _settled: bool
+    _idle: set[str]
+    _missed: set[str]
+
     def __init__(self, model: nn.Module, dim: int = 16384, method: Method = "kronecker", seed: int = 0) -> None:
         if method not in get_args(Method):
             raise GuardError(f"Expected `method` in {get_args(Method)}; found {method!r}. Pass one of them.")
@@ -64,7 +76,6 @@ class ScoreSketcher:
         self.model, self.method = model, method
         self._find_parameters()
         self._asked_dim = dim
-        self._missed: set[str] = set()
         self._checked: dict[nn.Module, bool] = {}
         self._reads_padding: bool | None = None  # not known yet
         self.reseed(seed)
@@ -79,6 +90,10 @@ class ScoreSketcher:
     def coverage(self) -> Coverage:
         """Share of the trainable parameters that the sketch sees, as far as the passes so far have shown."""
         return self._parameters.coverage(self._missed)
+
+    def require_coverage(self) -> None:
+        """Raise GuardError, naming the parameters, when the sketch sees less than 80% of them; after `settle`."""
+        refuse_if_low(self.coverage, self._parameters.sizes)
 
     def reseed(self, seed: int) -> None:
         """Sample new projections. An average over refreshes then averages the sketch error as well.
@@ -127,6 +142,7 @@ class ScoreSketcher:
         if self._parameters.trainable != {id(p) for p in self.model.parameters() if p.requires_grad}:
             self._find_parameters()
             self._projections = Projections(self.seed)
+        self.settle(input_ids.device)
         self._check_padding(input_ids, attention_mask)
         samples, width = input_ids.shape
         if samples == width:  # a layer that is called on [T, B, d] would look like one on [B, T, d]
@@ -139,20 +155,60 @@ class ScoreSketcher:
         order = order.to(device)
         completion = completion_mask.to(device).long()[order]
         batch = TokenBatch(input_ids[order], attention_mask.to(device)[order], completion, layout.slots)
-        found = self._pass(layout, batch, num_slots, temperature)
-        if found is None:  # the closed form does not apply to this model
-            self._closed = False
-            found = self._pass(layout, batch, num_slots, temperature)
-        assert found is not None
-        sketch, log_p, unseen = found
+        sketch, log_p, unseen = self._sketched(layout, batch, num_slots, temperature)
         log_p = log_p[order.argsort()][:samples]
         _check_finite(sketch, log_p)
         if log_probs is not None:
             log_probs.copy_(log_p)
+        self._note_missed(unseen - self._idle)
+        return sketch
+
+    def settle(self, device: torch.device) -> None:
+        """Find out in a short pass which parameters are sketched, and how; once, and before the first sketch.
+
+        Where the formula of a module does not hold, or the module is bypassed, it runs again instead, or the module
+        around it does (`replay.py`). What then still gets no gradient is not covered, and a warning names it. The pass
+        is the same on all ranks: two samples of eight tokens.
+
+        Args:
+            device: of the tokens.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        batch, layout = self._short_batch(device), lay_out(torch.arange(2, device=device))
+        levels: dict[nn.Module, int] = {}
+        while True:
+            unseen = self._sketched(layout, batch, 2, 1.0)[2]
+            if not levels:
+                self._idle = unused(self.model, unseen, batch)
+            unseen -= self._idle
+            holders = [h for h in self._parameters.holders if h.names & unseen and h.level < len(h.stages)]
+            if not holders:
+                break
+            levels |= {holder.module: holder.level + 1 for holder in holders}
+            self._parameters = find_sketched_parameters(self.model, levels)
+        # An expert that the short batch did not reach is computed where the others are.
+        agreed = {replay.module for replay in self._parameters.replays if replay.agreed}
+        for holder in self._parameters.holders:
+            level = next((i for i, stage in enumerate(holder.stages) if i and stage in agreed), None)
+            if level is not None and holder.names <= self._idle:
+                levels[holder.module] = level
+        self._parameters = find_sketched_parameters(self.model, levels)
+        for replay in self._parameters.replays:
+            replay.agreed = replay.module in agreed
+        self._note_missed(unseen)
+
+    def _short_batch(self, device: torch.device) -> TokenBatch:
+        tables = [m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding)]
+        ids = torch.arange(16, device=device).remainder(max(tables, default=16)).view(2, 8)
+        mask = torch.ones_like(ids)
+        return TokenBatch(ids, mask, (mask.cumsum(1) > 3).long(), torch.arange(2, device=device))
+
+    def _note_missed(self, unseen: set[str]) -> None:
         if unseen and not self._missed:
             warn_missed(unseen, self._parameters.sizes)
         self._missed |= unseen
-        return sketch
 
     def prompt_scores(
         self,
@@ -188,7 +244,20 @@ class ScoreSketcher:
 
     def _find_parameters(self) -> None:
         self._parameters = find_sketched_parameters(self.model)
+        self._settled = False
+        self._idle = set()
+        self._missed = set()
         self._closed = self._parameters.head is not None  # until a pass shows that the closed form does not apply
+
+    def _sketched(
+        self, layout: Layout, batch: TokenBatch, num_slots: int, temperature: float
+    ) -> tuple[Tensor, Tensor, set[str]]:
+        found = self._pass(layout, batch, num_slots, temperature)
+        if found is None:  # the closed form does not apply to this model
+            self._closed = False
+            found = self._pass(layout, batch, num_slots, temperature)
+        assert found is not None
+        return found
 
     def _check_padding(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         """Refuse a padded batch for a model that reads padding. One check a run, in the first call on every rank.

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective
 from passk_guard.callback.state import load_memory
+from passk_guard.utils.errors import GuardError
 from tests.helpers.tiny import (
     digit_reward,
     probe_rows,
@@ -407,3 +408,30 @@ def test_a_resumed_run_keeps_to_the_size_of_a_pass_that_the_free_memory_had_room
         guard = guard_of(trainer, max_probe_tokens=given)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert guard.memory.pass_tokens == used
+
+
+def mostly_bare_model():
+    """A tiny model most of whose parameters are one of the model itself, which no sketch sees."""
+    model = tiny_model()
+    model.gain = torch.nn.Parameter(torch.ones(200, 200))
+    model.model.norm.register_forward_hook(lambda module, args, output: output * model.gain.mean())
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The sketch covers", "ignore:These trainable parameters")
+def test_a_sketch_of_too_little_leaves_the_change_alone(tmp_path, caplog):
+    trainer = tiny_lm_trainer(tmp_path, model=mostly_bare_model(), max_steps=3)
+    guard_of(trainer)
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        trainer.train()
+    assert [r for r in caplog.messages if "the angle is not measured" in r and "gain (40,000)" in r]
+    assert {event["event"] for event in journal(tmp_path)} == {"change"}
+
+
+@pytest.mark.filterwarnings("ignore:The sketch covers", "ignore:These trainable parameters")
+@pytest.mark.parametrize("needs", [{"instruments": "angle"}, {"mitigation": "project"}])
+def test_a_sketch_of_too_little_is_refused_where_it_is_needed(needs, tmp_path):
+    trainer = tiny_lm_trainer(tmp_path, model=mostly_bare_model(), max_steps=3)
+    guard_of(trainer, **needs)
+    with pytest.raises(GuardError, match=r"at least 80% .*; found \d+\.\d%\. Not covered: gain \(40,000\)"):
+        trainer.train()

@@ -52,7 +52,7 @@ def resumed(runs, tmp_path, caplog):
         if hide:
             plain = type(trainer)
             trainer.__class__ = type("Own", (plain,), {"train": lambda self: plain.train(self, **argument)})
-        begun = Begun(guard_of(trainer, refresh_steps=1))
+        begun = Begun(guard_of(trainer, refresh_steps=1, verbosity="quiet"))
         trainer.add_callback(begun)
         caplog.clear()
         with pytest.raises(InterruptedError):

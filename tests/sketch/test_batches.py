@@ -67,8 +67,9 @@ def test_a_filler_batch_runs_and_counts_nowhere():
     batch = filler_batch(pad_token_id=0, device="cpu")
     assert batch.slots.tolist() == [-1]
     calls, model = [], tiny_model("qwen2")
-    model.register_forward_hook(lambda *_: calls.append(1))
     sketcher = ScoreSketcher(model, dim=64)
+    sketcher.settle(batch.input_ids.device)
+    model.register_forward_hook(lambda *_: calls.append(1))
     rows = sketcher.sketch(batch.input_ids, batch.attention_mask, batch.completion_mask, batch.slots, 3)
     assert len(calls) == 2 + 1  # two for the check of the padding, once
     assert rows.shape == (3, 64)

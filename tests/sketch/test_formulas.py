@@ -80,13 +80,13 @@ def test_a_hook_that_changes_the_output_of_a_layer(norm, layer):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_replaced_forward_that_changes_the_output_of_a_layer(layer):
+    """It runs again in the backward, so that the gradient is that of what it does."""
     for name, change in CHANGES.items():
         model, batch = model_of(nn.LayerNorm), ragged_batch(vocab=VOCAB)
         module = model.get_submodule(layer)
         module.forward = lambda x, original=module.forward, change=change: change(original(x))
-        wrong, left_out = wrong_in_silence(model, batch)
+        wrong, _ = wrong_in_silence(model, batch)
         assert not wrong, name
-        assert {parameter.split(".")[0] for parameter in left_out} == {layer}, name
 
 
 def released(model):

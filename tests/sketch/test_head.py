@@ -148,7 +148,7 @@ def test_what_did_not_apply_is_not_tried_again():
     sketcher = ScoreSketcher(model, dim=64)
     for _ in range(3):
         sketcher.sketch(**batch, num_slots=6)
-    assert len(calls) == 2 + 4  # two for the check of the padding
+    assert len(calls) == 2 + 5  # two for the check of the padding, two settle it
 
 
 def test_upcasting_the_stand_in_costs_nothing():

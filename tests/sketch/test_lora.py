@@ -61,14 +61,3 @@ def test_thin_factors_are_projected_with_little_error():
     errors = found @ found.mT - exact @ exact.T
     scale = exact.norm(dim=1)[:, None] * exact.norm(dim=1)
     assert float((errors / scale).square().mean().sqrt()) < 2 / 4096**0.5
-
-
-def test_dora_is_covered_but_for_its_magnitudes():
-    model, batch = lora_model(use_dora=True), ragged_batch()
-    with pytest.warns(UserWarning, match="lora_magnitude_vector"):
-        sketcher = ScoreSketcher(model, method="identity")
-    uncovered = sketcher.coverage.uncovered
-    assert uncovered
-    assert all("lora_magnitude_vector" in name for name in uncovered)
-    sketcher.sketch(**batch, num_slots=6)
-    assert sketcher.coverage.uncovered == uncovered
