@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.calibration_populations import Pool, Population, with_cosine
 from benchmarks.calibration_statistics import STATISTICS, pool
+from passk_guard.estimation.estimate import cosine_interval, no_signal
 from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
 from passk_guard.estimation.ustatistics import Moments
 
@@ -62,11 +63,11 @@ def pool_cells(source: str) -> Iterator[Cell]:
 def measure(
     cell: Cell, population: Population, repetitions: int, seed: int, statistics: tuple[str, ...] = tuple(STATISTICS)
 ) -> list[dict[str, Any]]:
-    """A record for each statistic: bias, coverage and the share of runs that a one-sided 95% test calls a conflict.
+    """A record for each statistic: bias, coverage and the share of runs whose status is "conflict".
 
-    Every repetition counts in `conflict` and in `below_truth`, the share in which a one-sided 95% test at a threshold
-    that equals the true cosine calls the cosine lower; `covered_*` and `bias` are of those in which some cosine can be
-    ruled out, `determined`, since no number is shown in the others.
+    Every repetition counts in `conflict`, in `below_truth`, the share whose status would be "conflict" at a threshold
+    that equals the true cosine, and in `missed`, the share that shows an interval without the true cosine; `covered_*`
+    and `bias` are of those in which a number is shown, `determined`.
     """
     truth = population.cosine(cell.k)
     generator = torch.Generator().manual_seed(seed)
@@ -100,35 +101,32 @@ def _summary(chunks: list[Moments], truth: float, as_shipped: bool) -> dict[str,
         for level in LEVELS:
             held = sum(low <= truth <= high for low, high in (look[level] for look in shown))
             record[f"covered_{round(100 * level)}"] = held / len(shown)
+        record["missed"] = (len(shown) - held) / len(looks)
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()}
 
 
 def _looks(moments: Moments, truth: float, as_shipped: bool) -> Iterator[dict[Any, Any]]:
-    count = len(moments.influence)
-    known = (moments.value[:, 1:] > 0).all(1)
-    cosine = torch.zeros(len(known), dtype=torch.float64)
-    for i in known.nonzero().flatten().tolist():
-        cosine[i] = corrected_cosine(moments.value[i], moments.covariance[i])[0] if as_shipped else _ratio(moments, i)
-    if as_shipped:
-        at_zero, at_truth = moments.degrees.tolist(), moments.degrees_at(torch.full_like(cosine, truth)).tolist()
-        at_estimate = moments.degrees_at(cosine).tolist()
-    else:
-        at_zero = at_truth = at_estimate = [count - 1] * len(known)
-    for i, determined in enumerate(known.tolist()):
-        value, covariance = moments.value[i], moments.covariance[i]
-        look: dict[Any, Any] = {"determined": determined, "cosine": float(cosine[i])}
-        one_sided = student_t_quantile(0.95, at_zero[i])
-        look["conflict"] = float(value[0]) + one_sided * float(covariance[0, 0]) ** 0.5 < 0 and determined
-        look["below_truth"] = False
-        if determined:
+    """`as_shipped`: by the guard's rules. Else the degrees are those of all prompts, and any norms above 0 will do."""
+    for i in range(len(moments.value)):
+        one = moments.at(i)
+        known = no_signal("pass@k", one) is None if as_shipped else bool((one.value[0, 1:] > 0).all())
+        look: dict[Any, Any] = {"determined": known, "conflict": False, "below_truth": False}
+        if known:
             for level in LEVELS:
-                look[level] = cosine_bounds(value, covariance, student_t_quantile((1 + level) / 2, at_estimate[i]))
-            upper = cosine_bounds(value, covariance, student_t_quantile(0.95, at_truth[i]))[1]
-            look["below_truth"] = upper < truth
+                look[level] = _interval(one, level, as_shipped)
             look["determined"] = look[0.95] != (-1.0, 1.0)
+            look["conflict"], look["below_truth"] = look[0.95][1] < 0, look[0.95][1] < truth
+            look["cosine"] = corrected_cosine(one.value[0], one.covariance[0])[0] if as_shipped else _ratio(one)
         yield look
 
 
-def _ratio(moments: Moments, i: int) -> float:
-    inner, one, many = moments.value[i].tolist()
-    return max(-1.0, min(1.0, inner / (one * many) ** 0.5))
+def _interval(one: Moments, level: float, as_shipped: bool) -> tuple[float, float]:
+    if as_shipped:
+        return cosine_interval(one, level) or (-1.0, 1.0)
+    quantile = student_t_quantile((1 + level) / 2, len(one.influence) - 1.0)
+    return cosine_bounds(one.value[0], one.covariance[0], lambda c: torch.full_like(c, quantile))
+
+
+def _ratio(one: Moments) -> float:
+    inner, norm1_sq, normk_sq = one.value[0].tolist()
+    return max(-1.0, min(1.0, inner / (norm1_sq * normk_sq) ** 0.5))
