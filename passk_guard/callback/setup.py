@@ -111,7 +111,8 @@ def held_out_source(
         trainer=trainer,
     )
     sampler.check_lengths(prompts.rows)
-    return HeldOut(prompts, sampler, config.probe_prompts, config.num_samples, config.probe_seed)
+    clusters = [] if config.cluster_by is None else prompts.clusters(config.cluster_by)
+    return HeldOut(prompts, sampler, config.probe_prompts, config.num_samples, config.probe_seed, clusters)
 
 
 def _refuse_overlap(prompts: ProbeSet, training: Any, allowed: bool) -> None:

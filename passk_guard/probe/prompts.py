@@ -9,6 +9,7 @@ import unicodedata
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from passk_guard.probe.samplers import Sampler
 
 Row = Mapping[str, Any]
+_FEWEST_CLUSTERS = 3
 _SHAPE = "a non-empty text or a list of chat messages with `role` and `content`"
 
 
@@ -123,6 +125,33 @@ class ProbeSet:
                     f"Expected the column `{name}`, which the reward function needs, in every probe row; found it "
                     f"missing in {lacking} of {len(self)} (first row: {list(self.rows[0])}). Add it to the probe."
                 )
+
+    def labels(self, setting: str, column: str) -> list[str]:
+        """The value of a column in each row, as text.
+
+        Raises:
+            GuardError: a row without it, naming the setting that asks for it.
+        """
+        if missing := [i for i, row in enumerate(self.rows) if row.get(column) is None]:
+            raise GuardError(
+                f"Expected the column {setting}={column!r} in every row of the probe; found none in row {missing[0]}, "
+                f"whose columns are {sorted(map(str, self.rows[missing[0]]))}."
+            )
+        return [str(row[column]) for row in self.rows]
+
+    def clusters(self, column: str) -> list[str]:
+        """The values of `cluster_by`.
+
+        Raises:
+            GuardError: as `labels`, or fewer than three different values, since prompts of one are not paired.
+        """
+        found = self.labels("cluster_by", column)
+        if (apart := len(set(found))) < _FEWEST_CLUSTERS:
+            raise GuardError(
+                f"Expected at least {_FEWEST_CLUSTERS} different values in the column cluster_by={column!r}; found "
+                f"{apart}. Prompts of one value are not compared: pass more sources, or leave `cluster_by` out."
+            )
+        return found
 
     def overlap(self, training: Any) -> list[int] | None:
         """Find the probe prompts that also occur among the training prompts, by `prompt_key`.
@@ -256,6 +285,7 @@ class HeldOut:
         size: m, prompts of a refresh over all ranks.
         num_samples: n, completions of each.
         seed: of the choice of prompts and of the sampling.
+        clusters: what each prompt of the probe comes from; empty where all are independent.
     """
 
     probe: ProbeSet
@@ -263,6 +293,7 @@ class HeldOut:
     size: int
     num_samples: int
     seed: int
+    clusters: Sequence[str] = ()
 
     @property
     def summary(self) -> str:
@@ -273,6 +304,14 @@ class HeldOut:
     def keys(self, refresh: int) -> list[Hashable]:
         """Identities of the m prompts of a refresh, in order."""
         return [self.probe.key(i) for i in self.probe.draw(refresh, self.size, self.seed)]
+
+    def independent(self, keys: Sequence[Hashable]) -> list[Hashable]:
+        """For each of these prompts its own name, or that of its cluster: prompts of one name are not independent."""
+        return [self._cluster_of.get(str(key), key) for key in keys]
+
+    @cached_property
+    def _cluster_of(self) -> dict[str, str]:
+        return {self.probe.key(i): cluster for i, cluster in enumerate(self.clusters)}
 
     def rollouts(self, refresh: int, rank: int, num_ranks: int) -> Rollouts:
         """Sample this rank's share of a refresh: every `num_ranks`-th prompt, n completions each.

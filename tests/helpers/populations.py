@@ -50,14 +50,15 @@ def true_moments(pop, k):
     return torch.stack([gk @ g1, g1 @ g1, gk @ gk])
 
 
-def draw(pop, m, n, generator):
-    """One refresh of m fresh prompts with n samples each."""
+def draw(pop, m, n, generator, cluster=1):
+    """One refresh of m fresh prompts with n samples each; `cluster` prompts in a row are paraphrases of one."""
 
     def normal(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    kind = torch.multinomial(pop.share, m, replacement=True, generator=generator)
-    phi = pop.means[kind] + pop.spread * normal(m, DIM)
+    kind = torch.multinomial(pop.share, m // cluster, replacement=True, generator=generator)
+    phi = pop.means[kind] + pop.spread * normal(m // cluster, DIM)
+    kind, phi = (x.repeat_interleave(cluster, 0) for x in (kind, phi))
     p = pop.pass_rate[kind]
     c = torch.binomial(torch.full((m,), float(n), dtype=torch.float64), p, generator=generator)
     positive = (c * (1 - p))[:, None] * phi + pop.noise * c.sqrt()[:, None] * normal(m, DIM)
