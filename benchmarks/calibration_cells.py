@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.calibration_populations import Pool, Population, with_cosine
+from benchmarks.calibration_populations import (
+    FewHard,
+    FewHardAlone,
+    Pool,
+    Population,
+    RareAgree,
+    RarestAgree,
+    Synthetic,
+    ThreeKinds,
+    TwoKinds,
+    with_cosine,
+)
 from benchmarks.calibration_statistics import STATISTICS, pool
 from passk_guard.estimation.estimate import cosine_interval, no_signal
 from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
@@ -20,7 +31,10 @@ _VALUES_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Cell:
-    """What is simulated. `cosine` is the truth of a synthetic population and the result for a pool."""
+    """What is simulated. `cosine` is the truth of a synthetic population and the result for a pool.
+
+    `cluster` prompts in a row are paraphrases of one; `named` says whether the statistic knows (`cluster_by`).
+    """
 
     cosine: float = -0.3
     m: int = 64
@@ -30,9 +44,24 @@ class Cell:
     noise: float = 0.1
     sketch_dim: int | None = None
     source: str = "synthetic"
+    spread: float = 0.3
+    cluster: int = 1
+    named: bool = False
 
     def population(self) -> Population:
-        return with_cosine(self.cosine, self.k, noise=self.noise, sketch_dim=self.sketch_dim)
+        settings = {name: getattr(self, name) for name in ("noise", "sketch_dim", "spread", "cluster")}
+        return with_cosine(self.cosine, self.k, POPULATIONS[self.source], **settings)
+
+
+POPULATIONS: dict[str, type[Synthetic]] = {
+    "synthetic": Synthetic,
+    "few hard": FewHard,
+    "few hard alone": FewHardAlone,
+    "rare agree": RareAgree,
+    "rarest agree": RarestAgree,
+    "three kinds": ThreeKinds,
+    "two kinds": TwoKinds,
+}
 
 
 def synthetic_cells() -> Iterator[Cell]:
@@ -49,6 +78,23 @@ def synthetic_cells() -> Iterator[Cell]:
     for cell in (base, replace(base, refreshes=1), replace(base, m=32), replace(base, m=256), replace(base, n=8, k=4)):
         yield replace(cell, cosine=0.0)
     yield from (replace(base, cosine=0.0, noise=noise) for noise in (0.3, 1.0))
+
+
+def hard_cells() -> Iterator[Cell]:
+    """Where few prompts carry a norm, a norm is hardly there, prompts are not independent, or all of that is likely."""
+    one, base = Cell(refreshes=1), Cell()
+    for cell in (one, base):
+        yield from (replace(cell, source="few hard", cosine=-0.4, spread=spread) for spread in (0.1, 0.3))
+        yield replace(cell, source="few hard alone", cosine=-0.81)
+        yield from (replace(cell, source="rare agree", cosine=0.0, spread=spread) for spread in (0.02, 0.1, 0.3))
+        yield from (replace(cell, source=name, cosine=0.0, spread=0.02) for name in ("three kinds", "two kinds"))
+    yield replace(base, source="rarest agree", cosine=0.0, spread=0.02)
+    for cosine in (-0.3, 0.0):
+        yield from (replace(base, cosine=cosine, cluster=4, named=named) for named in (False, True))
+        yield from (replace(base, cosine=cosine, cluster=4, named=named, m=256) for named in (False, True))
+        yield replace(base, cosine=cosine, m=16)
+    yield from (replace(one, cosine=0.97, k=2, m=m) for m in (32, 64))
+    yield from (replace(cell, cosine=0.9) for cell in (one, base))
 
 
 def pool_cells(source: str) -> Iterator[Cell]:
@@ -78,6 +124,7 @@ def measure(
     for start in range(0, repetitions, at_once):
         size = min(at_once, repetitions - start)
         draws = [population.draw(size, cell.m, cell.n, generator) for _ in range(cell.refreshes)]
+        draws = [replace(draw, named=cell.cluster if cell.named else 1) for draw in draws]
         for name in names:
             found[name].append(pool([STATISTICS[name](draw, cell.k) for draw in draws]))
     return [

@@ -27,12 +27,14 @@ class Draw:
         correct: [2, R, m] right samples of each half, int64.
         positive, negative: [2, R, m, d] sums of the score vectors of right and of wrong samples.
         half: n/2.
+        named: prompts in a row that the statistic is told to be one cluster.
     """
 
     correct: Tensor
     positive: Tensor
     negative: Tensor
     half: int
+    named: int = 1
 
     def gradient(self, k: int) -> Tensor:
         """[R, m, d] the leave-one-out gradient of pass@k from all samples of each prompt."""
@@ -49,8 +51,11 @@ def _leave_one_out(correct: Tensor, n: int, k: int, positive: Tensor, negative: 
 
 
 def guard(draw: Draw, k: int) -> Moments:
-    """Means over pairs of different prompts, with the jackknife's overshoot taken off: the product's."""
-    one, many = draw.gradient(1), draw.gradient(k)
+    """Means over pairs of different clusters, with the jackknife's overshoot taken off: the product's.
+
+    Pairs of clusters of equal size are pairs of their mean gradients.
+    """
+    one, many = (draw.gradient(kk).unflatten(1, (-1, draw.named)).mean(2) for kk in (1, k))
     mixed = many @ one.mT
     kernels = torch.stack([(mixed + mixed.mT) / 2, one @ one.mT, many @ many.mT], 1)
     overshoot = torch.stack([jackknife_overshoot(kernel) for kernel in kernels], 1)
