@@ -91,7 +91,7 @@ def hard_cells() -> Iterator[Cell]:
     yield replace(base, source="rarest agree", cosine=0.0, spread=0.02)
     for cosine in (-0.3, 0.0):
         yield from (replace(base, cosine=cosine, cluster=4, named=named) for named in (False, True))
-        yield from (replace(base, cosine=cosine, cluster=4, named=named, m=256) for named in (False, True))
+        yield replace(base, cosine=cosine, cluster=4, named=True, m=256)
         yield replace(base, cosine=cosine, m=16)
     yield from (replace(one, cosine=0.97, k=2, m=m) for m in (32, 64))
     yield from (replace(cell, cosine=0.9) for cell in (one, base))

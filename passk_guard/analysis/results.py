@@ -82,7 +82,7 @@ class Curve:
 
     Attributes:
         k, cosine, low, high: entries of the curve and of its two-sided band; None where undetermined.
-        established: whether a conflict is established at this k, one-sided.
+        established: whether the interval at this k is below the threshold.
         k_star: the largest k such that no conflict is established at it or below it.
     """
 

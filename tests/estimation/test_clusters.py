@@ -135,3 +135,19 @@ def test_the_realised_change_takes_a_cluster_for_one_draw():
     level = estimate_level(correct, 4, clusters=names)
     assert level.level_1_se == pytest.approx(float((correct[::4].double().mean(1)).std()) / 24**0.5)
     assert found.level.level_1_se == level.level_1_se
+
+
+def test_a_norm_that_few_prompts_carry_has_no_number():
+    """Four hard prompts among 60 easy ones give pass@8 its gradient, and agree by chance: a large U, and no number."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([1] * 4 + [13] * 60)
+    sums = torch.randn(128, 30, dtype=torch.float64, generator=generator)
+    sums[:, 0] += torch.tensor([12.0, -12.0]).repeat_interleave(64)
+    gram = sums @ sums.T
+    few = estimate_conflict(gram, torch.full((64,), 16), counts, 8)
+    assert few.cosine is None
+    assert few.status == "undetermined"
+    assert "prompts' worth of signal carry the pass@8 gradient" in few.reason
+    assert "solved sometimes" in few.reason
+    more = torch.tensor([1] * 24 + [13] * 40)
+    assert estimate_conflict(gram, torch.full((64,), 16), more, 8).cosine is not None
