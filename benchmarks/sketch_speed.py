@@ -9,8 +9,9 @@ methods, without and with the head's closed form. Beside them the most memory th
 
 Then k_eff = 1/(rms error of pairwise cosines)^2 against exact gradients, the size of an ideal random projection with
 the same error; and that of the mean over pairs, which is what the guard's estimate is: smaller, since pairs share the
-projection and their errors are correlated. It is taken after a few training steps on tokens with Zipf frequencies, where score vectors
-resemble each other: with random weights and uniform tokens they do not, and every method looks better.
+projection and their errors are correlated. Both are taken after a few training steps on tokens with Zipf frequencies,
+where score vectors resemble each other: with random weights and uniform tokens they do not, and every method looks
+better.
 
 Exits with status 1 if Kronecker sketching costs more than 0.95 of a plain forward and backward, CountSketch more than
 1.15, or k_eff of the former is below 4,000 at 16,384 numbers.

@@ -80,7 +80,7 @@ def test_errors_of_cosines_fit_the_dimension(method, factor, dim):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_mean_over_pairs_errs_more_than_independent_errors_would(method):
-    """Pairs share one projection: Cov(e_ij, e_kl) = (c_ik c_jl + c_il c_jk) / dim, with c the cosines of the vectors."""
+    """Pairs share one projection: Cov(e_ij, e_kl) = (c_ik c_jl + c_il c_jk) / dim, c being the vectors' cosines."""
     model, batch = tiny_model("qwen2"), ragged_batch()
     exact = oracle_sketch(model, batch, 6).double()
     mix = (torch.eye(6) + 0.35).double() / exact.norm(dim=1)  # vectors that have a direction in common
