@@ -113,7 +113,9 @@ def decide(
 
 
 def _below(estimate: ConflictEstimate) -> bool:
-    """Whether the pooled inner product is on the side of a conflict, also where no number of the cosine is shown."""
+    """Whether the pooled cosine is below the threshold; where no number is shown, whether the inner product is."""
+    if estimate.cosine is not None:
+        return estimate.cosine < estimate.threshold
     if estimate.inner_product is None:
         return False
     length = math.sqrt(max(0.0, estimate.norm1_sq or 0.0) * max(0.0, estimate.normk_sq or 0.0))
