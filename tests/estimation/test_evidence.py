@@ -255,6 +255,7 @@ def test_a_conflict_stands_while_the_estimate_is_below_and_ends_after_the_cooldo
     assert found[2:11] == ["conflict"] * 9
     assert found[11] == "clear"
     assert state == DecisionState(verdict="clear")
+    assert left == RunEvidence((), 12)
 
 
 @pytest.mark.parametrize(("inner", "stands"), [(-0.1, True), (0.1, False), (None, False)])
@@ -264,7 +265,6 @@ def test_a_conflict_without_a_number_stands_while_the_inner_product_is_below(inn
         silent = replace(estimate("undetermined", None), inner_product=inner, norm1_sq=1.0, normk_sq=-1.0)
         state, found, verdict = decide(state, found, silent, None, rule)
     assert (verdict.status == "conflict") == stands
-    assert left == RunEvidence((), 12)
 
 
 def test_clear_needs_patience_as_before():
