@@ -1,9 +1,10 @@
 """Are the guard's numbers what they say? Bias, coverage, false alarms and power, where the truth is known.
 
-    python -m benchmarks.calibration [--quick] [--only cells runs real] [--report]
+    python -m benchmarks.calibration [--quick] [--only cells hard runs real] [--report]
 
 `cells`: synthetic populations with a known cosine, the default probe and away from it in one direction at a time,
-beside the plain average over all pairs, sample splitting, plug-in weights and the jackknife as it comes. `real`: pools
+beside the plain average over all pairs, sample splitting, plug-in weights and the jackknife as it comes. `hard`: where
+few prompts carry a gradient, where one is hardly there, and where prompts are paraphrases of one another. `real`: pools
 of real per-completion gradients of the demo's model along an unguarded run. `runs`: whole runs of repeated looks, false
 alarms and delay of the alert by each rule. Results are JSON lines, one a statistic and cell; the tables are made from
 them, and `--results benchmarks/calibration.jsonl --report` shows those that are kept. What a file holds is not measured
@@ -24,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import calibration_runs
-from benchmarks.calibration_cells import Cell, measure, pool_cells, synthetic_cells
+from benchmarks.calibration_cells import Cell, hard_cells, measure, pool_cells, synthetic_cells
 from benchmarks.calibration_file import Measurement, Record, read, take_missing
 from benchmarks.calibration_populations import Population
 
-PARTS = ("cells", "runs", "real")
+PARTS = ("cells", "hard", "runs", "real")
 POOL_STEPS = (0, 20, 60)
 
 
@@ -39,6 +40,11 @@ def plan(part: str, quick: bool, cache: Path, seed: int) -> Iterator[Measurement
         repetitions = 200 if quick else 1000
         for i, cell in enumerate([Cell(), Cell(cosine=0.0, refreshes=1)] if quick else synthetic_cells()):
             take = partial(measure, cell, cell.population(), repetitions, seed + i)
+            yield Measurement(asked | asdict(cell) | {"repetitions": repetitions}, take)
+    elif part == "hard":
+        repetitions = 100 if quick else 500
+        for i, cell in enumerate(list(hard_cells())[:2] if quick else hard_cells()):
+            take = partial(measure, cell, cell.population(), repetitions, seed + i, ("guard",))
             yield Measurement(asked | asdict(cell) | {"repetitions": repetitions}, take)
     elif part == "runs":
         runs = 50 if quick else 400
@@ -82,30 +88,36 @@ def _pools(cache: Path, seed: int, steps: tuple[int, ...]) -> dict[str, Populati
 
 def print_tables(console: Console, records: list[Record]) -> None:
     """A table for each part."""
-    for part, title in (("cells", "synthetic populations"), ("real", "real gradients")):
+    for part, title in (
+        ("cells", "synthetic populations"),
+        ("hard", "few prompts, faint gradients, clusters"),
+        ("real", "real gradients"),
+    ):
         rows = [r for r in records if r["part"] == part]
         if rows:
-            console.print(_cells(f"{title}; 95% intervals, one-sided 95% tests", rows))
+            console.print(_cells(f"{title}; 95% intervals", rows))
     if rows := [r for r in records if r["part"] == "runs"]:
         console.print(_runs(rows))
 
 
 def _cells(title: str, rows: list[Record]) -> Table:
     table = Table(title=title)
-    for name in ("source", "cosine", "m", "n", "k", "refreshes", "noise", "sketch", "statistic"):
+    for name in ("source", "cosine", "m", "n", "k", "refreshes", "noise", "spread", "in fours", "sketch", "statistic"):
         table.add_column(name)
-    for name in ("determined", "bias", "rmse", "covered 90%", "covered 95%", "conflict", "below truth"):
+    for name in ("determined", "bias", "rmse", "covered 90%", "covered 95%", "missed", "conflict", "below truth"):
         table.add_column(name, justify="right")
     for r in rows:
         table.add_row(
             r["source"],
             f"{r['cosine']:+.2f}",
             *(str(r[name]) for name in ("m", "n", "k", "refreshes", "noise")),
+            f"{r.get('spread', 0.3):g}",
+            "-" if r.get("cluster", 1) == 1 else "named" if r["named"] else "not named",
             "-" if r["sketch_dim"] is None else str(r["sketch_dim"]),
             r["statistic"],
             f"{r['determined']:.2f}",
             *("-" if name not in r else f"{r[name]:+.3f}" for name in ("bias",)),
-            *("-" if name not in r else f"{r[name]:.3f}" for name in ("rmse", "covered_90", "covered_95")),
+            *("-" if name not in r else f"{r[name]:.3f}" for name in ("rmse", "covered_90", "covered_95", "missed")),
             f"{r['conflict']:.3f}",
             f"{r['below_truth']:.3f}" if "below_truth" in r else "-",
         )

@@ -8,8 +8,20 @@ from typing import Any
 
 import torch
 
-from benchmarks.calibration_populations import Pool, Population, with_cosine
+from benchmarks.calibration_populations import (
+    FewHard,
+    FewHardAlone,
+    Pool,
+    Population,
+    RareAgree,
+    RarestAgree,
+    Synthetic,
+    ThreeKinds,
+    TwoKinds,
+    with_cosine,
+)
 from benchmarks.calibration_statistics import STATISTICS, pool
+from passk_guard.estimation.estimate import cosine_interval, no_signal
 from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
 from passk_guard.estimation.ustatistics import Moments
 
@@ -19,7 +31,10 @@ _VALUES_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Cell:
-    """What is simulated. `cosine` is the truth of a synthetic population and the result for a pool."""
+    """What is simulated. `cosine` is the truth of a synthetic population and the result for a pool.
+
+    `cluster` prompts in a row are paraphrases of one; `named` says whether the statistic knows (`cluster_by`).
+    """
 
     cosine: float = -0.3
     m: int = 64
@@ -29,9 +44,24 @@ class Cell:
     noise: float = 0.1
     sketch_dim: int | None = None
     source: str = "synthetic"
+    spread: float = 0.3
+    cluster: int = 1
+    named: bool = False
 
     def population(self) -> Population:
-        return with_cosine(self.cosine, self.k, noise=self.noise, sketch_dim=self.sketch_dim)
+        settings = {name: getattr(self, name) for name in ("noise", "sketch_dim", "spread", "cluster")}
+        return with_cosine(self.cosine, self.k, POPULATIONS[self.source], **settings)
+
+
+POPULATIONS: dict[str, type[Synthetic]] = {
+    "synthetic": Synthetic,
+    "few hard": FewHard,
+    "few hard alone": FewHardAlone,
+    "rare agree": RareAgree,
+    "rarest agree": RarestAgree,
+    "three kinds": ThreeKinds,
+    "two kinds": TwoKinds,
+}
 
 
 def synthetic_cells() -> Iterator[Cell]:
@@ -50,6 +80,23 @@ def synthetic_cells() -> Iterator[Cell]:
     yield from (replace(base, cosine=0.0, noise=noise) for noise in (0.3, 1.0))
 
 
+def hard_cells() -> Iterator[Cell]:
+    """Where few prompts carry a norm, a norm is hardly there, prompts are not independent, or all of that is likely."""
+    one, base = Cell(refreshes=1), Cell()
+    for cell in (one, base):
+        yield from (replace(cell, source="few hard", cosine=-0.4, spread=spread) for spread in (0.1, 0.3))
+        yield replace(cell, source="few hard alone", cosine=-0.81)
+        yield from (replace(cell, source="rare agree", cosine=0.0, spread=spread) for spread in (0.02, 0.1, 0.3))
+        yield from (replace(cell, source=name, cosine=0.0, spread=0.02) for name in ("three kinds", "two kinds"))
+    yield replace(base, source="rarest agree", cosine=0.0, spread=0.02)
+    for cosine in (-0.3, 0.0):
+        yield from (replace(base, cosine=cosine, cluster=4, named=named) for named in (False, True))
+        yield replace(base, cosine=cosine, cluster=4, named=True, m=256)
+        yield replace(base, cosine=cosine, m=16)
+    yield from (replace(one, cosine=0.97, k=2, m=m) for m in (32, 64))
+    yield from (replace(cell, cosine=0.9) for cell in (one, base))
+
+
 def pool_cells(source: str) -> Iterator[Cell]:
     """The same questions to real gradients; the truth is the pool's."""
     base = Cell(source=source)
@@ -62,11 +109,11 @@ def pool_cells(source: str) -> Iterator[Cell]:
 def measure(
     cell: Cell, population: Population, repetitions: int, seed: int, statistics: tuple[str, ...] = tuple(STATISTICS)
 ) -> list[dict[str, Any]]:
-    """A record for each statistic: bias, coverage and the share of runs that a one-sided 95% test calls a conflict.
+    """A record for each statistic: bias, coverage and the share of runs whose status is "conflict".
 
-    Every repetition counts in `conflict` and in `below_truth`, the share in which a one-sided 95% test at a threshold
-    that equals the true cosine calls the cosine lower; `covered_*` and `bias` are of those in which some cosine can be
-    ruled out, `determined`, since no number is shown in the others.
+    Every repetition counts in `conflict`, in `below_truth`, the share whose status would be "conflict" at a threshold
+    that equals the true cosine, and in `missed`, the share that shows an interval without the true cosine; `covered_*`
+    and `bias` are of those in which a number is shown, `determined`.
     """
     truth = population.cosine(cell.k)
     generator = torch.Generator().manual_seed(seed)
@@ -77,6 +124,7 @@ def measure(
     for start in range(0, repetitions, at_once):
         size = min(at_once, repetitions - start)
         draws = [population.draw(size, cell.m, cell.n, generator) for _ in range(cell.refreshes)]
+        draws = [replace(draw, named=cell.cluster if cell.named else 1) for draw in draws]
         for name in names:
             found[name].append(pool([STATISTICS[name](draw, cell.k) for draw in draws]))
     return [
@@ -100,35 +148,32 @@ def _summary(chunks: list[Moments], truth: float, as_shipped: bool) -> dict[str,
         for level in LEVELS:
             held = sum(low <= truth <= high for low, high in (look[level] for look in shown))
             record[f"covered_{round(100 * level)}"] = held / len(shown)
+        record["missed"] = (len(shown) - held) / len(looks)
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in record.items()}
 
 
 def _looks(moments: Moments, truth: float, as_shipped: bool) -> Iterator[dict[Any, Any]]:
-    count = len(moments.influence)
-    known = (moments.value[:, 1:] > 0).all(1)
-    cosine = torch.zeros(len(known), dtype=torch.float64)
-    for i in known.nonzero().flatten().tolist():
-        cosine[i] = corrected_cosine(moments.value[i], moments.covariance[i])[0] if as_shipped else _ratio(moments, i)
-    if as_shipped:
-        at_zero, at_truth = moments.degrees.tolist(), moments.degrees_at(torch.full_like(cosine, truth)).tolist()
-        at_estimate = moments.degrees_at(cosine).tolist()
-    else:
-        at_zero = at_truth = at_estimate = [count - 1] * len(known)
-    for i, determined in enumerate(known.tolist()):
-        value, covariance = moments.value[i], moments.covariance[i]
-        look: dict[Any, Any] = {"determined": determined, "cosine": float(cosine[i])}
-        one_sided = student_t_quantile(0.95, at_zero[i])
-        look["conflict"] = float(value[0]) + one_sided * float(covariance[0, 0]) ** 0.5 < 0 and determined
-        look["below_truth"] = False
-        if determined:
+    """`as_shipped`: by the guard's rules. Else the degrees are those of all prompts, and any norms above 0 will do."""
+    for i in range(len(moments.value)):
+        one = moments.at(i)
+        known = no_signal("pass@k", one) is None if as_shipped else bool((one.value[0, 1:] > 0).all())
+        look: dict[Any, Any] = {"determined": known, "conflict": False, "below_truth": False}
+        if known:
             for level in LEVELS:
-                look[level] = cosine_bounds(value, covariance, student_t_quantile((1 + level) / 2, at_estimate[i]))
-            upper = cosine_bounds(value, covariance, student_t_quantile(0.95, at_truth[i]))[1]
-            look["below_truth"] = upper < truth
+                look[level] = _interval(one, level, as_shipped)
             look["determined"] = look[0.95] != (-1.0, 1.0)
+            look["conflict"], look["below_truth"] = look[0.95][1] < 0, look[0.95][1] < truth
+            look["cosine"] = corrected_cosine(one.value[0], one.covariance[0])[0] if as_shipped else _ratio(one)
         yield look
 
 
-def _ratio(moments: Moments, i: int) -> float:
-    inner, one, many = moments.value[i].tolist()
-    return max(-1.0, min(1.0, inner / (one * many) ** 0.5))
+def _interval(one: Moments, level: float, as_shipped: bool) -> tuple[float, float]:
+    if as_shipped:
+        return cosine_interval(one, level) or (-1.0, 1.0)
+    quantile = student_t_quantile((1 + level) / 2, len(one.influence) - 1.0)
+    return cosine_bounds(one.value[0], one.covariance[0], lambda c: torch.full_like(c, quantile))
+
+
+def _ratio(one: Moments) -> float:
+    inner, norm1_sq, normk_sq = one.value[0].tolist()
+    return max(-1.0, min(1.0, inner / (norm1_sq * normk_sq) ** 0.5))

@@ -96,6 +96,19 @@ class Synthetic:
         return (normal.tril(-1) + torch.diag_embed(chi2.sqrt())) / math.sqrt(self.sketch_dim)
 
 
+class FewHard(Synthetic):
+    """One prompt in twenty is hard: most of grad J_k rests on the two or three of them that a refresh sees solved."""
+
+    share = torch.tensor([0.8, 0.05, 0.15], dtype=torch.float64)
+    rate = torch.tensor([0.85, 0.05, 0.2], dtype=torch.float64)
+
+
+class FewHardAlone(FewHard):
+    """The same without neutral prompts, which have a part in grad J_k."""
+
+    share = torch.tensor([0.95, 0.05, 0.0], dtype=torch.float64)
+
+
 class ThreeKinds(Synthetic):
     """A tenth of the prompts is solved once in fifty samples and agrees with the easy ones: most samples miss them."""
 

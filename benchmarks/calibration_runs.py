@@ -285,11 +285,11 @@ def _looks_of_each_run(course: Course, runs: int, seed: int) -> Iterator[list[tu
 
 
 def _estimates(moments: Moments, refreshes: int) -> Iterator[ConflictEstimate]:
-    """At the threshold 0 the one-sided bounds decide by the inner product alone."""
+    """At the threshold 0 the interval decides by the inner product alone."""
     error = moments.covariance[:, 0, 0].sqrt()
     rows = zip(moments.value.tolist(), error.tolist(), moments.degrees.tolist(), strict=True)
     for (inner, one, many), spread, degrees in rows:
-        room = student_t_quantile(0.95, degrees) * spread
+        room = student_t_quantile(0.975, degrees) * spread
         known = one > 0 and many > 0
         status = "conflict" if inner + room < 0 else "clear" if inner - room > 0 else "undetermined"
         yield ConflictEstimate(

@@ -27,12 +27,14 @@ class Draw:
         correct: [2, R, m] right samples of each half, int64.
         positive, negative: [2, R, m, d] sums of the score vectors of right and of wrong samples.
         half: n/2.
+        named: prompts in a row that the statistic is told to be one cluster.
     """
 
     correct: Tensor
     positive: Tensor
     negative: Tensor
     half: int
+    named: int = 1
 
     def gradient(self, k: int) -> Tensor:
         """[R, m, d] the leave-one-out gradient of pass@k from all samples of each prompt."""
@@ -49,8 +51,11 @@ def _leave_one_out(correct: Tensor, n: int, k: int, positive: Tensor, negative: 
 
 
 def guard(draw: Draw, k: int) -> Moments:
-    """Means over pairs of different prompts, with the jackknife's overshoot taken off: the product's."""
-    one, many = draw.gradient(1), draw.gradient(k)
+    """Means over pairs of different clusters, with the jackknife's overshoot taken off: the product's.
+
+    Pairs of clusters of equal size are pairs of their mean gradients.
+    """
+    one, many = (draw.gradient(kk).unflatten(1, (-1, draw.named)).mean(2) for kk in (1, k))
     mixed = many @ one.mT
     kernels = torch.stack([(mixed + mixed.mT) / 2, one @ one.mT, many @ many.mT], 1)
     overshoot = torch.stack([jackknife_overshoot(kernel) for kernel in kernels], 1)
@@ -84,27 +89,27 @@ def sample_splitting(draw: Draw, k: int) -> Moments:
     return _join(_all(many[0], one[1]), _all(one[0], one[1]), _all(many[0], many[1]))
 
 
-def _different(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _different(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     m, (a, b) = left.shape[1], (left.sum(1, keepdim=True), right.sum(1, keepdim=True))
     same = (left * right).sum(-1)
     total = (a * b).sum(-1) - same.sum(1, keepdim=True)
     without = total - (left * (b - right)).sum(-1) - (right * (a - left)).sum(-1)
     value = total / (m * (m - 1))
-    return value[:, 0], without / ((m - 1) * (m - 2)) - value
+    return value[:, 0], without / ((m - 1) * (m - 2)) - value, same / (m * (m - 1))
 
 
-def _all(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _all(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     m, (a, b) = left.shape[1], (left.sum(1, keepdim=True), right.sum(1, keepdim=True))
     value = (a * b).sum(-1) / m**2
-    return value[:, 0], ((a - left) * (b - right)).sum(-1) / (m - 1) ** 2 - value
+    return value[:, 0], ((a - left) * (b - right)).sum(-1) / (m - 1) ** 2 - value, (left * right).sum(-1) / m**2
 
 
-def _join(*parts: tuple[Tensor, Tensor], overshoot: Tensor | None = None) -> Moments:
+def _join(*parts: tuple[Tensor, Tensor, Tensor], overshoot: Tensor | None = None) -> Moments:
     """Repetitions stand where the product has its values of k."""
     value = torch.stack([part[0] for part in parts], -1)
-    change = torch.stack([part[1] for part in parts], -1)
-    none = value.new_zeros(change.shape[1], len(value), 3, 3)
-    return Moments(value, change.transpose(0, 1), value, lambda: none if overshoot is None else overshoot)
+    change, own = (torch.stack([part[i] for part in parts], -1).transpose(0, 1) for i in (1, 2))
+    none = value.new_zeros(len(change), len(value), 3, 3)
+    return Moments(value, change, value, own, lambda: none if overshoot is None else overshoot)
 
 
 def checks_of(moments: Moments) -> Iterator[Check]:
@@ -117,8 +122,8 @@ def pool(parts: list[Moments]) -> Moments:
     """Refreshes of equally many fresh prompts, averaged; every prompt is left out of its own."""
     share = 1 / len(parts)
     value = share * torch.stack([part.value for part in parts]).sum(0)
-    change = torch.cat([share * part.influence for part in parts])
-    return Moments(value, change, value, lambda: share**2 * torch.cat([part.overshoots for part in parts]))
+    change, own = (torch.cat([share * getattr(part, name) for part in parts]) for name in ("influence", "sizes"))
+    return Moments(value, change, value, own, lambda: share**2 * torch.cat([part.overshoots for part in parts]))
 
 
 STATISTICS = {

@@ -95,7 +95,7 @@ def achieved_power(population: Population, m: int, refreshes: int, runs: int, ge
     for moments in looked(population, m, refreshes, runs, generator):
         known = (moments.value[:, 1:] > 0).all(1).tolist()
         rows = zip(studentised(moments), moments.degrees.tolist(), known, strict=True)
-        called += sum(ok and t < -student_t_quantile(0.95, degrees) for t, degrees, ok in rows)
+        called += sum(ok and t < -student_t_quantile(0.975, degrees) for t, degrees, ok in rows)
     return called / runs
 
 

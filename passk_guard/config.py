@@ -161,6 +161,11 @@ class GuardConfig:
     group_by: str | None = _setting(
         None, "Column of the probe whose groups get a realised change of their own, at most 20 values."
     )
+    cluster_by: str | None = _setting(
+        None,
+        "Column of the probe that prompts share which are not independent: a template, a source problem. Those of one "
+        "value are not paired with one another, and count as one draw in every error. None: all are independent.",
+    )
     on_loss: Literal["alert", "stop"] = _setting(
         "alert",
         "What follows when the loss of pass@1 is established to exceed max_loss: an alert, or the end of training.",
@@ -242,6 +247,11 @@ class GuardConfig:
             raise ValueError(
                 f"Expected resample_refreshes=1 for source='training_batch'; found {self.resample_refreshes}. Its "
                 "batch costs no sampling that reuse could save: leave it at 1, or pass held-out prompts as `probe`."
+            )
+        if self.cluster_by is not None and self.source == "training_batch":
+            raise ValueError(
+                f"Expected cluster_by=None for source='training_batch'; found {self.cluster_by!r}. Its rows are not "
+                "the probe's: pass held-out prompts as `probe`."
             )
         if self.instruments == "change" and self.source == "training_batch":
             raise ValueError(

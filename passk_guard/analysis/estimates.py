@@ -10,7 +10,8 @@ from torch import Tensor
 
 from passk_guard.analysis.results import Number
 from passk_guard.estimation.agreement import informative
-from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
+from passk_guard.estimation.estimate import cosine_interval, no_signal
+from passk_guard.estimation.intervals import corrected_cosine, student_t_quantile
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.ustatistics import coefficients, moments_of
 
@@ -74,7 +75,7 @@ def image(function: Callable[[float], float], number: Number) -> Number:
 def angle(probe: ProbeGram, left: Tensor, right: Tensor, confidence: float) -> Number:
     r"""cos(E[g], E[h]) from U-statistics over pairs of different prompts, with its interval.
 
-    $U_{gh} / \sqrt{U_{gg} U_{hh}}$; bounds by `intervals.cosine_bounds` from the jackknife over prompts.
+    $U_{gh} / \sqrt{U_{gg} U_{hh}}$; interval by `estimate.cosine_interval` from the jackknife over prompts.
 
     Args:
         probe: m prompts.
@@ -82,19 +83,12 @@ def angle(probe: ProbeGram, left: Tensor, right: Tensor, confidence: float) -> N
         confidence: of the two-sided interval.
 
     Returns:
-        A `Number` without a value where a squared norm is not positive, where no cosine can be ruled out, or below
-        three prompts with a gradient.
+        A `Number` without a value where a squared norm is not established (`estimate.no_signal`), where no cosine can
+        be ruled out, or below three prompts with a gradient.
     """
     if int(informative(probe).sum()) < 3:
         return Number()
     moments = moments_of(probe, left[None], right[None])
-    value = moments.value[0]
-    if not bool((value[1:] > 0).all()):
+    if no_signal("", moments) is not None or (interval := cosine_interval(moments, confidence)) is None:
         return Number()
-    covariance = moments.covariance[0]
-    cosine, error = corrected_cosine(value, covariance)
-    degrees = float(moments.degrees_at(torch.tensor([cosine], dtype=torch.float64))[0])
-    low, high = cosine_bounds(value, covariance, student_t_quantile((1 + confidence) / 2, degrees))
-    if (low, high) == (-1.0, 1.0):
-        return Number()
-    return Number(cosine, error, low, high)
+    return Number(*corrected_cosine(moments.value[0], moments.covariance[0]), *interval)

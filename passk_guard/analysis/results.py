@@ -82,7 +82,7 @@ class Curve:
 
     Attributes:
         k, cosine, low, high: the curve with the two-sided interval of each k by itself; None where undetermined.
-        established: whether a conflict is established at this k by itself, one-sided.
+        established: whether the interval at this k is below the threshold.
         k_star: the largest k such that no conflict is established at it or below it.
         band_low, band_high: of the band that holds at all k together; None in analyses from before it was written.
         k_star_low, k_star_high: confidence set, from the band, of the largest k up to which there is no conflict. The

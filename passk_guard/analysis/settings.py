@@ -35,7 +35,7 @@ class Settings(BaseModel):
             and so that there are several passes.
         last_layer: sketch the last hidden layer's parameters alone (see `load.last_hidden_layer`).
         threshold: cosine below which there is a conflict.
-        confidence: of every interval (two-sided) and of the verdicts (one-sided).
+        confidence: of every interval, two-sided. The status at a k follows from its interval.
         correct_threshold: rewards at or above it count as correct.
         gamma: cosine that the prediction for `project` assumes. floor_gamma: cosine that the predicted floor is solved
             for. The guard's defaults are 0.2 for both.

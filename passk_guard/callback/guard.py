@@ -284,7 +284,7 @@ class PassKGuardCallback(TrainerCallback):
 
                 found = None
                 if self._sketcher is not None:
-                    found = self._angle(sample_once, keys, seed, step)
+                    found = self._angle(sample_once, self._source.independent(keys) if self._source else (), seed, step)
                 else:
                     until_it_fits(self._ranks, lambda: self._ranks.together(sample_once), self._sample_fewer)
                 memory = self.memory.with_step(step) if found is None else found.memory

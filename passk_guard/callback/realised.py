@@ -59,11 +59,12 @@ class ChangeMemory:
     since: int = 0
     rates: tuple[tuple[float, float], ...] = ((0.0, 0.0),) * 3
 
-    def with_level(self, window: Window, k: int) -> ChangeMemory:
+    def with_level(self, window: Window, k: int, source: HeldOut | None = None) -> ChangeMemory:
         """The same with the levels of a new sample; unchanged where it has too few prompts for an error."""
-        correct = _with_verdicts(window)[0]
+        correct, kept = _with_verdicts(window)
+        keys = [window.keys[x] for x in kept.tolist()]
         try:
-            level = estimate_level(correct, k)
+            level = estimate_level(correct, k, clusters=None if source is None else source.independent(keys))
         except GuardError:
             return self
         return replace(self, fused=self.fused.with_level(level))
@@ -223,7 +224,7 @@ class RealisedChange:
         """What the updates since the window was opened did; None where none is open, or there were no updates."""
         if self._window is None or step == self._window.step:
             return None
-        return close_window(self._window, rescorer, memory, step, self._config, self._groups)
+        return close_window(self._window, rescorer, memory, step, self._config, self._groups, self._source)
 
     def open(
         self,
@@ -249,7 +250,7 @@ class RealisedChange:
         unseen = self._window is None and memory.fused.pass_at_1.level is not None
         self._window = None
         self._window = rescorer.open(*sampled, keys, step, measured)
-        return (memory.with_gap() if unseen else memory).with_level(self._window, self._config.k)
+        return (memory.with_gap() if unseen else memory).with_level(self._window, self._config.k, self._source)
 
     def prompt(self, key: Hashable) -> str:
         """The text of a prompt of the probe."""
@@ -277,13 +278,8 @@ class RealisedChange:
 
 def _groups_of(source: HeldOut, column: str) -> dict[str, str]:
     """The label of each prompt, by the name that the prompt has in a checkpoint too."""
-    rows = source.probe.rows
-    if missing := [i for i, row in enumerate(rows) if row.get(column) is None]:
-        raise GuardError(
-            f"Expected the column group_by={column!r} in every row of the probe; found none in row {missing[0]}, whose "
-            f"columns are {sorted(map(str, rows[missing[0]]))}."
-        )
-    found = {str(source.probe.key(i)): str(row[column]) for i, row in enumerate(rows)}
+    labels = source.probe.labels("group_by", column)
+    found = {str(source.probe.key(i)): label for i, label in enumerate(labels)}
     if len(values := set(found.values())) > MOST_GROUPS:
         raise GuardError(
             f"Expected at most {MOST_GROUPS} groups in the column group_by={column!r}; found {len(values)}. Pass a "
@@ -299,6 +295,7 @@ def close_window(
     step: int,
     config: GuardConfig,
     groups: Mapping[str, str] | None = None,
+    source: HeldOut | None = None,
 ) -> WindowResult:
     """Score the completions of a window once more, and say what the updates since did. It never raises for data.
 
@@ -309,6 +306,7 @@ def close_window(
         step: optimizer steps taken by now.
         config: k, confidence, cooldown, min_effective_samples and max_loss.
         groups: label of each prompt key, where the user asked for groups.
+        source: which prompts are not independent; None: all are.
     """
     correct, kept = _with_verdicts(window)
     keys = [window.keys[x] for x in kept.tolist()]
@@ -316,8 +314,10 @@ def close_window(
     try:
         log_ratios = rescorer.log_ratios(window)[kept]
         labels = None if groups is None else [groups[str(key)] for key in keys]
-        estimate = estimate_change(log_ratios, correct, config.k, groups=labels, keys=keys, noise=window.noise)
-        rates = change_by_solve_rate(log_ratios, correct)
+        clusters = None if source is None else source.independent(keys)
+        more: dict[str, Any] = {"keys": keys, "clusters": clusters, "noise": window.noise}
+        estimate = estimate_change(log_ratios, correct, config.k, groups=labels, **more)
+        rates = change_by_solve_rate(log_ratios, correct, clusters=clusters)
         if estimate.effective_samples < config.min_effective_samples:
             reason = (
                 f"the policy moved so far that the samples are worth {estimate.effective_samples:.2f} of their number, "

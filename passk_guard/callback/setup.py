@@ -123,7 +123,8 @@ def held_out_source(
     _warn_of_mismatches(trainer, config)
     prompts_each = config.probe_prompts or MOST_PROMPTS
     _warn_of_recurrence(len(prompts), prompts_each, config)
-    return HeldOut(prompts, sampler, prompts_each, config.num_samples, config.probe_seed)
+    clusters = [] if config.cluster_by is None else prompts.clusters(config.cluster_by)
+    return HeldOut(prompts, sampler, prompts_each, config.num_samples, config.probe_seed, clusters)
 
 
 def _own_sampler(prompts: ProbeSet, trainer: Any, config: GuardConfig) -> Sampler:

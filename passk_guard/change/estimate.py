@@ -20,6 +20,7 @@ from passk_guard.change.samples import Samples, checked_samples
 from passk_guard.passk.closed_forms import pass_at_k
 from passk_guard.passk.importance import effective_share
 from passk_guard.utils.arguments import as_real
+from passk_guard.utils.clusters import error_parts, numbered
 from passk_guard.utils.errors import GuardError
 
 _FEWEST_PROMPTS = 3
@@ -64,8 +65,8 @@ class ChangeEstimate:
 
     Attributes:
         k: the k of pass@k.
-        pass_at_1, pass_at_k: changes, unbiased. pass_at_1_se, pass_at_k_se: standard errors over prompts; infinite
-            where a change leaves the range of float64.
+        pass_at_1, pass_at_k: changes, unbiased. pass_at_1_se, pass_at_k_se: standard errors over prompts, or over
+            their clusters; infinite where a change leaves the range of float64.
         degrees, degrees_k: degrees of freedom of the two standard errors.
         effective_samples: share of its samples that a prompt is worth to the new policy, mean over prompts, in [0, 1].
         num_prompts, num_prompts_k: different prompts, and those of them with k samples or more.
@@ -101,6 +102,7 @@ def estimate_change(
     mask: Tensor | None = None,
     groups: Sequence[Hashable] | Tensor | None = None,
     keys: Sequence[Hashable] | None = None,
+    clusters: Sequence[Hashable] | None = None,
     noise: float | None = None,
 ) -> ChangeEstimate:
     r"""How much pass@1 and pass@k changed from the policy that drew the samples to the one that scored them again.
@@ -115,6 +117,8 @@ def estimate_change(
         mask: [m, n] bool, False for samples that do not count; None: all do. It must not depend on the verdicts.
         groups: m labels, such as difficulties; None for none.
         keys: m names of the prompts. Rows of one name are one prompt with the samples of all of them.
+        clusters: m names of what the prompts come from, such as a template. The errors take prompts of one cluster to
+            be one draw; None: prompts are independent.
         noise: standard deviation of the log ratios from rounding alone. The errors contain it in any case, since they
             are the spread over prompts. Where it is not the rounding of the sampler too, it makes the mean ratio
             exp(noise^2/2): half its square is taken off the log ratios. Where it is, nothing was to be taken off: the
@@ -125,10 +129,12 @@ def estimate_change(
             other than 1, 0 and -1, k < 1, fewer than 3 prompts (with k samples), or a prompt without any sample.
     """
     samples = checked_samples(correct, k, log_ratios=log_ratios, mask=mask, keys=keys, noise=_checked_noise(noise))
-    level, levels = _levels(samples, k)
+    cluster = _cluster_of_each(samples.prompt, clusters)
+    level, levels = _levels(samples, k, cluster)
     one, many = adjusted(prompt_changes(samples.log_ratios, samples.right, samples.counted, k))
     enough = ~many.isnan()
-    change_1, change_k = _mean_and_error(one), _mean_and_error(many[enough])
+    cluster_k = cluster[enough].unique(return_inverse=True)[1]
+    change_1, change_k = _mean_and_error(one, cluster), _mean_and_error(many[enough], cluster_k)
     if noise:
         given = torch.where(samples.counted, samples.log_ratios + noise**2 / 2, 0.0)
         as_given = adjusted(prompt_changes(given, samples.right, samples.counted, k))[1]
@@ -139,33 +145,59 @@ def estimate_change(
         pass_at_1_se=change_1[1],
         pass_at_k=change_k[0],
         pass_at_k_se=change_k[1],
-        degrees=_degrees(one),
-        degrees_k=_degrees(many[enough]),
+        degrees=_degrees(one, cluster),
+        degrees_k=_degrees(many[enough], cluster_k),
         effective_samples=float(effective_share(samples.log_ratios, samples.counted).mean()),
         num_prompts=level.num_prompts,
         num_prompts_k=level.num_prompts_k,
         level=level,
-        level_1_change_cov=_covariance(levels[0], one),
-        level_k_change_cov=_covariance(levels[1], many[enough]),
+        level_1_change_cov=_covariance(levels[0], one, cluster),
+        level_k_change_cov=_covariance(levels[1], many[enough], cluster_k),
         per_prompt=one[samples.prompt],
         per_prompt_k=many[samples.prompt],
-        groups={} if groups is None else _by_group(groups, samples.prompt, one, many),
+        groups={} if groups is None else _by_group(groups, samples.prompt, one, many, cluster),
     )
 
 
 def estimate_level(
-    correct: Tensor, k: int, *, mask: Tensor | None = None, keys: Sequence[Hashable] | None = None
+    correct: Tensor,
+    k: int,
+    *,
+    mask: Tensor | None = None,
+    keys: Sequence[Hashable] | None = None,
+    clusters: Sequence[Hashable] | None = None,
 ) -> LevelEstimate:
     """pass@1 and pass@k of the policy that drew the samples; arguments and errors as in `estimate_change`."""
-    return _levels(checked_samples(correct, k, mask=mask, keys=keys), k)[0]
+    samples = checked_samples(correct, k, mask=mask, keys=keys)
+    return _levels(samples, k, _cluster_of_each(samples.prompt, clusters))[0]
 
 
-def _levels(samples: Samples, k: int) -> tuple[LevelEstimate, tuple[Tensor, Tensor]]:
+def _cluster_of_each(prompt: Tensor, clusters: Sequence[Hashable] | None) -> Tensor:
+    """[M] number of each prompt's cluster, from those of the rows."""
+    count = int(prompt.max()) + 1
+    if clusters is None:
+        return torch.arange(count)
+    if len(clusters) != len(prompt):
+        raise GuardError(f"Expected one name in `clusters` for each of {len(prompt)} rows; found {len(clusters)}.")
+    rows = numbered(clusters)
+    cluster = torch.zeros(count, dtype=torch.int64).scatter_(0, prompt, rows)
+    if not torch.equal(cluster[prompt], rows):
+        raise GuardError("Expected one cluster for each prompt; found rows of one of `keys` with different `clusters`.")
+    if (apart := len(cluster.unique())) < _FEWEST_PROMPTS:
+        raise GuardError(
+            f"Expected prompts of at least {_FEWEST_PROMPTS} clusters, over which the error is taken; found {apart}. "
+            "Draw more prompts."
+        )
+    return cluster
+
+
+def _levels(samples: Samples, k: int, cluster: Tensor) -> tuple[LevelEstimate, tuple[Tensor, Tensor]]:
     size, right = samples.counted.sum(1), samples.right.sum(1)
     enough = size >= k
     _require_prompts(len(size), int(enough.sum()), k)
     one, many = right / size.double(), pass_at_k(size[enough], right[enough], k)
-    return LevelEstimate(*_mean_and_error(one), *_mean_and_error(many), len(one), len(many)), (one, many)
+    errors = (*_mean_and_error(one, cluster), *_mean_and_error(many, cluster[enough].unique(return_inverse=True)[1]))
+    return LevelEstimate(*errors, len(one), len(many)), (one, many)
 
 
 def _require_prompts(prompts: int, enough: int, k: int) -> None:
@@ -188,32 +220,33 @@ def _checked_noise(noise: float | None) -> float:
     return value
 
 
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
+def _mean_and_error(values: Tensor, cluster: Tensor) -> tuple[float, float]:
     mean = float(values.mean())
     if not bool(values.isfinite().all()):
         return mean, math.inf
-    return mean, float((values.var() / len(values)).sqrt()) if len(values) > 1 else math.nan
+    parts = error_parts(values, cluster)
+    return mean, float(parts.square().sum().sqrt()) if len(parts) > 1 else math.nan
 
 
-def _covariance(a: Tensor, b: Tensor) -> float:
+def _covariance(a: Tensor, b: Tensor, cluster: Tensor) -> float:
     """Of the means of two values per prompt; 0 where one has no finite mean."""
-    product = ((a - a.mean()) * (b - b.mean())).sum() / (len(a) * (len(a) - 1))
+    product = (error_parts(a, cluster) * error_parts(b, cluster)).sum()
     return float(product) if bool(product.isfinite()) else 0.0
 
 
-def _degrees(values: Tensor) -> float:
-    """2m / (kurtosis - 1) of m values, in [3, m - 1]: of a variance that few prompts carry (Satterthwaite 1946).
+def _degrees(values: Tensor, cluster: Tensor) -> float:
+    """2C / (kurtosis - 1) of C clusters, in [3, C - 1]: of a variance that few carry (Satterthwaite 1946).
 
-    For m = 3 the upper end wins.
+    For C = 3 the upper end wins.
     """
-    square = (values - values.mean()).square()
-    most, spread = len(values) - 1.0, float(square.var(correction=0) / square.mean().square())
-    found = 2 * len(values) / spread if spread > 0 else most
+    square = error_parts(values, cluster).square()
+    most, spread = len(square) - 1.0, float(square.var(correction=0) / square.mean().square())
+    found = 2 * len(square) / spread if spread > 0 else most
     return min(max(found, _FEWEST_DEGREES), most)
 
 
 def _by_group(
-    groups: Sequence[Hashable] | Tensor, prompt: Tensor, one: Tensor, many: Tensor
+    groups: Sequence[Hashable] | Tensor, prompt: Tensor, one: Tensor, many: Tensor, cluster: Tensor
 ) -> dict[Hashable, GroupChange]:
     labels: list[Hashable] = groups.tolist() if isinstance(groups, Tensor) else list(groups)
     if len(labels) != len(prompt):
@@ -223,8 +256,11 @@ def _by_group(
         members.setdefault(label, set()).add(row)
     if sum(len(rows) for rows in members.values()) > len(one):
         raise GuardError("Expected one group for each prompt; found rows of one of `keys` with different `groups`.")
-    return {label: _group(one[sorted(rows)], many[sorted(rows)]) for label, rows in members.items()}
+    parts = {label: sorted(rows) for label, rows in members.items()}
+    return {label: _group(one[rows], many[rows], cluster[rows]) for label, rows in parts.items()}
 
 
-def _group(one: Tensor, many: Tensor) -> GroupChange:
-    return GroupChange(len(one), *_mean_and_error(one), *_mean_and_error(many[~many.isnan()]))
+def _group(one: Tensor, many: Tensor, cluster: Tensor) -> GroupChange:
+    enough = ~many.isnan()
+    of_one, of_many = (c.unique(return_inverse=True)[1] for c in (cluster, cluster[enough]))
+    return GroupChange(len(one), *_mean_and_error(one, of_one), *_mean_and_error(many[enough], of_many))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from passk_guard.utils.clusters import numbered
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import brief
 
@@ -93,8 +94,7 @@ def _numbered(keys: Sequence[Hashable] | None, rows: int) -> Tensor:
         return torch.arange(rows)
     if len(keys) != rows:
         raise GuardError(f"Expected one name in `keys` for each of {rows} rows; found {len(keys)}.")
-    seen: dict[Hashable, int] = {}
-    return torch.tensor([seen.setdefault(key, len(seen)) for key in keys], dtype=torch.int64)
+    return numbered(keys)
 
 
 def _together(samples: Samples) -> Samples:

@@ -9,7 +9,7 @@ $P(b \in g)\,(p_{t+1} - p_t)$ exactly, and the groups add up to the change of th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from passk_guard.change.per_prompt import prompt_changes
 from passk_guard.change.samples import checked_samples
+from passk_guard.utils.clusters import error_parts, numbered
 from passk_guard.utils.errors import GuardError
 
 HARD_AND_EASY = (1 / 3, 2 / 3)
@@ -42,12 +43,17 @@ class RateChange:
 
 
 def change_by_solve_rate(
-    log_ratios: Tensor, correct: Tensor, *, mask: Tensor | None = None, edges: Sequence[float] = HARD_AND_EASY
+    log_ratios: Tensor,
+    correct: Tensor,
+    *,
+    mask: Tensor | None = None,
+    edges: Sequence[float] = HARD_AND_EASY,
+    clusters: Sequence[Hashable] | None = None,
 ) -> list[RateChange]:
     """The change of pass@1 by solve rate, from hard to easy.
 
     Args:
-        log_ratios, correct, mask: [m, n] as of `estimate_change`.
+        log_ratios, correct, mask: [m, n] as of `estimate_change`. clusters: [m] likewise.
         edges: ascending solve rates between the groups, each in (0, 1).
 
     Raises:
@@ -60,18 +66,18 @@ def change_by_solve_rate(
     found = prompt_changes(samples.log_ratios, samples.right, samples.counted, 1)
     group = torch.bucketize(found.baseline, torch.tensor(edges, dtype=torch.float64), right=True)
     part = samples.counted / found.size[:, None]
+    apart = numbered(range(len(part)) if clusters is None else clusters)
     return [
-        _group(low, high, ((group == g) * found.step * found.advantage).sum(1), ((group == g) * part).sum(1))
+        _group(low, high, ((group == g) * found.step * found.advantage).sum(1), ((group == g) * part).sum(1), apart)
         for g, (low, high) in enumerate(pairwise(limits))
     ]
 
 
-def _group(low: float, high: float, changes: Tensor, shares: Tensor) -> RateChange:
+def _group(low: float, high: float, changes: Tensor, shares: Tensor, cluster: Tensor) -> RateChange:
     """A ratio of two means over prompts, with its error to first order."""
     share = float(shares.mean())
     if share == 0:
         return RateChange(low, high, 0.0, math.nan, math.nan)
     mean = float(changes.mean()) / share
-    spread = float((changes - mean * shares).std()) if len(shares) > 1 else math.nan
-    error = spread / math.sqrt(len(shares)) / share
-    return RateChange(low, high, share, mean, error)
+    parts = error_parts(changes - mean * shares, cluster)
+    return RateChange(low, high, share, mean, float(parts.norm()) / share if len(parts) > 1 else math.nan)

@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.estimation.ustatistics import PassKRows, Rows, other_prompt_sums, passk_rows, prompt_kernel
+from passk_guard.estimation.ustatistics import (
+    PassKRows,
+    Rows,
+    cluster_sizes,
+    clusters,
+    other_prompt_sums,
+    passk_rows,
+    prompt_kernel,
+)
 from passk_guard.passk.closed_forms import unbiased_passk_weight
+from passk_guard.utils.clusters import cluster_sums
 
 _PASS_AT_1 = passk_rows(torch.tensor([1]))
 
@@ -20,8 +29,13 @@ def informative(probe: ProbeGram) -> Tensor:
     return (probe.num_correct > 0) & (probe.num_correct < probe.num_samples)
 
 
+def informative_clusters(probe: ProbeGram) -> int:
+    """Number of clusters with such a prompt; the prompts themselves where each is a cluster of its own."""
+    return len(clusters(probe)[informative(probe)].unique())
+
+
 def agreement_sums(probe: ProbeGram, rows: Rows = _PASS_AT_1) -> Tensor:
-    """[m] sum over x' != x of <g(x), g_1(x')>, with the g of the one row; for pass@k computed once for each probe."""
+    """[m] sum over x' of other clusters of <g(x), g_1(x')>, with the g of the one row; for pass@k computed once."""
 
     def sums() -> Tensor:
         return other_prompt_sums(probe, rows(probe)[0], _PASS_AT_1(probe)[0])
@@ -34,16 +48,17 @@ def prompt_view(probe: ProbeGram, rows: Rows) -> dict[str, Any]:
 
     $a(x) = \frac{1}{m-1} \sum_{x' \ne x} \langle g_1(x), g_1(x') \rangle$ estimates the agreement score of
     arXiv 2602.21189, Sec. 4. The same sum with the g(x) of `rows` on the left is the share of prompt x in the conflict:
-    its mean over prompts is the inner product. Negative pairs are counted among prompts with a gradient.
+    its mean over prompts is the inner product. Negative pairs are counted among prompts with a gradient. Prompts of one
+    cluster are no pair.
     """
-    m = probe.num_samples.numel()
+    cluster, others = clusters(probe), probe.num_samples.numel() - cluster_sizes(probe)[clusters(probe)]
     one = _PASS_AT_1(probe)[0]
     kernel, mixed = prompt_kernel(probe, one, one), informative(probe)
-    pairs = mixed[:, None] & mixed[None, :] & ~torch.eye(m, dtype=torch.bool)
+    pairs = mixed[:, None] & mixed[None, :] & (cluster[:, None] != cluster)
     return {
         "kernel": kernel,
-        "agreement": agreement_sums(probe) / (m - 1),
-        "weighted_agreement": agreement_sums(probe, rows) / (m - 1),
+        "agreement": agreement_sums(probe) / others,
+        "weighted_agreement": agreement_sums(probe, rows) / others,
         "frac_negative_pairs": int(((kernel < 0) & pairs).sum()) / int(pairs.sum()) if bool(pairs.any()) else None,
     }
 
@@ -52,7 +67,7 @@ def weight_and_agreement(probes: Sequence[ProbeGram], k: int) -> dict[str, Any]:
     """E[w_k] and cov(w_k, a), pooled over the refreshes with fresh samples; empty where the newest has none.
 
     E[w_k] is a mean over all prompts, and importance ratios are known only for prompts with a gradient.
-    cov = E[w a] - E[w] E[a]. The product is averaged over triples of different prompts, so it is unbiased too.
+    cov = E[w a] - E[w] E[a]. The product is averaged over triples of different clusters, so it is unbiased too.
     """
     if probes[-1].reused:
         return {}
@@ -63,8 +78,11 @@ def weight_and_agreement(probes: Sequence[ProbeGram], k: int) -> dict[str, Any]:
         m = probe.num_samples.numel()
         weight = unbiased_passk_weight(probe.num_samples, probe.num_correct, k)
         agreement = agreement_sums(probe)
-        triples = float(weight.sum() * agreement.sum() - 2 * weight @ agreement) / (m * (m - 1) * (m - 2))
-        inner = float(agreement_sums(probe, passk_rows(torch.tensor([k]))).sum()) / (m * (m - 1))
+        size = cluster_sizes(probe).double()
+        pairs, twice = m * m - float(size.square().sum()), float((size.square() * (m - size)).sum())
+        apart = cluster_sums(weight, clusters(probe)) @ cluster_sums(agreement, clusters(probe))
+        triples = float(weight.sum() * agreement.sum() - 2 * apart) / (m * pairs - 2 * twice)
+        inner = float(agreement_sums(probe, passk_rows(torch.tensor([k]))).sum()) / pairs
         mean_weight += m / total * float(weight.mean())
         covariance += m / total * (inner - triples)
     return {"mean_weight": mean_weight, "weight_agreement_cov": covariance}

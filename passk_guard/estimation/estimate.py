@@ -9,18 +9,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from passk_guard.estimation.agreement import informative, prompt_view, weight_and_agreement
+from passk_guard.estimation.agreement import informative, informative_clusters, prompt_view, weight_and_agreement
 from passk_guard.estimation.band import level_of_each
 from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.intervals import corrected_cosine, cosine_bounds, student_t_quantile
 from passk_guard.estimation.records import ConflictCurve, ConflictEstimate, ProbeGram, Status
-from passk_guard.estimation.ustatistics import Moments, passk_rows, pooled_moments, weighting_rows
+from passk_guard.estimation.ustatistics import (
+    Moments,
+    cluster_sizes,
+    clusters,
+    passk_rows,
+    pooled_moments,
+    weighting_rows,
+)
 from passk_guard.passk import Weighting
 from passk_guard.passk.closed_forms import pass_at_k
 from passk_guard.utils.arguments import as_real
+from passk_guard.utils.clusters import error_parts
 from passk_guard.utils.errors import GuardError
 
 _FEWEST_PROMPTS = 3  # two give a U-statistic of one pair, and no jackknife
+
+FEWEST_EFFECTIVE = 8.0
+"""Prompts behind a squared norm (`Moments.effective_prompts`) below which no number is shown. A norm that few prompts
+carry is large just where the sample happens to be unlike others (benchmarks/README.md, Calibration)."""
 
 
 def estimate_conflict(
@@ -41,7 +53,8 @@ def estimate_conflict(
     leave-one-out $g_k(x) = \alpha^+_k S^+_x + \alpha^-_k S^-_x$ are unbiased for the inner products of
     arXiv 2602.21189, Sec. 4; the cosine is $U_{k1} / \sqrt{U_{11} U_{kk}}$. Same-prompt pairs are left out: with
     them the statistic is biased towards "no conflict" by the noise of one prompt's gradient. Uncertainty is a
-    jackknife over prompts, turned into bounds on the cosine by `intervals.cosine_bounds`.
+    jackknife over prompts, turned into bounds on the cosine by `intervals.cosine_bounds`. The intervals hold for
+    prompts that are independent of one another, or whose clusters are named in `prompt_keys`.
 
     Args:
         gram: [2m, 2m] inner products of [S+_1..S+_m, S-_1..S-_m], S being *sums* of score vectors.
@@ -49,9 +62,11 @@ def estimate_conflict(
         num_correct: [m] correct ones.
         k: of pass@k, at least 2 for the angle to mean anything (k = 1 gives cosine 1).
         threshold: cosine below which there is a conflict.
-        confidence: of the interval (two-sided) and of the verdict (one-sided).
+        confidence: of the interval. The status is "conflict" where all of it is below the threshold, and "clear" where
+            all of it is above.
         history: Gram matrices of earlier refreshes, pooled with this one by averaging the U-statistics.
-        prompt_keys: m hashable names, by which a prompt is recognised in `history`.
+        prompt_keys: m hashable names, by which a prompt is recognised in `history`. Prompts of one name, such as
+            paraphrases of one problem, are a cluster: they are not paired, and count as one.
         weighting: another objective in place of pass@k, e.g. `named_weighting("grpo")`. g_k is then the gradient that
             its advantages give for the same samples, and there is no curve over k. k still names the pass rate.
 
@@ -90,8 +105,8 @@ def estimate_pooled(
         raise GuardError(f"Expected 0 < confidence < 1 and -1 < threshold < 1; found {confidence=}, {threshold=}.")
     probes = [checked_probe(probe, k) for probe in probes]
     base = _base(probes, k, threshold, confidence)
-    if min(p.num_samples.numel() for p in probes) < _FEWEST_PROMPTS or base.num_informative < _FEWEST_PROMPTS:
-        return replace(base, reason=_too_little(probes))
+    if (reason := _too_little(probes)) is not None:
+        return replace(base, reason=reason)
     rows = passk_rows(torch.tensor([k])) if weighting is None else weighting_rows(weighting)
     moments = pooled_moments(probes, rows)
     value, covariance = moments.value[0], moments.covariance[0]
@@ -106,13 +121,14 @@ def estimate_pooled(
         normk_sq=normk_sq,
     )
     name = f"pass@{k}" if weighting is None else weighting.name
-    if (reason := _no_signal(name, value, covariance)) is not None:
+    if min(norm1_sq, normk_sq) > 0:
+        base = replace(base, **prompt_view(probes[-1], rows))
+        if weighting is None:
+            base = replace(base, **weight_and_agreement(probes, k))
+    if (reason := no_signal(name, moments)) is not None:
         return replace(base, reason=reason)
-    estimate = replace(base, **prompt_view(probes[-1], rows))
-    if weighting is not None:
-        return _with_cosine(estimate, moments)
-    estimate = _with_cosine(replace(estimate, **weight_and_agreement(probes, k)), moments)
-    if not curve or estimate.cosine is None:
+    estimate = _with_cosine(base, moments)
+    if not curve or weighting is not None or estimate.cosine is None:
         return estimate
     found = _curve(probes, estimate)
     low, high = _k_star_set(found, threshold)
@@ -150,40 +166,42 @@ def _base(probes: Sequence[ProbeGram], k: int, threshold: float, confidence: flo
     )
 
 
-def _no_signal(name: str, value: Tensor, covariance: Tensor) -> str | None:
-    """The reason where there is no angle: one of the two squared norms is not positive."""
-    for which, i in (("pass@1", 1), (name, 2)):
-        if not float(value[i]) > 0:
+def no_signal(name: str, moments: Moments) -> str | None:
+    """The reason where one weighting has no angle: a squared norm is not established, or few prompts carry it."""
+    for norm, side in (("pass@1", 1), (name, 2)):
+        value, error = float(moments.value[0, side]), float(moments.jackknife[0, side, side]) ** 0.5
+        if value <= error:
             return (
-                f"the probe holds no {which} signal: the squared norm of its gradient is "
-                f"{float(value[i]):.2g} ± {float(covariance[i, i]) ** 0.5:.2g}; "
+                f"the probe holds no {norm} signal: the squared norm of its gradient is {value:.2g} ± {error:.2g}; "
                 "use more prompts or samples, or pool more refreshes"
+            )
+        if (carried := float(moments.effective_prompts[0, side - 1])) < FEWEST_EFFECTIVE:
+            return (
+                f"{carried:.1f} prompts' worth of signal carry the {norm} gradient, and a number takes "
+                f"{FEWEST_EFFECTIVE:g}: use more prompts that are solved sometimes, or pool more refreshes"
             )
     return None
 
 
-def _quantiles(
-    base: ConflictEstimate, moments: Moments, cosines: Tensor, confidence: float | None = None
-) -> list[tuple[float, float]]:
-    """For the two-sided intervals (degrees at the estimates [K]) and the one-sided bounds (at the threshold)."""
-    at_estimate = moments.degrees_at(cosines).tolist()
-    at_threshold = moments.degrees_at(torch.full_like(cosines, base.threshold)).tolist()
-    level = (1 + (confidence or base.confidence)) / 2
-    return [
-        (student_t_quantile(level, here), student_t_quantile(base.confidence, there))
-        for here, there in zip(at_estimate, at_threshold, strict=True)
-    ]
+def cosine_interval(moments: Moments, confidence: float) -> tuple[float, float] | None:
+    """Two-sided interval of the cosine of one weighting; None where no cosine in [-1, 1] is ruled out.
+
+    Each cosine c is tested with the degrees of freedom of its own contrast (`Moments.degrees_at`).
+    """
+
+    def quantile(cosines: Tensor) -> Tensor:
+        return student_t_quantile((1 + confidence) / 2, moments.degrees_at(cosines[:, None])[:, 0])
+
+    bounds = cosine_bounds(moments.value[0], moments.covariance[0], quantile)
+    return None if bounds == (-1.0, 1.0) else bounds
 
 
 def _with_cosine(base: ConflictEstimate, moments: Moments) -> ConflictEstimate:
-    value, covariance = moments.value[0], moments.covariance[0]
-    cosine, error = corrected_cosine(value, covariance)
-    ((two_sided, one_sided),) = _quantiles(base, moments, torch.tensor([cosine], dtype=torch.float64))
-    ci_low, ci_high = cosine_bounds(value, covariance, two_sided)
-    lower, upper = cosine_bounds(value, covariance, one_sided)
-    if (lower, upper) == (-1.0, 1.0):
+    cosine, error = corrected_cosine(moments.value[0], moments.covariance[0])
+    interval = cosine_interval(moments, base.confidence)
+    if interval is None:
         return replace(base, reason="the probe holds no signal: no cosine in [-1, 1] can be ruled out")
-    status, reason = _status(lower, upper, base.threshold, base.confidence)
+    status, reason = _status(*interval, base.threshold, base.confidence)
     inner, norm1_sq, normk_sq = moments.naive[0].tolist()
     return replace(
         base,
@@ -191,23 +209,19 @@ def _with_cosine(base: ConflictEstimate, moments: Moments) -> ConflictEstimate:
         reason=reason,
         cosine=cosine,
         standard_error=error,
-        ci_low=ci_low,
-        ci_high=ci_high,
-        lower_bound=lower,
-        upper_bound=upper,
+        ci_low=interval[0],
+        ci_high=interval[1],
         naive_cosine=inner / math.sqrt(norm1_sq * normk_sq) if norm1_sq > 0 and normk_sq > 0 else None,
     )
 
 
-def _status(lower: float, upper: float, threshold: float, confidence: float) -> tuple[Status, str]:
-    level = f"{100 * confidence:g}%"
-    if upper < threshold:
-        return "conflict", f"upper {level} bound {upper:+.2f} is below the threshold {threshold:g}"
-    if lower > threshold:
-        return "clear", f"lower {level} bound {lower:+.2f} is above the threshold {threshold:g}"
-    return "undetermined", (
-        f"the {level} bounds [{lower:+.2f}, {upper:+.2f}] hold the threshold {threshold:g}: the probe cannot tell"
-    )
+def _status(low: float, high: float, threshold: float, confidence: float) -> tuple[Status, str]:
+    found = f"the {100 * confidence:g}% interval [{low:+.2f}, {high:+.2f}]"
+    if high < threshold:
+        return "conflict", f"{found} is below the threshold {threshold:g}"
+    if low > threshold:
+        return "clear", f"{found} is above the threshold {threshold:g}"
+    return "undetermined", f"{found} holds the threshold {threshold:g}: the probe cannot tell"
 
 
 def _curve(probes: Sequence[ProbeGram], base: ConflictEstimate) -> ConflictCurve:
@@ -217,20 +231,19 @@ def _curve(probes: Sequence[ProbeGram], base: ConflictEstimate) -> ConflictCurve
     numbers = torch.full((3, len(ks)), math.nan, dtype=torch.float64)
     band = torch.tensor([[-1.0], [1.0]], dtype=torch.float64).repeat(1, len(ks))
     established = torch.zeros(len(ks), dtype=torch.bool)
-    known = (moments.value[:, 1:] > 0).all(1).nonzero().flatten().tolist()
+    known = [i for i in range(len(ks)) if no_signal("", moments.at(i)) is None]
     for i in known:
         numbers[0, i] = corrected_cosine(moments.value[i], moments.covariance[i])[0]
     centre = numbers[0].nan_to_num()
-    quantiles = _quantiles(base, moments, centre)
     each = level_of_each(moments.changes_at(centre)[:, [i for i in known if i > 0]], base.confidence)  # k = 1 has none
-    together = _quantiles(base, moments, centre, each)
     for i in known:
-        two_sided, one_sided = quantiles[i]
-        band[:, i] = torch.tensor(cosine_bounds(moments.value[i], moments.covariance[i], together[i][0]))
-        interval = cosine_bounds(moments.value[i], moments.covariance[i], two_sided)
-        found = (float(numbers[0, i]), *interval) if interval != (-1.0, 1.0) else (math.nan,) * 3
-        numbers[:, i] = torch.tensor(found, dtype=torch.float64)
-        established[i] = cosine_bounds(moments.value[i], moments.covariance[i], one_sided)[1] < base.threshold
+        one = moments.at(i)
+        band[:, i] = torch.tensor(cosine_interval(one, each) or (-1.0, 1.0))
+        if (interval := cosine_interval(one, base.confidence)) is None:
+            numbers[:, i] = math.nan
+        else:
+            numbers[1:, i] = torch.tensor(interval, dtype=torch.float64)
+            established[i] = interval[1] < base.threshold
     return ConflictCurve(ks, numbers[0], numbers[1], numbers[2], established, band[0], band[1])
 
 
@@ -251,14 +264,19 @@ def _pass_rate(probe: ProbeGram, k: int) -> tuple[float | None, float | None]:
     if probe.reused:  # counts of an earlier policy
         return None, None
     values = pass_at_k(probe.num_samples, probe.num_correct, k)
-    count = values.numel()
-    return float(values.mean()), float(values.std() / math.sqrt(count)) if count > 1 else None
+    error = float(error_parts(values, clusters(probe)).square().sum().sqrt())
+    return float(values.mean()), error if len(cluster_sizes(probe)) > 1 else None
 
 
-def _too_little(probes: list[ProbeGram]) -> str:
+def _too_little(probes: list[ProbeGram]) -> str | None:
+    """The reason where there are too few clusters of prompts, or too few with a gradient."""
     smallest = min(p.num_samples.numel() for p in probes)
     if smallest < _FEWEST_PROMPTS:
         return f"only {smallest} prompts had enough scored samples; at least {_FEWEST_PROMPTS} are needed"
+    if (apart := min(len(cluster_sizes(p)) for p in probes)) < _FEWEST_PROMPTS:
+        return f"the prompts are of {apart} clusters; at least {_FEWEST_PROMPTS} are needed, since they are compared"
+    if sum(informative_clusters(p) for p in probes) >= _FEWEST_PROMPTS:
+        return None
     solved = sum(int((p.num_correct == p.num_samples).sum()) for p in probes)
     failed = sum(int((p.num_correct == 0).sum()) for p in probes)
     total = sum(p.num_samples.numel() for p in probes)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from passk_guard.estimation.agreement import informative
+from passk_guard.estimation.agreement import informative_clusters
 from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.recurrence import prompt_variance
@@ -188,11 +188,11 @@ def conflict_check(probe: ProbeGram, k: int, *, threshold: float = 0.0, share: f
         share: of the probe set that these prompts are; 0 where they never recur.
 
     Returns:
-        None where there is no statistic: fewer than 3 prompts with a gradient, or, for a threshold other than 0,
-        a squared norm that is not positive. None for samples of an earlier refresh too: given what was seen of them
-        then, their value has another mean.
+        None where there is no statistic: fewer than 3 clusters of prompts with a gradient, or, for a threshold other
+        than 0, a squared norm that is not positive. None for samples of an earlier refresh too: given what was seen of
+        them then, their value has another mean.
     """
-    if probe.reused or int(informative(probe).sum()) < _FEWEST_PROMPTS:
+    if probe.reused or informative_clusters(probe) < _FEWEST_PROMPTS:
         return None
     moments = refresh_moments(probe, passk_rows(torch.tensor([k])))
     (inner, one, many), covariance = moments.value[0].tolist(), moments.covariance[0]

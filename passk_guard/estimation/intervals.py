@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Number = TypeVar("Number", float, Tensor)
 
-def student_t_quantile(probability: float, degrees: float) -> float:
+_GRID = 129
+_FINER = 3  # times that the grid is made 128 times as fine, around a bound
+
+
+def student_t_quantile(probability: float, degrees: Number) -> Number:
     """Quantile of Student's t by Cornish-Fisher expansion to third order (Abramowitz & Stegun 26.7.5).
 
     Args:
         probability: in (0, 1).
-        degrees: degrees of freedom, > 0. Within 0.3% of the exact value from 3 degrees on, at 0.9 to 0.975.
+        degrees: degrees of freedom, > 0, one number or a tensor. Within 0.3% of the exact value from 3 degrees on, at
+            0.9 to 0.975.
     """
     z = float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))
     return (
@@ -47,42 +55,43 @@ def corrected_cosine(moments: Tensor, covariance: Tensor) -> tuple[float, float]
     return max(-1.0, min(1.0, corrected)), max(0.0, float(slope @ covariance @ slope)) ** 0.5
 
 
-def cosine_bounds(moments: Tensor, covariance: Tensor, quantile: float) -> tuple[float, float]:
+def cosine_bounds(moments: Tensor, covariance: Tensor, quantile: Callable[[Tensor], Tensor]) -> tuple[float, float]:
     r"""Bounds on cos = a / b, with $a = U_{k1}$ and $b = \sqrt{U_{11} U_{kk}}$, by inverting a test.
 
-    A value c is rejected when $|a - c b|$ exceeds `quantile` standard errors of $a - c b$ (Fieller 1954, with the
-    delta method for b). At c = 0 this is the test of the inner product alone, so that a noisy norm neither hides nor
-    creates a conflict. Where the norms are not established the bounds widen to -1 and 1. The upper bound is the
-    smallest value rejected from below: rejecting c rejects every larger cosine too.
+    A value c is rejected when $|a - c b|$ exceeds `quantile(c)` standard errors of $a - c b$ (Fieller 1954, with the
+    delta method for b): every c by the degrees of freedom of its own contrast. At c = 0 this is the test of the inner
+    product alone. Where the norms are not established the bounds widen to -1 and 1. The upper bound is the smallest
+    value rejected from below: rejecting c rejects every larger cosine too. So c is outside the bounds if, and but for
+    that only if, its own test rejects it: one rule for the interval and for a verdict at a threshold.
 
     Args:
         moments: [3] U_k1, U_11, U_kk, the last two positive.
         covariance: [3, 3] of those estimates.
-        quantile: of the reference distribution, > 0, e.g. 1.645 for a one-sided 95% bound.
+        quantile: of the reference distribution at each c of a tensor, > 0, e.g. 1.96 for 95% bounds.
 
     Returns:
-        (lower, upper), each in [-1, 1].
+        (lower, upper), each in [-1, 1], to 1e-8.
     """
-    a, norm1_sq, normk_sq = (float(x) for x in moments)
-    b = math.sqrt(norm1_sq * normk_sq)
-    slope_b = torch.tensor([0.0, b / (2 * norm1_sq), b / (2 * normk_sq)], dtype=torch.float64)
-    cov_ab = covariance.double().cpu() @ slope_b
-    var_a, cov, var_b = float(covariance[0, 0]), float(cov_ab[0]), float(slope_b @ cov_ab)
-    # c is rejected where the parabola A c^2 + B c + C is positive. In units of b, so that tiny gradients survive.
-    z_sq = quantile**2
-    quad = 1 - z_sq * var_b / b**2
-    lin = -2 * (a / b - z_sq * cov / b**2)
-    const = (a / b) ** 2 - z_sq * var_a / b**2
-    if abs(quad) < 1e-12:
-        quad = math.copysign(1e-12, quad)
-    root = lin**2 - 4 * quad * const
-    if root <= 0 and quad < 0:
-        return -1.0, 1.0
-    spread = math.sqrt(max(root, 0.0)) / (2 * abs(quad))
-    centre = -lin / (2 * quad)
-    low, high = centre - spread, centre + spread
-    if quad < 0:
-        # The norms are not established: only what lies between the roots is rejected, all of it on one side.
-        rejected_from_below = a / b < centre
-        low, high = (-1.0, low) if rejected_from_below else (high, 1.0)
-    return max(-1.0, min(1.0, low)), max(-1.0, min(1.0, high))
+    inner, norm1_sq, normk_sq = (float(x) for x in moments)
+    length = math.sqrt(norm1_sq * normk_sq)
+    unit = torch.tensor([1 / length, -1 / (2 * norm1_sq), -1 / (2 * normk_sq)], dtype=torch.float64)
+    left, right = (unit * torch.tensor(x, dtype=torch.float64) for x in ([1.0, 0, 0], [0, 1.0, 1.0]))
+    covariance, ratio = covariance.double().cpu(), inner / length
+    var_a, cov, var_b = (float(x @ covariance @ y) for x, y in ((left, left), (left, right), (right, right)))
+
+    def outermost(sign: int) -> float:
+        """The bound on the side of `sign`, in units in which it is the upper one."""
+        low, high = -1.0, 1.0
+        for _ in range(1 + _FINER):
+            c = torch.linspace(low, high, _GRID, dtype=torch.float64)
+            variance = (var_a + 2 * sign * c * cov + c.square() * var_b).clamp(min=0)
+            rejected = c - sign * ratio > quantile(sign * c) * variance.sqrt()
+            if not bool(rejected.any()):
+                return 1.0
+            first = int(rejected.int().argmax())
+            if first == 0:
+                return low
+            low, high = float(c[first - 1]), float(c[first])
+        return high
+
+    return -outermost(-1), outermost(1)

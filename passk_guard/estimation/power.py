@@ -24,7 +24,7 @@ from torch import Tensor
 from passk_guard.estimation.evidence import log_evidence
 from passk_guard.estimation.intervals import student_t_quantile
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.estimation.ustatistics import passk_rows, refresh_moments
+from passk_guard.estimation.ustatistics import cluster_sizes, passk_rows, refresh_moments
 from passk_guard.estimation.verdict import DecisionRule
 from passk_guard.utils.errors import GuardError
 
@@ -83,24 +83,25 @@ class Noise:
 
 
 def measure_noise(probe: ProbeGram, k: int) -> Noise | None:
-    """The noise of one refresh; None below 4 prompts, where no prompt has a gradient, or for kept samples.
+    """The noise of one refresh; None below 4 clusters of prompts, where no prompt has a gradient, or for kept samples.
 
     Args:
         probe: one refresh, checked, with at least k samples of each prompt. Samples of an earlier refresh add no
             evidence, and would count their draw twice.
     """
-    m = probe.num_samples.numel()
+    m = len(cluster_sizes(probe))
     known = m >= _FEWEST_PROMPTS and not probe.reused
     moments = refresh_moments(probe, passk_rows(torch.tensor([k]))) if known else None
     if moments is None or not bool(moments.jackknife[0].any()):
         return None
     degenerate = moments.overshoots.sum(0)[0] / (4 / (m * (m - 2)) - 2 / (m * (m - 1)))
+    size = probe.num_samples.numel() / m  # as many prompts to a cluster in a probe of another size
     return Noise(
-        prompts=m,
+        prompts=probe.num_samples.numel(),
         refreshes=1,
         value=moments.value[0],
-        linear=m / 4 * (moments.jackknife[0] - 4 / (m * (m - 2)) * degenerate),
-        degenerate=degenerate,
+        linear=size * m / 4 * (moments.jackknife[0] - 4 / (m * (m - 2)) * degenerate),
+        degenerate=size**2 * degenerate,
         degrees=float(moments.degrees[0]),
         solved=float((probe.num_correct == probe.num_samples).double().mean()),
         failed=float((probe.num_correct == 0).double().mean()),
@@ -208,7 +209,8 @@ def looks_until_called(
     for number in range(1, MOST_LOOKS + 1):
         refreshes = [*refreshes, _refresh(look, _RUNS, generator)][-pool:]
         if rule.false_alarms is None:
-            established = _studentised(refreshes) < -student_t_quantile(confidence, len(refreshes) * look.degrees)
+            quantile = student_t_quantile((1 + confidence) / 2, len(refreshes) * look.degrees)
+            established = _studentised(refreshes) < -quantile
             streak = torch.where(established, streak + 1, 0)
             called |= streak >= rule.patience
         else:
@@ -225,10 +227,10 @@ def looks_until_called(
 
 
 def power_of_one(look: Look, refreshes: int, confidence: float) -> float:
-    """Chance that one estimate of so many pooled refreshes establishes the conflict, one-sided."""
+    """Chance that the interval of one estimate of so many pooled refreshes lies below the threshold."""
     generator = torch.Generator().manual_seed(_SEED)
     t = _studentised([_refresh(look, _DRAWS, generator) for _ in range(refreshes)])
-    return float((t < -student_t_quantile(confidence, refreshes * look.degrees)).double().mean())
+    return float((t < -student_t_quantile((1 + confidence) / 2, refreshes * look.degrees)).double().mean())
 
 
 def fewest_prompts(

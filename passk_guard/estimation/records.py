@@ -25,7 +25,8 @@ class ProbeGram:
         num_samples: [m] int64, samples with a verdict.
         num_correct: [m] int64.
         prompt_keys: m hashable names of the prompts. The jackknife leaves a prompt out of all refreshes in which its
-            key occurs. Empty: all prompts are different.
+            key occurs. Prompts of one name in one refresh are a cluster: they are not paired, and are left out
+            together. Empty: all prompts are different.
         misses: None for fresh samples. For samples of an earlier policy, whose scores enter the sums times their
             importance ratios: [m, n] float64 of `importance.miss_estimates`. The counts are those of the sampling.
     """
@@ -95,13 +96,12 @@ class ConflictEstimate:
 
     Attributes:
         k: the k of pass@k.
-        status: "conflict" when the upper confidence bound is below the threshold, "clear" when the lower one
-            is above it, else "undetermined".
+        status: "conflict" when the whole interval is below the threshold, "clear" when it is above, else
+            "undetermined".
         reason: why the status is what it is, in one sentence.
         cosine: U_k1 / sqrt(U_11 U_kk) less its bias to second order, in [-1, 1].
         standard_error: over prompts, of `cosine`.
-        ci_low, ci_high: two-sided interval at `confidence`.
-        upper_bound, lower_bound: one-sided bounds at `confidence`, which decide the status.
+        ci_low, ci_high: two-sided interval at `confidence`, which decides the status.
         confidence: e.g. 0.95.
         inner_product, norm1_sq, normk_sq: U-statistics of <grad J_k, grad J_1>, |grad J_1|^2, |grad J_k|^2.
         inner_product_se: standard error of `inner_product`; degrees: of freedom that it has.
@@ -135,8 +135,6 @@ class ConflictEstimate:
     standard_error: float | None = None
     ci_low: float | None = None
     ci_high: float | None = None
-    lower_bound: float | None = None
-    upper_bound: float | None = None
     inner_product: float | None = None
     inner_product_se: float | None = None
     degrees: float | None = None

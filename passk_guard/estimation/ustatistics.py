@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from passk_guard.estimation.records import ProbeGram
 from passk_guard.passk import Weighting
 from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.passk.importance import reweighted
+from passk_guard.utils.clusters import cluster_sums, numbered
 from passk_guard.utils.errors import GuardError
 
 _ROWS = 64
@@ -31,15 +33,23 @@ class Moments:
 
     Attributes:
         value: [K, 3] float64.
-        influence: [N, K, 3] change of `value` when each of N prompts is left out.
+        influence: [N, K, 3] change of `value` when each of N clusters is left out; most often one prompt each.
         naive: [K, 3] the same means over all pairs, same-prompt ones included: biased, for comparison.
+        sizes: [N, K, 3] each cluster's own inner products, which `value` leaves out, in its units.
         find_overshoot: computes `overshoots`, which takes m^2 operations for each of the K, at the first request.
     """
 
     value: Tensor
     influence: Tensor
     naive: Tensor
+    sizes: Tensor
     find_overshoot: Callable[[], Tensor]
+
+    def at(self, which: int) -> Moments:
+        """The same of one of the weightings, K = 1."""
+        only = slice(which, which + 1)
+        parts = (self.value[only], self.influence[:, only], self.naive[only], self.sizes[:, only])
+        return Moments(*parts, lambda: self.overshoots[:, only])
 
     @cached_property
     def overshoots(self) -> Tensor:
@@ -58,28 +68,39 @@ class Moments:
         return without_overshoot(self.jackknife, self.overshoots.sum(0))
 
     @cached_property
+    def effective_prompts(self) -> Tensor:
+        r"""[K, 2] clusters that carry |grad J_1|^2 and |grad J_k|^2: Kish's (sum s)^2 / sum s^2 of their own squares s.
+
+        It does not look at pairs. So it cannot be large just where a sample makes U large.
+        """
+        own = self.sizes[..., 1:].clamp(min=0)
+        own = own / own.amax(0).clamp(min=1e-300)
+        return own.sum(0).square() / own.square().sum(0).clamp(min=1e-300)
+
+    @cached_property
     def degrees(self) -> Tensor:
         """[K] degrees of freedom of the variance of U_k1, which is the contrast at a cosine of 0."""
         return self.degrees_at(torch.zeros(len(self.value), dtype=self.value.dtype))
 
     def degrees_at(self, cosine: Tensor) -> Tensor:
-        r"""[K] degrees of freedom of the variance of $U_{k1} - c \sqrt{U_{11} U_{kk}}$, in [3, N - 1].
+        r"""Degrees of freedom of the variance of $U_{k1} - c \sqrt{U_{11} U_{kk}}$, in [3, N - 1].
 
         A variance estimate V with a variance Var(V) has $2 V^2 / Var(V)$ of them (Satterthwaite 1946). V is a sum over
-        prompts: squared changes, less the share in what the jackknife counts twice. That share is a statistic of
-        pairs, and changes twice as much when a prompt is left out. Without it this is 2N / (kurtosis - 1). A few hard
+        clusters: squared changes, less the share in what the jackknife counts twice. That share is a statistic of
+        pairs, and changes twice as much when a cluster is left out. Without it this is 2N / (kurtosis - 1). A few hard
         prompts carry most of grad J_k, so that 64 prompts often give 20 degrees. The effect of a prompt on the changes
         of the others is left out: with it 95% intervals cover 98% (benchmarks/README.md, Calibration).
 
         Args:
-            cosine: [K] c, replaced by 0 where a squared norm is not positive.
+            cosine: [..., K] c, replaced by 0 where a squared norm is not positive.
         """
-        count, slope, change = self.influence.shape[0], self._slope(cosine), self.changes_at(cosine)
-        shares = torch.einsum("nkij,ki,kj->nk", self.overshoots, slope, slope)
-        variance = torch.einsum("kij,ki,kj->k", self.covariance, slope, slope)
-        parts = ((count - 1) / count * change.square() - 2 * shares) / torch.where(variance > 0, variance, 1.0)
-        spread = parts.var(0, correction=0)
-        degrees = torch.where(variance > 0, 2 / (count * spread).clamp(min=1e-9), count)
+        count = self.influence.shape[0]
+        spread, variance = self._contrast
+        powers = torch.stack([torch.ones_like(cosine), cosine, cosine.square()], -1)
+        variance = (powers * variance).sum(-1)
+        spread = torch.einsum("...ki,kij,...kj->...k", powers, spread, powers)
+        found = 2 * variance.square() / (count * spread).clamp(min=1e-300)
+        degrees = torch.where(variance > 0, found, count)
         return degrees.clamp(min=3.0).clamp(max=max(1.0, count - 1.0))
 
     def changes_at(self, cosine: Tensor) -> Tensor:
@@ -91,6 +112,26 @@ class Moments:
         _, one, many = self.value.unbind(-1)
         root = torch.where((one > 0) & (many > 0), cosine * (one * many).clamp(min=0).sqrt() / 2, 0.0)
         return torch.stack([torch.ones_like(one), *(-root / torch.where(root != 0, x, 1.0) for x in (one, many))], -1)
+
+    @cached_property
+    def _contrast(self) -> tuple[Tensor, Tensor]:
+        """Of the contrast as a polynomial of c, in units of U_k1's error: [K, 3, 3] variance over clusters of what
+        each brings to V at powers 0, 1, 2 of c, and [K, 3] V."""
+        count = self.influence.shape[0]
+        slope = self._slope(torch.ones_like(self.value[:, 0]))
+        slope[:, 0] = 0
+        slopes = torch.stack([torch.zeros_like(slope), slope], 1)  # [K, 2, 3] of powers 0 and 1
+        slopes[:, 0, 0] = 1
+        unit = self.covariance[:, 0, 0].clamp(min=0).sqrt()
+        slopes = slopes / torch.where(unit > 0, unit, 1.0)[:, None, None]
+        change = torch.einsum("nki,kpi->nkp", self._centred, slopes)
+        shares = torch.einsum("nkij,kpi,kqj->nkpq", self.overshoots, slopes, slopes)
+        parts = (count - 1) / count * change[..., :, None] * change[..., None, :] - 2 * shares
+        parts = torch.stack([parts[..., 0, 0], 2 * parts[..., 0, 1], parts[..., 1, 1]], -1)
+        parts = parts - parts.mean(0)
+        whole = torch.einsum("kij,kpi,kqj->kpq", self.covariance, slopes, slopes)
+        variance = torch.stack([whole[:, 0, 0], 2 * whole[:, 0, 1], whole[:, 1, 1]], -1)
+        return torch.einsum("nki,nkj->kij", parts, parts) / count, variance
 
     @cached_property
     def _centred(self) -> Tensor:
@@ -148,23 +189,47 @@ def prompt_kernel(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
     return kernel
 
 
-def other_prompt_sums(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
-    """[m] sum over x' != x of <g(x), h(x')>: the kernel's row sums without its diagonal, and without the kernel."""
+def clusters(probe: ProbeGram) -> Tensor:
+    """[m] int64 cluster of each prompt: those of one name in `prompt_keys`, numbered in the order of first sight."""
     m = probe.num_samples.numel()
-    everything = (left * (probe.gram @ right)).view(2, m).sum(0)
-    own = (left * right * probe.gram.diagonal()).view(2, m).sum(0)
-    crossed = left[:m] * right[m:] * probe.gram.diagonal(m) + left[m:] * right[:m] * probe.gram.diagonal(-m)
-    return everything - own - crossed
+    return probe.keep("clusters", lambda: numbered(probe.prompt_keys if len(probe.prompt_keys) else range(m)))
+
+
+def cluster_sizes(probe: ProbeGram) -> Tensor:
+    """[C] int64 prompts of each cluster."""
+    return probe.keep("cluster sizes", lambda: clusters(probe).bincount())
+
+
+def other_prompt_sums(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
+    """[m] sum over x' of other clusters of <g(x), h(x')>: the kernel's row sums, without the kernel."""
+    everything = (left * (probe.gram @ right)).view(2, -1).sum(0)
+    return everything - _own_cluster(probe, left[None], right[None])[0]
+
+
+def _own_cluster(probe: ProbeGram, left: Tensor, right: Tensor) -> Tensor:
+    """[K, m] sum over x' of the cluster of x, x included, of <g(x), h(x')>, for rows [K, 2m]."""
+    m, cluster, gram = probe.num_samples.numel(), clusters(probe), probe.gram
+    if len(cluster_sizes(probe)) == m:
+        own = left.view(-1, 2, m) * right.view(-1, 2, m) * gram.diagonal().view(2, m)
+        return (
+            own.sum(1) + left[:, :m] * right[:, m:] * gram.diagonal(m) + left[:, m:] * right[:, :m] * gram.diagonal(-m)
+        )
+    x, y = (cluster[:, None] == cluster).nonzero().unbind(1)
+    found = left[:, x] * (right[:, y] * gram[x, y] + right[:, m + y] * gram[x, m + y])
+    found += left[:, m + x] * (right[:, y] * gram[m + x, y] + right[:, m + y] * gram[m + x, m + y])
+    return cluster_sums(found, x, 1)
 
 
 def refresh_moments(probe: ProbeGram, rows: Rows) -> Moments:
-    r"""U-statistics of one refresh over the pairs of *different* prompts, and their leave-one-out changes.
+    r"""U-statistics of one refresh over the pairs of prompts of *different* clusters, and their leave-one-out changes.
 
-    $U_{kl} = \frac{1}{m(m-1)} \sum_{x \ne x'} \langle g_k(x), g_l(x') \rangle$. Row and column sums give every
-    leave-one-out value, so that all K gradients cost one product of [K, 2m] and [2m, 2m].
+    $U_{kl} = \frac{1}{m(m-1)} \sum_{x \ne x'} \langle g_k(x), g_l(x') \rangle$ where each prompt is a cluster of its
+    own. Prompts of one cluster are not paired, and are left out together. Row and column sums give every leave-one-out
+    value, so that all K gradients cost one product of [K, 2m] and [2m, 2m].
 
     Args:
-        probe: m >= 3 prompts. Moments of `passk_rows` are computed once for each probe, and kept with it.
+        probe: m prompts of at least 3 clusters. Moments of `passk_rows` are computed once for each probe, and kept with
+            it.
         rows: of the K gradients that are compared with g_1, e.g. `passk_rows(ks)`.
     """
 
@@ -176,32 +241,37 @@ def refresh_moments(probe: ProbeGram, rows: Rows) -> Moments:
 
 def moments_of(probe: ProbeGram, many: Tensor, one: Tensor) -> Moments:
     """The same for K rows `many` [K, 2m] against the row `one` [1, 2m] of any other gradient in the place of g_1."""
-    m = probe.num_samples.numel()
+    m, cluster = probe.num_samples.numel(), clusters(probe)
+    size = cluster_sizes(probe).double()
+    count = m * m - size.square().sum()  # pairs; and without each cluster
+    count_without = (m - size).square() - (size.square().sum() - size.square())
     one_product, many_product = one @ probe.gram, many @ probe.gram
-    own = torch.stack([probe.gram.diagonal()[:m], probe.gram.diagonal()[m:], probe.gram.diagonal(m)])
 
     def pairs(left: Tensor, left_product: Tensor, right: Tensor, right_product: Tensor) -> tuple[Tensor, ...]:
-        fold = (left * right_product).view(-1, 2, m).sum(1)
-        fold_back = (right * left_product).view(-1, 2, m).sum(1)
-        same = (
-            left[:, :m] * right[:, :m] * own[0]
-            + left[:, m:] * right[:, m:] * own[1]
-            + (left[:, :m] * right[:, m:] + left[:, m:] * right[:, :m]) * own[2]
+        fold, fold_back, same = (
+            cluster_sums(x, cluster, 1)
+            for x in (
+                (left * right_product).view(-1, 2, m).sum(1),
+                (right * left_product).view(-1, 2, m).sum(1),
+                _own_cluster(probe, left, right),
+            )
         )
         everything = fold.sum(1)
         total = everything - same.sum(1)
         without = total[:, None] - fold - fold_back + 2 * same
-        value = total / (m * (m - 1))
-        return value, without / ((m - 1) * (m - 2)) - value[:, None], everything / m**2
+        value = total / count
+        return value, without / count_without - value[:, None], everything / m**2, same / count
 
     parts = [
         pairs(many, many_product, one, one_product),
         pairs(one.expand_as(many), one_product.expand_as(many), one, one_product),
         pairs(many, many_product, many, many_product),
     ]
-    value, change, naive = (torch.stack([part[i] for part in parts], dim=-1) for i in range(3))
-    bare = ProbeGram(probe.gram, probe.num_samples, probe.num_correct)  # the moments are kept with `probe` itself
-    return Moments(value, change.transpose(0, 1).contiguous(), naive, partial(_overshoots, bare, many, one[0]))
+    value, change, naive, own = (torch.stack([part[i] for part in parts], dim=-1) for i in range(4))
+    # The moments are kept with `probe` itself.
+    bare = ProbeGram(probe.gram, probe.num_samples, probe.num_correct, probe.prompt_keys)
+    change, own = (x.transpose(0, 1).contiguous() for x in (change, own))
+    return Moments(value, change, naive, own, partial(_overshoots, bare, many, one[0]))
 
 
 def _overshoots(probe: ProbeGram, rows: Tensor, one: Tensor) -> Tensor:
@@ -210,14 +280,26 @@ def _overshoots(probe: ProbeGram, rows: Tensor, one: Tensor) -> Tensor:
 
 
 def _overshoot(probe: ProbeGram, many: Tensor, one: Tensor) -> Tensor:
+    m, cluster = probe.num_samples.numel(), clusters(probe)
+
     def kernels() -> Iterator[Tensor]:
         for (rows, with_one), (_, with_many) in zip(_products(probe, one), _products(probe, many), strict=True):
             mixed = _times(many, rows, with_one) + _times(one, rows, with_many)
             yield torch.stack([mixed / 2, _times(one, rows, with_one), _times(many, rows, with_many)])
 
     mixed = other_prompt_sums(probe, many, one) + other_prompt_sums(probe, one, many)
-    sums = [mixed / 2, other_prompt_sums(probe, one, one), other_prompt_sums(probe, many, many)]
-    return overshoot_by_rows(kernels(), torch.stack(sums))
+    sums = torch.stack([mixed / 2, other_prompt_sums(probe, one, one), other_prompt_sums(probe, many, many)])
+    size = cluster_sizes(probe).double()
+    if len(size) == m:
+        return overshoot_by_rows(kernels(), sums)
+    # Pairs of clusters in place of pairs of prompts: sums around the mean, in units in which their mean is U's error.
+    count = m * m - size.square().sum()
+    whole, first = sums.new_zeros(3, len(size), len(size)), 0
+    for block in kernels():
+        rows = cluster[first : (first := first + block.shape[1])]
+        whole.index_add_(1, rows, cluster_sums(block, cluster, 2))
+    whole -= sums.sum(1)[:, None, None] / count * size[:, None] * size
+    return jackknife_overshoot(whole * (len(size) * (len(size) - 1) / count))
 
 
 def _products(probe: ProbeGram, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -239,29 +321,28 @@ def _times(left: Tensor, rows: slice, products: Tensor) -> Tensor:
 def pooled_moments(probes: Sequence[ProbeGram], rows: Rows) -> Moments:
     """The same over several refreshes, each weighted by its number of prompts.
 
-    A prompt that appears in several refreshes (equal `prompt_keys`) is left out of all of them together, so that a
-    small probe set that is used again does not count as fresh data.
+    A prompt or cluster that appears in several refreshes (equal `prompt_keys`) is left out of all of them together, so
+    that a small probe set that is used again does not count as fresh data.
     """
     sizes = [probe.num_samples.numel() for probe in probes]
     parts = [refresh_moments(probe, rows) for probe in probes]
-    number: dict[object, int] = {}
-    owner = [
-        number.setdefault(probe.prompt_keys[x] if len(probe.prompt_keys) else (r, x), len(number))
-        for r, probe in enumerate(probes)
-        for x in range(sizes[r])
-    ]
-    if len(parts) == 1 and len(number) == sizes[0]:
+    if len(parts) == 1:
         return parts[0]
+    owner = numbered(
+        name
+        for r, probe in enumerate(probes)
+        for name in (dict.fromkeys(probe.prompt_keys) if len(probe.prompt_keys) else zip(repeat(r), range(sizes[r])))
+    )
     weighted = [(size / sum(sizes), part) for size, part in zip(sizes, parts, strict=True)]
 
     def by_prompt(changes: list[Tensor]) -> Tensor:
-        every = torch.cat(changes)
-        return every.new_zeros(len(number), *every.shape[1:]).index_add_(0, torch.tensor(owner), every)
+        return cluster_sums(torch.cat(changes), owner)
 
     return Moments(
         value=torch.stack([w * part.value for w, part in weighted]).sum(0),
         influence=by_prompt([w * part.influence for w, part in weighted]),
         naive=torch.stack([w * part.naive for w, part in weighted]).sum(0),
+        sizes=by_prompt([w * part.sizes for w, part in weighted]),
         find_overshoot=lambda: by_prompt([w**2 * part.overshoots for w, part in weighted]),
     )
 

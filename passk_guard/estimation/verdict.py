@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from passk_guard.estimation.evidence import Check, RunEvidence
@@ -106,10 +107,19 @@ def decide(
             return DecisionState(verdict="conflict"), evidence, Verdict("conflict", state.verdict)
         status: Status = "undetermined" if estimate.status == "conflict" else estimate.status
     else:
-        below = estimate.cosine is not None and estimate.cosine < estimate.threshold
-        status = "conflict" if below else estimate.status
+        status = "conflict" if _below(estimate) else estimate.status
     state, verdict = step(state, status, rule)
     return state, evidence.restarted() if verdict.changed and verdict.previous == "conflict" else evidence, verdict
+
+
+def _below(estimate: ConflictEstimate) -> bool:
+    """Whether the pooled cosine is below the threshold; where no number is shown, whether the inner product is."""
+    if estimate.cosine is not None:
+        return estimate.cosine < estimate.threshold
+    if estimate.inner_product is None:
+        return False
+    length = math.sqrt(max(0.0, estimate.norm1_sq or 0.0) * max(0.0, estimate.normk_sq or 0.0))
+    return estimate.inner_product < estimate.threshold * length
 
 
 def step(

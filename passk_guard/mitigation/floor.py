@@ -27,7 +27,7 @@ from torch import Tensor
 from passk_guard.estimation.agreement import agreement_sums
 from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.estimation.ustatistics import Moments, coefficients, pooled_moments
+from passk_guard.estimation.ustatistics import Moments, cluster_sizes, coefficients, pooled_moments
 from passk_guard.utils.arguments import as_real
 from passk_guard.utils.errors import GuardError
 
@@ -101,8 +101,8 @@ def solve_floor(
     _check(probes, k, gamma, largest, cap)
     probes = [checked_probe(probe, k) for probe in probes]
     largest = min(largest, cap) if cap is not None else largest
-    if min(p.num_samples.numel() for p in probes) < 3:
-        return FloorSolution("undetermined", "fewer than 3 prompts")
+    if min(len(cluster_sizes(p)) for p in probes) < 3:
+        return FloorSolution("undetermined", "fewer than 3 prompts, or clusters of prompts")
     bound = _weight_ratio_bound(probes[-1])
     grid = _grid(probes, k, largest)
     moments = pooled_moments(probes, lambda probe: coefficients(probe, torch.tensor([k]), floor=grid[:, None], cap=cap))

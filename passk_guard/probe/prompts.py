@@ -9,6 +9,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 _OTHER_NAMES = ("question", "problem", "instruction", "query", "input", "messages", "text")
+_FEWEST_CLUSTERS = 3
 _SHAPE = "a non-empty text or a list of chat messages with `role` and `content`"
 
 
@@ -129,6 +131,33 @@ class ProbeSet:
     def chats(self) -> bool:
         """Whether the prompts are lists of messages."""
         return not isinstance(self.rows[0]["prompt"], str)
+
+    def labels(self, setting: str, column: str) -> list[str]:
+        """The value of a column in each row, as text.
+
+        Raises:
+            GuardError: a row without it, naming the setting that asks for it.
+        """
+        if missing := [i for i, row in enumerate(self.rows) if row.get(column) is None]:
+            raise GuardError(
+                f"Expected the column {setting}={column!r} in every row of the probe; found none in row {missing[0]}, "
+                f"whose columns are {sorted(map(str, self.rows[missing[0]]))}."
+            )
+        return [str(row[column]) for row in self.rows]
+
+    def clusters(self, column: str) -> list[str]:
+        """The values of `cluster_by`.
+
+        Raises:
+            GuardError: as `labels`, or fewer than three different values, since prompts of one are not paired.
+        """
+        found = self.labels("cluster_by", column)
+        if (apart := len(set(found))) < _FEWEST_CLUSTERS:
+            raise GuardError(
+                f"Expected at least {_FEWEST_CLUSTERS} different values in the column cluster_by={column!r}; found "
+                f"{apart}. Prompts of one value are not compared: pass more sources, or leave `cluster_by` out."
+            )
+        return found
 
     def overlap(self, training: Any, render: Callable[[Any], Iterable[str]] = lambda messages: ()) -> list[int] | None:
         """Find the probe prompts that also occur among the training prompts, by `prompt_key`.
@@ -280,6 +309,7 @@ class HeldOut:
         size: m, prompts of a refresh over all ranks.
         num_samples: n, completions of each.
         seed: of the choice of prompts and of the sampling.
+        clusters: what each prompt of the probe comes from; empty where all are independent.
     """
 
     probe: ProbeSet
@@ -287,6 +317,7 @@ class HeldOut:
     size: int
     num_samples: int
     seed: int
+    clusters: Sequence[str] = ()
 
     @property
     def summary(self) -> str:
@@ -302,6 +333,14 @@ class HeldOut:
     def keys(self, refresh: int) -> list[Hashable]:
         """Identities of the m prompts of a refresh, in order."""
         return [self.probe.key(i) for i in self.probe.draw(refresh, self.size, self.seed)]
+
+    def independent(self, keys: Sequence[Hashable]) -> list[Hashable]:
+        """For each of these prompts its own name, or that of its cluster: prompts of one name are not independent."""
+        return [self._cluster_of.get(str(key), key) for key in keys]
+
+    @cached_property
+    def _cluster_of(self) -> dict[str, str]:
+        return {self.probe.key(i): cluster for i, cluster in enumerate(self.clusters)}
 
     def rollouts(self, refresh: int, rank: int, num_ranks: int) -> Rollouts:
         """Sample this rank's share of a refresh: every `num_ranks`-th prompt, n completions each.

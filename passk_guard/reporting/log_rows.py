@@ -76,7 +76,7 @@ def state_change(
     if verdict == "conflict" and run_p_value is not None:
         why = f"; p = {run_p_value:.2g} over the whole run"
     elif low is not None and high is not None and (verdict == "undetermined" or low <= estimate.threshold <= high):
-        why = f"; {estimate.reason}"  # the interval alone does not explain a verdict that one-sided bounds decide
+        why = f"; {estimate.reason}"  # a verdict that patience keeps, which the newest interval does not explain
     return f"passk_guard step {step}: {verdict.upper()} {describe_estimate(estimate)}{source}{why}; action: {action}"
 
 

@@ -44,7 +44,10 @@ class ScoreSketcher:
     Pi is linear and random with E[Pi^T Pi] = 1, so inner products are kept in expectation:
     E<S_s, S_s'> = <grad_s, grad_s'>. Only parameters that require grad count as theta (with LoRA: the
     adapters). The rms error of a cosine is about k_eff^-1/2, where k_eff is close to `dim` for
-    "countsketch" and some fraction of it for "kronecker", which is faster.
+    "countsketch" and some fraction of it for "kronecker", which is faster. All pairs share one Pi, so their errors are
+    correlated, Cov(e_ij, e_kl) = (c_ik c_jl + c_il c_jk) / k_eff with c the cosines of the vectors. A mean over pairs
+    errs more than independent errors would, 1.4 to 1.5 times where gradients have a direction in common: its k_eff is
+    half as large. No interval counts this error; a new Pi in each refresh averages it.
 
     Methods:
         kronecker: sum_t (P_o^T delta_t)(P_i^T u_t)^T per layer, with an independent pair (P_o, P_i) for each, all

@@ -168,7 +168,7 @@ def test_the_curve_over_k_is_computed_once(monkeypatch):
     calls = []
     curve = estimate._curve
     monkeypatch.setattr(estimate, "_curve", lambda *given: calls.append(given) or curve(*given))
-    probe = draw(population(-0.5), 40, 16, torch.Generator().manual_seed(0))
+    probe = draw(population(-0.5), 128, 16, torch.Generator().manual_seed(0))
     found = estimate_each(probe, Settings(ks=(1, 2, 4, 8), num_samples=16))
     assert list(found) == [2, 4, 8]
     assert len(calls) == sum(one.curve is not None for one in found.values()) == 1

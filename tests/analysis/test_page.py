@@ -21,7 +21,7 @@ SECTIONS = [
 
 @pytest.fixture(scope="module")
 def page():
-    return analysis_page(synthetic(60).to_dict())
+    return analysis_page(synthetic(160).to_dict())
 
 
 def test_every_section_is_there(page):
@@ -35,7 +35,7 @@ def test_every_picture_has_a_text_alternative(page):
 
 
 def test_the_numbers_that_matter_are_on_it(page):
-    analysis = synthetic(60)
+    analysis = synthetic(160)
     for at in analysis.at_k:
         assert f"{at.pass_rate.value:.3f}" in page
     assert f"{analysis.at_k[-1].cosine.value:.2f}".replace("-", "−") in page

@@ -381,18 +381,42 @@ def test_groups_have_a_change_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "setting", "message"),
     [
-        (probe_rows(), "Expected the column group_by='level' in every row of the probe; found none in row 0"),
+        (
+            probe_rows(),
+            "group_by",
+            "Expected the column group_by='level' in every row of the probe; found none in row 0",
+        ),
         (
             [row | {"level": i} for i, row in enumerate(probe_rows())],
+            "group_by",
             "Expected at most 20 groups in the column group_by='level'; found 40",
+        ),
+        (probe_rows(), "cluster_by", "Expected the column cluster_by='level' in every row of the probe; found none in"),
+        (
+            [row | {"level": i % 2} for i, row in enumerate(probe_rows())],
+            "cluster_by",
+            "Expected at least 3 different values in the column cluster_by='level'; found 2",
         ),
     ],
 )
-def test_a_column_that_makes_no_groups_is_refused(rows, message, tmp_path):
+def test_a_column_that_makes_no_groups_is_refused(rows, setting, message, tmp_path):
     with pytest.raises(GuardError, match=message):
-        guard_of(tiny_lm_trainer(tmp_path), probe=rows, group_by="level")
+        guard_of(tiny_lm_trainer(tmp_path), probe=rows, **{setting: "level"})
+
+
+def test_clusters_reach_the_angle_the_evidence_and_the_change(tmp_path):
+    """The same run with and without `cluster_by`: the same changes, other errors, and pairs of other prompts alone."""
+    rows = [row | {"source": i // 4} for i, row in enumerate(probe_rows())]
+    _, plain = trained(tiny_lm_trainer, tmp_path / "plain", 3, {"probe": rows})
+    _, known = trained(tiny_lm_trainer, tmp_path / "known", 3, {"probe": rows, "cluster_by": "source"})
+    assert {key for probe in known.memory.history for key in probe.prompt_keys} <= {str(i) for i in range(10)}
+    assert [c.value for c in known.memory.evidence.checks] != [c.value for c in plain.memory.evidence.checks]
+    (before,), (after,) = windows(tmp_path / "plain"), windows(tmp_path / "known")
+    assert after["pass_at_1_change"] == before["pass_at_1_change"]
+    assert after["pass_at_1_change_se"] != before["pass_at_1_change_se"]
+    assert after["lost"] == before["lost"], "prompts keep their own names"
 
 
 @pytest.mark.parametrize(

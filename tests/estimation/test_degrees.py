@@ -69,7 +69,7 @@ def test_degrees_are_those_of_the_formula_in_loops(cosine):
 def test_without_a_degenerate_part_they_are_those_of_the_kurtosis():
     influence = torch.randn(30, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     value, nothing = influence.new_ones(2, 3), influence.new_zeros(30, 2, 3, 3)
-    moments = Moments(value, influence, value, lambda: nothing)
+    moments = Moments(value, influence, value, influence.square(), lambda: nothing)
     inner = influence[..., 0] - influence[..., 0].mean(0)
     kurtosis = inner.pow(4).mean(0) / inner.square().mean(0).square()
     assert torch.allclose(moments.degrees, (60 / (kurtosis - 1)).clamp(3, 29))
@@ -83,7 +83,7 @@ def test_degrees_do_not_depend_on_units_or_on_a_norm_that_is_not_positive():
         other = refresh_moments(ProbeGram(scale * probe.gram, probe.num_samples, probe.num_correct), ROWS)
         assert torch.allclose(other.degrees_at(at(-0.3)), moments.degrees_at(at(-0.3)))
     value = moments.value * torch.tensor([1.0, -1.0, 1.0])
-    lost = Moments(value, moments.influence, moments.naive, moments.find_overshoot)
+    lost = Moments(value, moments.influence, moments.naive, moments.sizes, moments.find_overshoot)
     assert torch.equal(lost.degrees_at(at(-0.3)), moments.degrees)
     silent = refresh_moments(ProbeGram(0 * probe.gram, probe.num_samples, probe.num_correct), ROWS)
     assert float(silent.degrees[0]) == 15

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -255,6 +256,15 @@ def test_a_conflict_stands_while_the_estimate_is_below_and_ends_after_the_cooldo
     assert found[11] == "clear"
     assert state == DecisionState(verdict="clear")
     assert left == RunEvidence((), 12)
+
+
+@pytest.mark.parametrize(("inner", "stands"), [(-0.1, True), (0.1, False), (None, False)])
+def test_a_conflict_without_a_number_stands_while_the_inner_product_is_below(inner, stands):
+    state, found, rule = DecisionState("conflict"), RunEvidence(), WHOLE_RUN
+    for _ in range(rule.cooldown):
+        silent = replace(estimate("undetermined", None), inner_product=inner, norm1_sq=1.0, normk_sq=-1.0)
+        state, found, verdict = decide(state, found, silent, None, rule)
+    assert (verdict.status == "conflict") == stands
 
 
 def test_clear_needs_patience_as_before():

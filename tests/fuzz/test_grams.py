@@ -50,10 +50,9 @@ def check(estimate):
         return
     assert -1 <= estimate.cosine <= 1
     assert -1 <= estimate.ci_low <= estimate.ci_high <= 1
-    assert -1 <= estimate.lower_bound <= estimate.upper_bound <= 1
     assert estimate.norm1_sq > 0 < estimate.normk_sq
-    assert (estimate.status == "conflict") == (estimate.upper_bound < estimate.threshold)
-    assert (estimate.status == "clear") == (estimate.lower_bound > estimate.threshold)
+    assert (estimate.status == "conflict") == (estimate.ci_high < estimate.threshold)
+    assert (estimate.status == "clear") == (estimate.ci_low > estimate.threshold)
     assert estimate.curve is None or 1 <= estimate.k_star <= int(estimate.curve.k[-1])
 
 
@@ -94,7 +93,7 @@ def test_the_scale_of_the_gradients_changes_nothing(seed, scale, cosine):
     assert one.status == other.status
     if one.cosine is None:
         return
-    for name in ("cosine", "ci_low", "ci_high", "upper_bound"):
+    for name in ("cosine", "ci_low", "ci_high"):
         assert getattr(other, name) == pytest.approx(getattr(one, name), abs=1e-6)
 
 

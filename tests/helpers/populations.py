@@ -50,15 +50,16 @@ def true_moments(pop, k):
     return torch.stack([gk @ g1, g1 @ g1, gk @ gk])
 
 
-def draw(pop, m, n, generator):
-    """One refresh of m fresh prompts with n samples each."""
-    return ask(pop, choose(pop, m, generator), n, generator)
+def draw(pop, m, n, generator, cluster=1):
+    """One refresh of m fresh prompts with n samples each; `cluster` prompts in a row are paraphrases of one."""
+    return ask(pop, choose(pop, m, generator, cluster), n, generator)
 
 
-def choose(pop, m, generator):
+def choose(pop, m, generator, cluster=1):
     """Kinds [m] and directions [m, DIM] of m prompts."""
-    kind = torch.multinomial(pop.share, m, replacement=True, generator=generator)
-    return kind, pop.means[kind] + pop.spread * torch.randn(m, DIM, dtype=torch.float64, generator=generator)
+    kind = torch.multinomial(pop.share, m // cluster, replacement=True, generator=generator)
+    phi = pop.means[kind] + pop.spread * torch.randn(m // cluster, DIM, dtype=torch.float64, generator=generator)
+    return tuple(x.repeat_interleave(cluster, 0) for x in (kind, phi))
 
 
 def ask(pop, prompts, n, generator, keys=()):

@@ -43,7 +43,7 @@ def test_metric_names_are_documented():
 
 def test_names_in_the_readme_exist():
     settings = "patience probe_prompts pool_refreshes num_samples failed_refresh_alert refresh_steps sketch_dim"
-    settings += " floor_gamma floor_max image_refreshes instruments group_by on_loss max_loss verbosity"
+    settings += " floor_gamma floor_max image_refreshes instruments group_by cluster_by on_loss max_loss verbosity"
     for name in settings.split():
         assert re.search(rf"`{name}[`=]", README), name
         assert name in GuardConfig.__dataclass_fields__

@@ -79,6 +79,23 @@ def test_errors_of_cosines_fit_the_dimension(method, factor, dim):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_the_mean_over_pairs_errs_more_than_independent_errors_would(method):
+    """Pairs share one projection: Cov(e_ij, e_kl) = (c_ik c_jl + c_il c_jk) / dim, c being the vectors' cosines."""
+    model, batch = tiny_model("qwen2"), ragged_batch()
+    exact = oracle_sketch(model, batch, 6).double()
+    mix = (torch.eye(6) + 0.35).double() / exact.norm(dim=1)  # vectors that have a direction in common
+    unit = mix @ exact
+    length = unit.norm(dim=1)
+    cosine = unit @ unit.T / length[:, None] / length
+    i, j = torch.triu_indices(6, 6, 1)
+    expected = cosine[i][:, i] * cosine[j][:, j] + cosine[i][:, j] * cosine[j][:, i]
+    errors = (mix @ grams_over_seeds(model, batch, method, 256) @ mix.T / length[:, None] / length - cosine)[:, i, j]
+    ratio = float((errors.mean(1).square().mean() * len(i) / errors.square().mean()).sqrt())
+    assert ratio == pytest.approx(float((expected.sum() / expected.diagonal().sum()).sqrt()), rel=0.3)
+    assert ratio > 1.4
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_seed_gives_the_same_sketch_and_another_seed_another(method):
     model, batch = tiny_model("qwen2"), ragged_batch()
     first, second = (ScoreSketcher(model, dim=64, method=method, seed=5) for _ in range(2))
