@@ -44,14 +44,13 @@ def test_samples_from_copies_are_those_from_whole_passes_over_fewer_tokens(kind)
     assert tokens[0] < tokens[1] / 3
 
 
-def refusing():
+def shifting():
     model = tiny_model()
     forward = model.forward
-    model.forward = lambda input_ids, attention_mask, past_key_values, use_cache, position_ids=None, **rest: forward(
+    model.forward = lambda input_ids, attention_mask, past_key_values=None, position_ids=None, **rest: forward(
         input_ids=input_ids,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        use_cache=use_cache,
         position_ids=None if position_ids is None else position_ids + input_ids.shape[1],
     )
     return model
@@ -59,7 +58,7 @@ def refusing():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: AutoModelForCausalLM.from_config(MambaConfig(**SHAPE, state_size=4)), refusing],
+    [lambda: AutoModelForCausalLM.from_config(MambaConfig(**SHAPE, state_size=4)), shifting],
     ids=["a state", "positions of its own"],
 )
 def test_other_models_read_each_prompt_once_a_sample(make):
