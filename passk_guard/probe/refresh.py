@@ -162,6 +162,8 @@ class Refresher:
             try:
                 with self.autocast():
                     return add(before, i)
+            except FailedRefresh:  # of the numbers that the pass has brought: it is over on all ranks
+                raise
             except Exception:
                 if self.ranks.count > 1:  # where weights are sharded, the others wait in this pass
                     filler = filler_batch(pad_token_id=self.pad_token_id, device=self.ranks.device)
