@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
@@ -22,19 +23,20 @@ def _setting(default: Any, text: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text}, **more)
 
 
-def _no_switch_for_a_number(value: Any) -> Any:
-    """YAML 1.1 reads a bare `yes` as True, which would pass for 1."""
-    if isinstance(value, bool):
-        raise ValueError("expected a number, and not true or false")
-    return value
-
-
 _LARGEST = 2**31 - 1  # what torch and the seeds made of these numbers can hold
-Whole = Annotated[int, BeforeValidator(_no_switch_for_a_number), Field(le=_LARGEST)]
+Whole = Annotated[int, Field(le=_LARGEST)]
 AtLeast1 = Annotated[Whole, Field(ge=1)]
 Natural = Annotated[Whole, Field(ge=0)]
-Real = Annotated[float, BeforeValidator(_no_switch_for_a_number), Field(allow_inf_nan=False)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[Real, Field(ge=0, lt=1)]
+_NUMBERS = re.compile(r"\b(Whole|AtLeast1|Natural|Real|Share)\b")
+
+
+def _no_switch_for_a_number(cls: Any, value: Any, info: ValidationInfo) -> Any:
+    """YAML 1.1 reads a bare `yes` as True, which would pass for 1."""
+    if isinstance(value, bool) and _NUMBERS.search(cls.__annotations__[str(info.field_name)]):
+        raise ValueError("expected a number, and not true or false")
+    return value
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -61,6 +63,8 @@ class Advanced:
     floor_average: Share = _setting(
         0.8, "Weight of the past in the average of the floor over refreshes. Without one the floor falls too early."
     )
+
+    _numbers = field_validator("*", mode="before")(classmethod(_no_switch_for_a_number))
 
     @model_validator(mode="before")
     @classmethod
@@ -215,6 +219,8 @@ class GuardConfig:
         repr=False,
     )
     advanced: Advanced = _setting(Advanced(), "Settings for developers of the guard, as a mapping or as JSON.")
+
+    _numbers = field_validator("*", mode="before")(classmethod(_no_switch_for_a_number))
 
     @field_validator("mitigation", mode="before")
     @classmethod

@@ -174,7 +174,7 @@ def estimate_level(
 
 def _cluster_of_each(prompt: Tensor, clusters: Sequence[Hashable] | None) -> Tensor:
     """[M] number of each prompt's cluster, from those of the rows."""
-    count = int(prompt.max()) + 1
+    count = int(prompt.max()) + 1 if len(prompt) else 0
     if clusters is None:
         return torch.arange(count)
     if len(clusters) != len(prompt):

@@ -44,7 +44,7 @@ def test_a_wrong_number_is_never_silent(monkeypatch, capsys):
     monkeypatch.setattr(families, "FAMILIES", {"llama": families.FAMILIES["llama"]})
     assert families.main(["llama"]) == 0
     monkeypatch.setattr("passk_guard.sketch.layers.normalised_input", lambda module, x: x)
-    monkeypatch.setattr("passk_guard.sketch.hooks.scales_normalised_input", lambda *_: True)
+    monkeypatch.setattr("passk_guard.sketch.hooks.formula_holds", lambda *_: True)
     assert families.main(["llama"]) == 1
     assert "WRONG: model." in capsys.readouterr().out
 

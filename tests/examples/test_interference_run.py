@@ -179,7 +179,7 @@ def test_demo_reads_what_the_guard_writes(model_dir, tmp_path, monkeypatch, caps
     seen = [e for e in events if e["event"] == "refresh"]
     assert [e["step"] for e in seen] == [0, 5]
     assert [(e["since"], e["step"]) for e in events if e["event"] == "change"] == [(0, 5)]
-    assert any(e["cosine"] is not None and e["cosine_ci_low"] is not None for e in seen)
+    assert all(e["inner_product"] is not None for e in seen)
     exact = report.read_events(out / "seed4" / "observe" / "results.jsonl")
     assert [line["step"] for line in exact[:-1]] == [0, 2, 4, 6]
     assert (out / "seed4" / "demo.png").exists()

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, ScoreSketcher
-from passk_guard.callback.realised import measured_prompts
+from passk_guard.callback.mitigator import MEASURED_OF
 from passk_guard.mitigation.protected_direction import Pass1Loss, direction_noise, pass1_loss
 from passk_guard.passk.closed_forms import sample_coefficients
 from passk_guard.probe.records import Outcomes, Rollouts
@@ -61,7 +61,7 @@ def test_the_optimizer_sees_a_gradient_within_the_constraint(kind, gamma, tmp_pa
         assert row["passk_guard/mitigated"] == float(before < gamma)
     probe = watcher.guard.memory.history[-1]
     everything = SimpleNamespace(probe=probe, num_samples=probe.num_samples, fewest=1)
-    steering = ~measured_prompts(probe.num_samples.numel(), watcher.guard.config)
+    steering = torch.arange(probe.num_samples.numel()) % MEASURED_OF != MEASURED_OF - 1
     [*_, newest] = [event for event in journal(tmp_path) if event["event"] == "refresh"]
     assert newest["protected_reliability"] == pytest.approx(1 - direction_noise(everything, steering).squared)
 
