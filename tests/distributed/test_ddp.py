@@ -12,7 +12,8 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What each of two ranks found in every scenario. To start the processes takes longer than a scenario."""
-    return launch("without,with,with_training_batch,same_everywhere,resampled,budget", tmp_path_factory.mktemp("two"), 2)
+    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget"
+    return launch(scenarios, tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.mark.parametrize("guarded", ["with", "with_training_batch"])
