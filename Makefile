@@ -14,7 +14,7 @@ PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest
 # Two at a time, one file of tests in one process: results that several tests of a file look at are made once.
 BY_FILE := -n 2 --dist loadfile
 
-.PHONY: help venv oldest demo benchmark bench-peers toy test test-slow test-distributed test-resume test-soak fuzz \
+.PHONY: help venv oldest demo benchmark bench-peers toy test wheel test-slow test-distributed test-resume test-soak fuzz \
   browser test-browser test-oldest test-oldest-distributed audit lint format clean
 
 help: ## this list
@@ -51,6 +51,9 @@ bench-peers: $(PEERS)/.installed ## speed and memory beside other libraries
 
 test: $(INSTALLED) ## the quick tests
 	$(PYTEST) -n 2
+
+wheel: $(INSTALLED) ## the first run of docs/quickstart.md, from an empty folder on a wheel (also in test-slow)
+	$(PYTEST) -m slow tests/examples/test_quickstart.py
 
 test-slow: $(INSTALLED) ## tests of minutes in one process
 	$(PYTEST) -n 2 -m "slow and not distributed and not gpu"

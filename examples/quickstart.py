@@ -22,8 +22,11 @@ def correct(completions, answer, **_):
     return [float(right[-1] in text) for text, right in zip(completions, answer, strict=True)]
 
 
-small = {"max_steps": 16, "per_device_train_batch_size": 32, "max_completion_length": 4, "learning_rate": 2e-3}
-args = GRPOConfig("out", **small, use_cpu=True, bf16=False, disable_tqdm=True, report_to="none", save_strategy="no")
+# 80 steps are few: `probe_prompts` and `overhead` make room for six refreshes. A long run needs neither.
+small = {"max_steps": 80, "logging_steps": 40, "per_device_train_batch_size": 128, "max_completion_length": 4}
+quiet = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
+args = GRPOConfig("out", learning_rate=5e-4, **small, **quiet)
 trainer = GRPOTrainer(model, correct, args, Dataset.from_list(sums[:200]), processing_class=tokenizer)
-passk_guard.watch(trainer, probe=sums[200:], correct=correct, k=4, num_samples=8)
+settings = {"k": 4, "num_samples": 8, "probe_prompts": 64, "overhead": 0.3}
+passk_guard.watch(trainer, probe=sums[200:], correct=correct, **settings)
 trainer.train()

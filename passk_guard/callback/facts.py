@@ -56,7 +56,8 @@ def cost_of_a_refresh(trainer: Any, source: HeldOut | None, config: GuardConfig)
         return text
     args = trainer.args
     each = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return f"{text}, beside {steps * each // getattr(trainer, 'num_iterations', 1)} of training in {steps} steps"
+    span = "one step" if steps == 1 else f"{steps} steps"
+    return f"{text}, beside {steps * each // getattr(trainer, 'num_iterations', 1)} of training in {span}"
 
 
 def facts_of(trainer: Any, source: HeldOut | None) -> dict[str, Any]:

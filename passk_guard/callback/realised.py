@@ -154,7 +154,7 @@ class WindowResult:
         """The line that reports a change of the verdict."""
         loss, memory, outcome = self.verdict.loss, self.memory, self.verdict.outcome
         if outcome in ("undetermined", "holding"):
-            return f"{outcome.upper()} {self.verdict.reason}"
+            return f"{outcome.upper()}: {self.verdict.reason}"
         change, since = (loss, f"since step {memory.since}") if outcome == "losing" else (self.run, "since the start")
         parts = [
             f"{outcome.upper()} pass@1: {_interval(change.pass_at_1)} {since}{missed_in_words(change.missed)}, "

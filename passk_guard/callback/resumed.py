@@ -46,7 +46,7 @@ def recall(
         warn("resumed without the guard's memory, starting afresh")
         memory = Memory()
     elif others := _of_another_run(memory.run, folder, output, state.global_step, journal):
-        warn(f"resumed from {folder}, whose memory the guard follows; {' and '.join(others)} of another run")
+        warn(f"resumed from {folder}, whose memory the guard follows; {'; '.join(others)}")
     return replace(memory, run=_of_first(memory.run or journal or secrets.token_hex(6), ranks)), folder
 
 
@@ -98,15 +98,16 @@ def _is_of(folder: Path, state: Any, *, rows: bool) -> bool:
 
 
 def _of_another_run(run: str, folder: Path | None, output: Path, step: int, journal: str | None) -> list[str]:
-    """What in the output folder is not of this run, as parts of a sentence."""
+    """What in the output folder is not of this run, as clauses."""
     found = []
     beside = output / f"checkpoint-{step}"
     if folder is not None and (beside / FILE_NAME).is_file() and not beside.samefile(folder):
         other = load_memory(beside)
         if other is None or not run or other.run != run:
-            found.append(f"the memory in {beside} is not taken, it may be")
+            found.append(f"the memory in {beside} is not taken, as it may be of another run")
     if run and journal and journal != run:
-        found.append(f"the events in {output / JOURNAL_NAME} are left out of its report, they are")
+        name = output / JOURNAL_NAME
+        found.append(f"the events in {name} are left out of its report, as they are of another run")
     return found
 
 

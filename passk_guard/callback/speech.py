@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from passk_guard.callback.budget import Account
+from passk_guard.callback.budget import FEWEST_PROMPTS, Account
 from passk_guard.callback.mitigator import NoMitigation
 from passk_guard.callback.state import Memory
 from passk_guard.config import GuardConfig
@@ -47,9 +47,9 @@ def start(
     else:
         watched = f"passk_guard watches cos(pass@1, pass@{k})"
         what += ", from which no realised change can be measured" if source is None else ""
-    every = f"every {config.refresh_steps} steps"
+    every = f"every {config.refresh_steps} steps" if config.refresh_steps != 1 else "at every step"
     if config.refresh_steps is None:
-        every = f"as often as overhead={config.overhead:g} allows"
+        every = f"as often as {100 * config.overhead:g}% of the work of training allows (`overhead`),"
     parts = [f"{watched} {every} on {what}", *run]
     if coverage is not None:
         parts.append(f"the sketch covers {100 * coverage:.1f}% of the trainable parameters")
@@ -69,15 +69,27 @@ def cadence(step: int, config: GuardConfig, account: Account, source: HeldOut | 
     every = account.cadence(step, config.overhead)
     if every is None:
         return None
-    what = "the training batch" if source is None else f"{source.size} x {source.num_samples} completions"
-    line = f"passk_guard step {step}: a refresh of {what} costs as much as {every * config.overhead:.2g} steps"
+    what, smaller = "the training batch", []
+    if source is not None:
+        size = min(source.size, len(source.probe))
+        what = f"{size} x {source.num_samples} completions"
+        smaller = ["`probe_prompts`"] * (size > FEWEST_PROMPTS) + ["`num_samples`"] * (source.num_samples > config.k)
+    steps = account.refresh * (step - account.since) / account.run
+    line = f"passk_guard step {step}: a refresh of {what} is as much work as {steps:.2g} training steps"
     if last // every >= _FEW:
-        return f"{line}: one every {every} steps, about {1 + config.overhead:.2f}x the run time"
-    more = account.refresh * (step - account.since) / account.run * _FEW / last
+        return f"{line}; there will be one about every {every} steps"
+    fit = -(-last // every)
+    few = "1 refresh fits" if fit == 1 else f"{fit} refreshes fit"
     return (
-        f"{line}: {last // every + 1} in the {last} steps of this run keep to overhead={config.overhead:g}. For "
-        f"{_FEW} of them set `overhead` to {float(f'{more:.1g}'):g}, or lower `num_samples`"
+        f"{line}; {few} into the {last} steps of this run at overhead={config.overhead:g}; for {_FEW}, set `overhead` "
+        f"to {_rounded_up(steps * _FEW / last):g}" + (f" or lower {' or '.join(smaller)}" if smaller else "")
     )
+
+
+def _rounded_up(value: float) -> float:
+    """To one digit."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return math.ceil(value / unit) * unit
 
 
 def first_refresh(

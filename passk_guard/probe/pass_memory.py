@@ -46,7 +46,7 @@ def bytes_per_token(model: Any, *, direction: bool) -> int:
 def passes_of(tokens: int, model: Any, *, direction: bool) -> str:
     """The size of a pass and its expected peak, for the line at the start of a run."""
     peak = tokens * bytes_per_token(model, direction=direction) / 2**30
-    return f"passes of at most {tokens:,} tokens, about {peak:.2g} GiB"
+    return f"passes of at most {tokens:,} tokens, about {peak:.2g} GiB of memory"
 
 
 def choose_tokens(model: nn.Module, ranks: Ranks, *, direction: bool) -> int:

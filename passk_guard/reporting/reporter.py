@@ -181,7 +181,7 @@ class Reporter:
             return "its journal cannot be read"
         changes = [f"{event['to'].upper()} at step {event['step']}" for event in journal.of("state", "outcome")]
         failed, good = len(journal.of("failed_refresh")), len({e["step"] for e in journal.of("refresh", "change")})
-        refreshes = f"{good} refreshes" + (f", {failed} more failed" if failed else "")
+        refreshes = f"{good} refresh{'' if good == 1 else 'es'}" + (f", {failed} more failed" if failed else "")
         return f"{', '.join(changes) or 'UNDETERMINED throughout'}; {refreshes}"
 
     @quietly

@@ -91,7 +91,7 @@ def test_a_run_keeps_to_it(make, overhead, tmp_path, caplog):
     assert abs(account.share - overhead) <= account.refresh / account.run
     shares = [row["passk_guard/probe_share"] for row in trainer.state.log_history if "passk_guard/probe_share" in row]
     assert shares[-1] <= overhead + account.refresh / account.run
-    lines = [r.getMessage() for r in caplog.records if "costs as much as" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if "is as much work as" in r.getMessage()]
     assert len(lines) == 1
     assert "compute_loss" not in vars(trainer), "the trainer has its method back"
 
@@ -118,9 +118,9 @@ def test_a_budget_too_small_for_the_run_is_said(tmp_path, caplog):
     guard_of(trainer, **(BUDGET | {"overhead": 0.01}))
     with caplog.at_level(logging.WARNING, logger="passk_guard"):
         trainer.train()
-    (line,) = [r.getMessage() for r in caplog.records if "costs as much as" in r.getMessage()]
-    assert "1 in the 6 steps of this run keep to overhead=0.01" in line
-    assert "set `overhead` to " in line
+    (line,) = [r.getMessage() for r in caplog.records if "is as much work as" in r.getMessage()]
+    assert "; 1 refresh fits into the 6 steps of this run at overhead=0.01; for 4, set `overhead` to " in line
+    assert line.endswith(" or lower `num_samples`")
 
 
 def test_the_size_of_the_probe_follows_the_run(tmp_path):

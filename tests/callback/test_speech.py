@@ -37,10 +37,11 @@ def test_a_run_speaks_at_its_start_at_the_first_refresh_where_it_cannot_tell_and
         trainer.train()
     first, second, *_, end, command = lines = said(caplog)
     assert first == (
-        "passk_guard watches cos(pass@1, pass@4) and the change of pass@1 and pass@4 every 1 steps on 12 of 40 "
-        "held-out prompts x 8 samples; 96 completions a refresh, beside 8 of training in 1 steps; this run trains on "
-        "GRPO (loss_type=dapo, scale_rewards=group); the angle shows what training on pass@4 would do; the sketch "
-        "covers 100.0% of the trainable parameters; action: observe"
+        "passk_guard watches cos(pass@1, pass@4) and the change of pass@1 and pass@4 at every step on 12 of 40 "
+        "held-out prompts x 8 samples; 96 completions a refresh, beside 8 of training in one step; passes of at most "
+        "16,384 tokens, about 0.039 GiB of memory; this run trains on GRPO (loss_type=dapo, scale_rewards=group); the "
+        "angle shows what training on pass@4 would do; the sketch covers 100.0% of the trainable parameters; action: "
+        "observe"
     )
     assert second.startswith("passk_guard step 0: first refresh: pass@1 0.")
     assert same(second.rpartition("; ")[2], "it took # s")

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What each of two ranks found in every scenario. To start the processes takes longer than a scenario."""
-    return launch("without,with,with_training_batch,same_everywhere,resampled", tmp_path_factory.mktemp("two"), 2)
+    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget"
+    return launch(scenarios, tmp_path_factory.mktemp("two"), 2)
 
 
 @pytest.mark.parametrize("guarded", ["with", "with_training_batch"])
@@ -56,6 +57,12 @@ def test_ranks_sample_again_together(two_ranks, tmp_path):
     for rank in two_ranks:
         for name, value in single["kept"].items():
             assert rank["resampled"]["kept"][name] == (None if value is None else pytest.approx(value, abs=1e-3))
+
+
+def test_ranks_with_unequal_work_refresh_at_the_same_steps(two_ranks):
+    first, second = (rank["budget"] for rank in two_ranks)
+    assert first == second
+    assert 2 <= first["refreshes"] < 12
 
 
 def assert_close(found, expected, absolute=1e-5):

@@ -116,7 +116,28 @@ def same_everywhere(folder, steps=2, **config):
     return report(guard, trainer) | {"kept": guard._keeper.metrics(), "windows": windows}
 
 
+class Uneven(TrainerCallback):
+    """The second rank trains on more tokens than the first."""
+
+    def __init__(self, guard):
+        self.guard = guard
+
+    def on_step_end(self, args, state, control, **_):
+        self.guard._meter.run += 100 * RANK
+
+
+def budget(folder):
+    trainer = tiny_lm_trainer(folder, max_steps=12, learning_rate=0.0)
+    config = GuardConfig(**CONFIG | {"refresh_steps": None, "overhead": 5.0})
+    guard = PassKGuardCallback(trainer, probe_rows(), digit_reward, config, SameEverywhere(trainer.processing_class))
+    trainer.add_callback(guard)
+    trainer.add_callback(Uneven(guard))
+    trainer.train()
+    return asdict(guard.memory.account)
+
+
 SCENARIOS = {
+    "budget": budget,
     "without": lambda folder: bit_for_bit(folder, False),
     "with": lambda folder: bit_for_bit(folder, True),
     "with_training_batch": lambda folder: bit_for_bit(folder, True, source="training_batch", num_samples=4),

@@ -17,15 +17,20 @@ SCRIPT, PAGE = ROOT / "examples" / "quickstart.py", ROOT / "docs" / "quickstart.
 FOREIGN = re.compile(r"^\[20|FutureWarning|^  warnings\.warn")  # of libraries that a new user need not have
 
 
-def output(folder):
-    """What the script prints, from an empty folder."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, SCRIPT.name]
-    (Path(folder) / SCRIPT.name).write_text(SCRIPT.read_text())
+def printed(folder, *command, package=ROOT):
+    """What a Python program prints in this folder, with the package from another."""
+    environment = os.environ | {"PYTHONPATH": str(package), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *command]
     run = subprocess.run(command, cwd=folder, env=environment, text=True, stdout=-1, stderr=subprocess.STDOUT)
     lines = [line for line in run.stdout.splitlines() if not FOREIGN.search(line)]
     assert run.returncode == 0, lines
     return lines
+
+
+def output(folder, package=ROOT):
+    """What the script prints, from an empty folder."""
+    (Path(folder) / SCRIPT.name).write_text(SCRIPT.read_text())
+    return printed(folder, SCRIPT.name, package=package)
 
 
 def kept(language):
@@ -41,18 +46,29 @@ def test_the_page_has_the_script_of_some_twenty_lines():
     assert sum(bool(line.strip()) for line in kept("python")) <= 25
 
 
+def files(package):
+    return {path.relative_to(package) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+
 @pytest.mark.slow
-def test_the_page_has_what_it_prints(tmp_path):
-    found = output(tmp_path)
-    assert without_numbers(found) == without_numbers(kept("text"))
-    assert (tmp_path / "out" / "passk_guard.jsonl").is_file()
+def test_the_page_has_what_the_wheel_prints(tmp_path):
+    """The package is installed from a wheel, which takes a package index: of hatchling, which builds it."""
+    wheel, folder = tmp_path / "wheel", tmp_path / "run"
+    folder.mkdir()
+    printed(tmp_path, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(wheel), str(ROOT))
+    assert files(wheel / "passk_guard") == files(ROOT / "passk_guard")
+    found = printed(folder, "-c", "import passk_guard; print(passk_guard.__file__)", package=wheel)
+    assert found == [str(wheel / "passk_guard" / "__init__.py")]
+    assert without_numbers(output(folder, wheel)) == without_numbers(kept("text"))
+    printed(folder, str(wheel / "bin" / "passk-guard"), "report", "out", package=wheel)
+    assert "pass@1" in (folder / "out" / "passk_guard.html").read_text()
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        printed = "\n".join(output(scratch))
+        text = "\n".join(output(scratch))
     page = PAGE.read_text()
-    for language, text in (("python", SCRIPT.read_text().rstrip("\n")), ("text", printed)):
-        block = f"```{language}\n{text}\n```"
+    for language, content in (("python", SCRIPT.read_text().rstrip("\n")), ("text", text)):
+        block = f"```{language}\n{content}\n```"
         page = re.sub(rf"^```{language}\n(.*?)^```", lambda _, block=block: block, page, flags=re.M | re.S)
     PAGE.write_text(page)

@@ -77,4 +77,5 @@ def test_free_memory_is_that_of_the_container_and_shared_among_the_ranks_of_a_ho
 def test_a_model_without_a_config_has_the_largest_pass():
     model = nn.Linear(2, 2)
     assert choose_tokens(model, Ranks(CPU), direction=True) == 16384
-    assert passes_of(16384, tiny_model(), direction=False) == "passes of at most 16,384 tokens, about 0.039 GiB"
+    found = passes_of(16384, tiny_model(), direction=False)
+    assert found == "passes of at most 16,384 tokens, about 0.039 GiB of memory"
