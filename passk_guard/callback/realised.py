@@ -311,6 +311,7 @@ def close_window(
     correct, kept = _with_verdicts(window)
     keys = [window.keys[x] for x in kept.tolist()]
     estimate, rates, reason = None, list[RateChange](), None
+    sooner = "raise `overhead`" if config.refresh_steps is None else "lower `refresh_steps`"
     try:
         log_ratios = rescorer.log_ratios(window)[kept]
         labels = None if groups is None else [groups[str(key)] for key in keys]
@@ -321,8 +322,7 @@ def close_window(
         if estimate.effective_samples < config.min_effective_samples:
             reason = (
                 f"the policy moved so far that the samples are worth {estimate.effective_samples:.2f} of their number, "
-                f"below min_effective_samples={config.min_effective_samples:g}: raise `overhead` or lower "
-                "`refresh_steps`"
+                f"below min_effective_samples={config.min_effective_samples:g}: {sooner}"
             )
         elif estimate.pass_at_1_se == 0 and estimate.effective_samples < 1:
             reason = (
@@ -330,7 +330,7 @@ def close_window(
                 "are solved sometimes"
             )
         elif not math.isfinite(estimate.pass_at_1_se):
-            reason = "an importance ratio is beyond what a number can hold: raise `overhead` or lower `refresh_steps`"
+            reason = f"an importance ratio is beyond what a number can hold: {sooner}"
     except (FailedRefresh, GuardError) as error:  # a GuardError here is a fault of the data, and not of the user
         reason = str(error)
     if reason is not None:

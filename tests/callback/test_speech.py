@@ -11,6 +11,7 @@ import torch
 import passk_guard
 from passk_guard import ConflictEstimate, GuardConfig, PassKObjective, ProbeGram, passk_advantages
 from passk_guard.callback import speech
+from passk_guard.callback.budget import Account
 from passk_guard.callback.facts import objective_of, trains_on
 from passk_guard.callback.mitigator import NoMitigation
 from passk_guard.callback.state import Memory
@@ -113,6 +114,42 @@ def test_the_next_setting_to_change(informative, available, words):
     source = SimpleNamespace(probe=range(available), size=64) if available else None
     line = speech.cannot_tell(10, GuardConfig(), estimate.reason, estimate, source)
     assert line == f"passk_guard step 10: the angle is UNDETERMINED: wide; next: {words}"
+
+
+@pytest.mark.parametrize(
+    ("last", "source", "words"),
+    [
+        (
+            400,
+            (64, 16),
+            "64 x 16 completions is as much work as 4 training steps; there will be one about every 40 steps",
+        ),
+        (
+            100,
+            (64, 16),
+            "64 x 16 completions is as much work as 4 training steps; 3 refreshes fit into the 100 steps of this run "
+            "at overhead=0.1; for 4, set `overhead` to 0.2 or lower `probe_prompts` or `num_samples`",
+        ),
+        (
+            8,
+            (16, 8),
+            "16 x 8 completions is as much work as 4 training steps; 1 refresh fits into the 8 steps of this run at "
+            "overhead=0.1; for 4, set `overhead` to 2",
+        ),
+        (
+            40,
+            None,
+            "the training batch is as much work as 4 training steps; 1 refresh fits into the 40 steps of this run at "
+            "overhead=0.1; for 4, set `overhead` to 0.4",
+        ),
+    ],
+)
+def test_what_a_refresh_costs_and_what_fits_into_the_run(last, source, words):
+    if source is not None:
+        source = SimpleNamespace(probe=range(100), size=source[0], num_samples=source[1])
+    account = Account(run=10_000, probe=4_000, refreshes=1)
+    line = speech.cadence(10, GuardConfig(), account, source, last)
+    assert line == f"passk_guard step 10: a refresh of {words}"
 
 
 @pytest.mark.parametrize(
