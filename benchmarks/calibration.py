@@ -40,7 +40,7 @@ def plan(part: str, quick: bool, cache: Path, seed: int) -> Iterator[Measurement
         repetitions = 200 if quick else 1000
         for i, cell in enumerate([Cell(), Cell(cosine=0.0, refreshes=1)] if quick else synthetic_cells()):
             take = partial(measure, cell, cell.population(), repetitions, seed + i)
-            yield Measurement(asked | asdict(cell) | {"repetitions": repetitions}, take)
+            yield Measurement(asked | _known(cell) | {"repetitions": repetitions}, take)
     elif part == "hard":
         repetitions = 100 if quick else 500
         for i, cell in enumerate(list(hard_cells())[:2] if quick else hard_cells()):
@@ -68,9 +68,14 @@ def plan(part: str, quick: bool, cache: Path, seed: int) -> Iterator[Measurement
         for step in POOL_STEPS[:1] if quick else POOL_STEPS:
             for i, cell in enumerate(pool_cells(f"step {step}")):
                 if not quick or i == 1:
-                    known = {name: value for name, value in asdict(cell).items() if name != "cosine"}
+                    known = {name: value for name, value in _known(cell).items() if name != "cosine"}
                     take = partial(_measure_real, cell, repetitions, seed + i, cache, seed, quick)
                     yield Measurement(asked | known | {"repetitions": repetitions}, take)
+
+
+def _known(cell: Cell) -> Record:
+    """What the records of cells without clusters say of theirs: of the default spread, they do not name it."""
+    return {name: value for name, value in asdict(cell).items() if name not in ("spread", "cluster", "named")}
 
 
 def _measure_real(cell: Cell, repetitions: int, seed: int, cache: Path, pool_seed: int, quick: bool) -> list[Record]:
