@@ -204,7 +204,7 @@ def frozen_pass(model: Any, setting: Setting, guard: PassKGuardCallback, source:
 def random_model(folder: Path) -> Path:
     """The same model with random weights and room for the long completions, saved with its tokenizer."""
     tokenizer = make_tokenizer()
-    make_model(tokenizer, seed=0, positions=1024).save_pretrained(folder)
+    make_model(tokenizer, seed=0, positions=2048).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
