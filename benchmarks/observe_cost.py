@@ -201,10 +201,14 @@ def frozen_pass(model: Any, setting: Setting, guard: PassKGuardCallback, source:
     return statistics.median(seconds[1:])
 
 
-def random_model(folder: Path) -> Path:
-    """The same model with random weights and room for the long completions, saved with its tokenizer."""
+def random_model(folder: Path, **shape: int) -> Path:
+    """The same model with random weights and room for the long completions, saved with its tokenizer.
+
+    Args:
+        shape: of `make_model`, where it is to be another.
+    """
     tokenizer = make_tokenizer()
-    make_model(tokenizer, seed=0, positions=1024).save_pretrained(folder)
+    make_model(tokenizer, seed=0, positions=2048, **shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -97,7 +97,7 @@ class GuardConfig:
     overhead: Annotated[Real, Field(gt=0, le=100)] = _setting(
         0.1,
         "Work of the probe over that of training: a refresh begins when those before it are at most so much. Work is "
-        "tokens: 1 for a forward pass, 3 with the backward pass, 4 for sampling.",
+        "tokens, padding included: 1 for a forward pass, 3 with the backward pass, 4 for sampling.",
     )
     refresh_steps: AtLeast1 | None = _setting(
         None, "Optimizer steps between two refreshes, whatever they cost. None leaves it to `overhead`."

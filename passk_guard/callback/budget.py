@@ -122,7 +122,9 @@ class Meter:
         """
         self.probe += TRAINING * trained + FORWARD * scored
         if rollouts is not None:
-            self.probe += FORWARD * _lengths(rollouts.prompt_ids) + SAMPLING * _lengths(rollouts.completion_ids)
+            # In a batch of a training step all completions are as long as the longest, too.
+            width = max(map(len, rollouts.completion_ids), default=0)
+            self.probe += FORWARD * sum(map(len, rollouts.prompt_ids)) + SAMPLING * width * len(rollouts)
 
     def settle(self, account: Account, ranks: Ranks, *, failed: bool = False) -> tuple[Account, bool]:
         """The account with the work of all ranks, and whether a refresh failed on any. Every rank calls this."""
@@ -187,10 +189,6 @@ def refreshes_that_fit(trainer: Any, config: GuardConfig, steps: int, size: int)
     sampled = SAMPLING / max(1, trainer.num_iterations) if hasattr(trainer, "num_iterations") else 0
     each = SAMPLING + TRAINING + 2 * FORWARD
     return config.overhead * examples * (sampled + TRAINING) / (size * config.num_samples * each)
-
-
-def _lengths(parts: Iterable[Any]) -> int:
-    return sum(map(len, parts))
 
 
 def _size(value: Any) -> int:

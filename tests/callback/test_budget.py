@@ -13,11 +13,13 @@ from passk_guard.callback.budget import (
     SAMPLING,
     TRAINING,
     Account,
+    Meter,
     probe_size,
     refreshes_that_fit,
     training_work,
 )
 from passk_guard.callback.state import load_memory
+from passk_guard.probe.records import Rollouts
 from passk_guard.reporting.journal import read_journal
 from tests.callback.test_guard import FixedSampler, guard_of
 from tests.helpers.tiny import tiny_grpo_trainer, tiny_lm_trainer
@@ -66,6 +68,9 @@ def test_where_the_work_of_training_is_unknown_the_cadence_is_fixed():
 class _TRL:
     beta, num_iterations = 0.0, 1
 
+    def compute_loss(self, model, inputs):
+        return None
+
 
 def test_work_of_a_batch():
     ids = torch.zeros(4, 10, dtype=torch.int64)
@@ -75,6 +80,15 @@ def test_work_of_a_batch():
     twice = type("T", (), {"beta": 0.1, "num_iterations": 2})
     assert training_work(twice, batch) == 60 * TRAINING + (40 * FORWARD + 20 * SAMPLING + 60 * FORWARD) // 2
     assert training_work(object(), [1, 2]) == 0
+
+
+def test_the_probe_counts_padding_as_a_batch_of_training_does():
+    meter = Meter(_TRL())
+    prompts, completions = [[2] * 5] * 3, [[2] * length for length in (1, 2, 5)]
+    meter.charge(Rollouts([{}] * 3, [0, 1, 2], prompts, completions, [""] * 3, 3), trained=7, scored=11)
+    ids = torch.zeros(3, 5, dtype=torch.int64)
+    sampled = training_work(_TRL, {"prompt_ids": ids, "completion_ids": ids}) - 30 * TRAINING
+    assert meter.probe == sampled + 7 * TRAINING + 11 * FORWARD
 
 
 @pytest.mark.parametrize(("make", "overhead"), [(tiny_lm_trainer, 8.0), (tiny_grpo_trainer, 2.0)])
