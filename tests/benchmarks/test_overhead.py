@@ -1,10 +1,13 @@
 """The benchmark of the budget in time, on a shape smaller than its own; `python -m benchmarks.overhead` prints all."""
 
+import pytest
+
 from benchmarks import overhead
 from benchmarks.observe_cost import random_model
 from passk_guard.callback.budget import FORWARD, SAMPLING, TRAINING
 
 
+@pytest.mark.slow
 def test_a_small_shape_and_its_cadence(tmp_path):
     size, step, refresh, cadence = overhead.measure(random_model(tmp_path), overhead.shape(32, 4), refreshes=1)
     assert size == 16
