@@ -1,4 +1,4 @@
-"""2,000 steps with faults all the way: nothing grows, nothing is left, and training is bit for bit unguarded."""
+"""1,200 steps with faults all the way: nothing grows, nothing is left, and training is bit for bit unguarded."""
 
 import gc
 import io
@@ -115,13 +115,13 @@ def assert_reported(soak, refreshes):
 
 
 def test_observing(tmp_path, monkeypatch):
-    control = Soak(tmp_path / "control", monkeypatch, steps=2000, every=50, guarded=False)
-    soak = Soak(tmp_path / "guarded", monkeypatch, steps=2000, every=50, guarded=True)
+    control = Soak(tmp_path / "control", monkeypatch, steps=1200, every=50, guarded=False)
+    soak = Soak(tmp_path / "guarded", monkeypatch, steps=1200, every=50, guarded=True)
     monkeypatch.undo()
     shown(control, soak)
     assert_same(soak.run, control.run)
     assert_nothing_is_left(soak, control)
-    assert_reported(soak, refreshes=1000)
+    assert_reported(soak, refreshes=600)
     assert_nothing_grows(soak.gauges, after=500)
 
 
