@@ -70,7 +70,7 @@ def open_fonts():
     """matplotlib keeps the files of the fonts open that a picture has used: two, once in a process."""
     k = torch.arange(2, 17)
     values = torch.linspace(-1, 1, 15, dtype=torch.float64)
-    curve = ConflictCurve(k, values, values - 0.1, values + 0.1, values < 0)
+    curve = ConflictCurve(k, values, values - 0.1, values + 0.1, values < 0, values - 0.2, values + 0.2)
     for figure in (kernel_figure(torch.eye(4)), curve_figure(curve, 2)):
         figure.savefig(io.BytesIO(), format="png")
 
