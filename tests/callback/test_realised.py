@@ -277,7 +277,7 @@ def test_the_noise_of_a_model_that_rounds_is_measured_and_taken_off(how, tmp_pat
 def test_a_policy_that_moved_too_far_is_not_determined(tmp_path):
     trained(tiny_lm_trainer, tmp_path, 3, {"min_effective_samples": 1.0}, learning_rate=0.05)
     (event,) = windows(tmp_path)
-    assert "below min_effective_samples=1: raise `overhead` or lower" in event["remark"]
+    assert "below min_effective_samples=1: lower `refresh_steps`" in event["remark"]
     assert (event["outcome"], event["missed"]) == ("undetermined", 1)
 
 
