@@ -113,18 +113,15 @@ class Meter:
         """Give the trainer its method back."""
         self._patch.remove()
 
-    def charge(self, rollouts: Rollouts | None, trained: int, scored: int) -> None:
-        """Add the work of a refresh on this rank.
+    def charge_sampling(self, rollouts: Rollouts) -> None:
+        """Add the work of these samples, which a refresh that fails afterwards has taken too."""
+        # In a batch of a training step all completions are as long as the longest, too.
+        width = max(map(len, rollouts.completion_ids), default=0)
+        self.probe += FORWARD * sum(map(len, rollouts.prompt_ids)) + SAMPLING * width * len(rollouts)
 
-        Args:
-            rollouts: that were sampled for it, if any.
-            trained, scored: tokens in forward and backward passes, and in forward passes alone.
-        """
+    def charge(self, trained: int, scored: int) -> None:
+        """Add tokens of a refresh on this rank, in forward and backward passes and in forward passes alone."""
         self.probe += TRAINING * trained + FORWARD * scored
-        if rollouts is not None:
-            # In a batch of a training step all completions are as long as the longest, too.
-            width = max(map(len, rollouts.completion_ids), default=0)
-            self.probe += FORWARD * sum(map(len, rollouts.prompt_ids)) + SAMPLING * width * len(rollouts)
 
     def settle(self, account: Account, ranks: Ranks, *, failed: bool = False) -> tuple[Account, bool]:
         """The account with the work of all ranks, and whether a refresh failed on any. Every rank calls this."""

@@ -248,7 +248,7 @@ class PassKGuardCallback(TrainerCallback):
         account, _ = self._meter.settle(account, self._ranks)
         allowed = account.allows(step, overhead)
         self.memory = replace(self.memory, account=account if allowed else account.planned(step, overhead))
-        if not allowed and account.refreshes == 1:
+        if not allowed:
             self._voice.cadence(step, account)
         return allowed
 
@@ -298,9 +298,9 @@ class PassKGuardCallback(TrainerCallback):
             return
         pool_filled = len(self.memory.history) < self.config.pool_refreshes == len(memory.history)  # once in a run
         self.memory = memory
-        scored = self._change.tokens * (1 + (window is not None))
+        scorings = (window is not None) + (rescorer.scorings if sampled else 0)
         trained = 0 if found is None else tokens_of(found.refresh.batches) * (1 + self._harvests)
-        self._meter.charge(sampled[0][0] if sampled and self._source is not None else None, trained, scored)
+        self._meter.charge(trained, self._change.tokens * scorings)
         self._settle(step)
         seconds = time.perf_counter() - began
         self._reporter.spend(seconds)
@@ -338,6 +338,7 @@ class PassKGuardCallback(TrainerCallback):
         shown = wanted(self.config.progress_bar, self._ranks, quiet=self._trainer.args.disable_tqdm)
         with sampling_bar(source.sampler, shown):
             rollouts = source.rollouts(number, self._ranks.index, self._ranks.count)
+        self._meter.charge_sampling(rollouts)
         check_rollouts(rollouts, **limits_of(self._trainer.accelerator.unwrap_model(self._trainer.model)))
         return rollouts, self._verifier.score(rollouts, trainer_state=self._trainer.state)
 

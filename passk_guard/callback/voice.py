@@ -32,7 +32,7 @@ class Voice:
     def __init__(self, trainer: Any, verifier: Verifier, config: GuardConfig, reporter: Reporter) -> None:
         self._trainer, self._verifier, self._config, self._reporter = trainer, verifier, config, reporter
         self._source: HeldOut | None = None
-        self._first = self._partial = False
+        self._first = self._partial = self._paced = False
 
     @quietly
     def begin(
@@ -48,7 +48,7 @@ class Voice:
         """
         trainer, config = self._trainer, self._config
         self._source = source
-        self._first, self._partial = memory.step < 0, True
+        self._first, self._partial, self._paced = memory.step < 0, True, memory.account.refreshes > 1
         run = cost_of_a_refresh(trainer, source, config), passes, trains_on(trainer, config)
         action, remark = mitigator.action(memory), mitigator.remark
         self._reporter.say(speech.start(config, source, coverage, action, remark, run))
@@ -59,6 +59,9 @@ class Voice:
     def cadence(self, step: int, account: Account) -> None:
         """What a refresh costs and how often there will be one, once training has shown what a step does."""
         last = self._trainer.state.max_steps
+        if self._paced:
+            return
+        self._paced = True
         if (message := speech.cadence(step, self._config, account, self._source, last)) is not None:
             self._reporter.say(message)
 

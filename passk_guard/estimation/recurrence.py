@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.estimation.ustatistics import coefficients, other_prompt_sums
+from passk_guard.estimation.ustatistics import cluster_sizes, coefficients, other_prompt_sums
 
 
 def prompt_variance(probe: ProbeGram, k: int, slope: Tensor, contrast: float) -> float | None:
@@ -32,11 +32,12 @@ def prompt_variance(probe: ProbeGram, k: int, slope: Tensor, contrast: float) ->
         contrast: slope . U.
 
     Returns:
-        None below 2k samples of a prompt, where nothing is unbiased for w_k^2.
+        None below 2k samples of a prompt, where nothing is unbiased for w_k^2, and where prompts come in clusters: v_P
+        has more than the squares of single prompts then.
     """
     n, c = probe.num_samples.double(), probe.num_correct.double()
     m = n.numel()
-    if float(n.min()) < 2 * k:
+    if float(n.min()) < 2 * k or len(cluster_sizes(probe)) < m:
         return None
     one, many = coefficients(probe, torch.tensor([1, k]))
     right = torch.arange(2 * m) < m  # picks S+ of every prompt

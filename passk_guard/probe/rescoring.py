@@ -80,6 +80,11 @@ class Rescorer:
     precision: torch.dtype = torch.float32
     shared: SharedPrompts | None = None
 
+    @property
+    def scorings(self) -> int:
+        """Passes that `open` makes over the completions."""
+        return 2 if self.precision in _ROUNDED else 1
+
     def open(
         self,
         rollouts: Rollouts,
@@ -113,7 +118,7 @@ class Rescorer:
             temperature=rollouts.temperature,
         )
         window = self._scored(window)
-        if self.precision not in _ROUNDED:
+        if self.scorings == 1:
             return window
         jitter = self._scored(window, torch.finfo(self.precision).eps / 2).log_probs - window.log_probs
         counted = (window.correct >= 0).sum().clamp(min=1)

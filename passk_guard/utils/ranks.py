@@ -7,12 +7,17 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.text import describe_error
 
 T = TypeVar("T")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parts of the model are on several ranks (ZeRO-3, FSDP2), so that all of them make every pass."""
+    return any(hasattr(p, "ds_shape") or type(p.data) is not Tensor for p in model.parameters())
 
 
 class Ranks:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from benchmarks import families
 from passk_guard.sketch import ScoreSketcher
@@ -15,7 +17,8 @@ HARD += ["mamba2", "bart", "qwen2 + LoRA", "qwen2 + DoRA", "qwen2 + IA3", "mixtr
 @pytest.mark.parametrize("name", HARD)
 def test_covered_in_full_and_as_autograd_says(name):
     row = families.measure(name, families.FAMILIES[name])
-    if row.covered is None:
+    if row.covered is None and Version(transformers.__version__) < Version("5.20"):
+        assert not row.remark.startswith("refused")
         pytest.skip(row.remark)  # the oldest transformers and peft lack some
     assert (row.covered, row.remark) == (1.0, "")
     assert row.error <= families.TOLERANCE

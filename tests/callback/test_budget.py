@@ -85,10 +85,32 @@ def test_work_of_a_batch():
 def test_the_probe_counts_padding_as_a_batch_of_training_does():
     meter = Meter(_TRL())
     prompts, completions = [[2] * 5] * 3, [[2] * length for length in (1, 2, 5)]
-    meter.charge(Rollouts([{}] * 3, [0, 1, 2], prompts, completions, [""] * 3, 3), trained=7, scored=11)
+    meter.charge_sampling(Rollouts([{}] * 3, [0, 1, 2], prompts, completions, [""] * 3, 3))
+    meter.charge(trained=7, scored=11)
     ids = torch.zeros(3, 5, dtype=torch.int64)
     sampled = training_work(_TRL, {"prompt_ids": ids, "completion_ids": ids}) - 30 * TRAINING
     assert meter.probe == sampled + 7 * TRAINING + 11 * FORWARD
+
+
+def test_a_probe_that_always_fails_keeps_to_the_budget_too(tmp_path):
+    def broken(completions, **_):
+        raise ValueError("no sandbox")
+
+    trainer = tiny_lm_trainer(tmp_path, max_steps=40)
+    guard = guard_of(trainer, correct=broken, **(BUDGET | {"overhead": 2.0, "verbosity": "quiet"}))
+    trainer.train()
+    failed, account = len(read_journal(tmp_path).of("failed_refresh")), guard.memory.account
+    assert 1 < failed == account.refreshes < 8, "every 5 steps there would be 8"
+    assert 0 < account.share <= 2.0 + account.refresh / account.run
+
+
+def test_the_pace_is_said_once(tmp_path, caplog):
+    trainer = tiny_lm_trainer(tmp_path, max_steps=10)
+    trainer.state.max_steps, voice = 10, guard_of(trainer, **BUDGET)._voice
+    account = Account(run=100, probe=500, refreshes=1)
+    voice.cadence(1, account)
+    voice.cadence(5, account)
+    assert len([r for r in caplog.records if "is as much work as" in r.getMessage()]) == 1
 
 
 @pytest.mark.parametrize(("make", "overhead"), [(tiny_lm_trainer, 8.0), (tiny_grpo_trainer, 2.0)])

@@ -1,6 +1,7 @@
 """Prompts that are asked again: what they bring to the variance, and how much they can add to the evidence."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,3 +83,11 @@ def test_the_evidence_of_a_set_ends_where_its_prompts_would_be_known(share):
     assert new[-1] < 1e-30
     limit = math.exp(-(1 / (0.5 * share)) / 2)
     assert min(again) > limit, "the score of 1/share checks whose samples are without end"
+
+
+def test_the_variance_of_clusters_is_all_the_prompts():
+    probe = draw(population(-0.4), 16, 16, torch.Generator().manual_seed(0), cluster=2)
+    named = replace(probe, prompt_keys=tuple(i // 2 for i in range(16)))
+    slope = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    assert prompt_variance(probe, 8, slope, 0.1) is not None
+    assert prompt_variance(named, 8, slope, 0.1) is None

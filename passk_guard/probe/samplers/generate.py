@@ -15,6 +15,7 @@ from passk_guard.probe.records import context_length, limits_of
 from passk_guard.probe.samplers.protocol import Samples, refuse_misfits
 from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.isolation import sampling_mode
+from passk_guard.utils.ranks import Ranks, is_sharded
 
 Row = Mapping[str, Any]
 _TRIED = 14  # tokens of two prompts in the trial of copied caches, 9 and 5
@@ -194,10 +195,16 @@ class GenerateSampler:
                     found = self._call([ids[:9], ids[:9], ids[9:], ids[9:]], config, copies)
                 logits.append(torch.stack(found.logits).double())
         except Exception:  # whatever a model makes of a cache that it did not fill itself
-            return False
+            return self._agreed(False)
         plain, copied = logits
         error, effect = copied - plain, plain[0, 0] - plain[0, 2]
-        return bool(error.square().mean().sqrt() <= tolerance(self.model) * effect.square().mean().sqrt())
+        return self._agreed(bool(error.square().mean().sqrt() <= tolerance(self.model) * effect.square().mean().sqrt()))
+
+    def _agreed(self, right: bool) -> bool:
+        """The same answer on all ranks that hold parts of one model, and so generate in step; else this rank's own."""
+        if not is_sharded(self.model):
+            return right
+        return not Ranks(self.model.device).max(int(not right))
 
     def _config(self) -> GenerationConfig:
         """Plain sampling. `generate` fills what is None from the model's own config, so all is spelled out."""
