@@ -215,6 +215,7 @@ class PassKGuardCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the trainer its methods back, and say what was found."""
         if self._training:
+            self._settle()
             self._voice.end(state.global_step, self.memory)
         self.detach()
 

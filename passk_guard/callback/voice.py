@@ -94,7 +94,9 @@ class Voice:
     @quietly
     def end(self, step: int, memory: Memory) -> None:
         """The summary at the end."""
-        self._reporter.end(step, speech.found(self._config, memory))
+        share = memory.account.share
+        work = "" if share is None else f"; work of the probe {share:.2g} of that of training"
+        self._reporter.end(step, speech.found(self._config, memory) + work)
 
     def what_to_do(self, alarm: speech.Alarm, mitigator: NoMitigation) -> str:
         """As `speech.what_to_do`."""

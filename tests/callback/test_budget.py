@@ -126,7 +126,8 @@ def test_a_run_keeps_to_it(make, overhead, tmp_path, caplog):
     assert account.refreshes == len(steps)
     assert abs(account.share - overhead) <= account.refresh / account.run
     shares = [row["passk_guard/probe_share"] for row in trainer.state.log_history if "passk_guard/probe_share" in row]
-    assert shares[-1] <= overhead + account.refresh / account.run
+    assert shares[-1] <= overhead + account.refresh / (account.probe / shares[-1]), "of the work by then"
+    assert account.share < shares[-1], "training went on"
     lines = [r.getMessage() for r in caplog.records if "is as much work as" in r.getMessage()]
     assert len(lines) == 1
     assert "compute_loss" not in vars(trainer), "the trainer has its method back"

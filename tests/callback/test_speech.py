@@ -51,8 +51,8 @@ def test_a_run_speaks_at_its_start_at_the_first_refresh_where_it_cannot_tell_and
     assert cannot.endswith("; next: raise `probe_prompts` from 12 to 40")
     assert same(
         end,
-        "passk_guard ends at step 3: pass@1 # [#, #] to #, pass@4 # [#, #] to # by step 2; HOLDING at step 1; 3 "
-        "refreshes; # of # s in the probe (#%)",
+        "passk_guard ends at step 3: pass@1 # [#, #] to #, pass@4 # [#, #] to # by step 2; work of the probe # of "
+        "that of training; HOLDING at step 1; 3 refreshes; # of # s in the probe (#%)",
     )
     assert command == f"passk_guard: the whole run on a page: passk-guard report {tmp_path}"
 
