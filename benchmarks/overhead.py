@@ -75,14 +75,14 @@ def measure(model_dir: Path, setting: Setting, refreshes: int) -> tuple[int, flo
     config = GuardConfig(k=8)
     size = probe_size(trained(model_dir, None, 1, setting)[0], config, RUN)
     steps = 2 * refreshes + 1
-    _, guard, seconds = periods(model_dir, replace(config, probe_prompts=size, refresh_steps=2), steps, setting)
+    trainer, guard, seconds = periods(model_dir, replace(config, probe_prompts=size, refresh_steps=2), steps, setting)
     assert guard.memory.failures == 0
     step = statistics.median(seconds[1::2])
     refresh = statistics.mean(seconds[2::2]) - step
-    # The account ends with the newest refresh. The first one scored its completions once and not twice.
+    # The account is settled at the end of the run. The first refresh scored its completions once and not twice.
     account = guard.memory.account
     account = replace(account, probe=account.probe + FORWARD * guard._change.tokens)
-    cadence = account.cadence(guard.memory.step, config.overhead)
+    cadence = account.cadence(trainer.state.global_step, config.overhead)
     assert cadence is not None
     return size, step, refresh, cadence
 

@@ -95,7 +95,12 @@ class Run:
 
     @property
     def alerts(self) -> list[tuple[int, str, str]]:
-        """(step, kind, text) of what raised an alert: changes of verdict, and failed refreshes in a row."""
+        """Those of `changes` that raised an alert."""
+        return [change for change in self.changes if change[1] in ("CONFLICT", "LOSING", NO_REFRESH)]
+
+    @property
+    def changes(self) -> list[tuple[int, str, str]]:
+        """(step, kind, text) of each change of a verdict, and of failed refreshes in a row."""
         after = number(self.journal.settings.get("failed_refresh_alert")) or 3  # the default of GuardConfig
         failed = [e for e in self.failed if e.get("alert", e.get("streak") == after)]
         changes = [

@@ -46,8 +46,9 @@ def test_the_verdicts_cover_the_run_without_overlap(folder):
 
 
 def test_the_alerts_are_changes_of_verdict_and_failed_refreshes(folder, tmp_path):
-    found = Run("r", read_journal(folder)).alerts
-    assert [(step, kind) for step, kind, _ in found] == [(15, "CONFLICT"), (55, NO_REFRESH), (80, "CLEAR")]
+    run, alerts = Run("r", read_journal(folder)), [(15, "CONFLICT"), (55, NO_REFRESH)]
+    assert [(step, kind) for step, kind, _ in run.alerts] == alerts
+    assert [(step, kind) for step, kind, _ in run.changes] == [*alerts, (80, "CLEAR")], "which pages nobody"
     other = write_run(tmp_path / "patient", settings={"failed_refresh_alert": 4})
     assert [step for step, kind, _ in Run("r", read_journal(other)).alerts if kind == NO_REFRESH] == [60]
 
@@ -96,7 +97,7 @@ def test_the_page_names_what_is_missing(folder):
     journal.write_text('{"event": "failed_refresh", "step": 0, "reason": "out of memory", "streak": 1}\n')
     page = report(folder).html
     assert "The newest refresh failed: out of memory" in page
-    assert "No alert" in page
+    assert "No verdict changed" in page
     journal.write_text('{"event": "refresh", "step": 0, "held_out": false}\n')
     assert "not held out" in report(folder).html
 
@@ -143,7 +144,7 @@ def test_the_journal_of_an_earlier_version(path):
     refreshes = [e for e in written if e["event"] == "refresh"]
     assert run.column("cosine") == [e["cosine"] for e in refreshes]
     assert run.journal.settings == written[0]["settings"]
-    assert [text for _, _, text in run.alerts] == [e["message"] for e in written if e["event"] == "state"]
+    assert [text for _, _, text in run.changes] == [e["message"] for e in written if e["event"] == "state"]
     assert Page(report(path).html).elements.count("tr") > len(refreshes) + len(run.journal.settings)
 
 
