@@ -145,6 +145,9 @@ def analyze(
     progress: Progress = None,
     num_samples: Annotated[int, Option("--samples", help="Completions of each prompt.")] = 32,
     prompts: Annotated[int | None, Option(metavar="M", help=_LIMIT)] = None,
+    cluster_by: Annotated[
+        str | None, Option(metavar="COLUMN", help="Column whose prompts of one value are not independent.")
+    ] = None,
     temperature: Temperature = 1.0,
     max_new_tokens: MaxNewTokens = 256,
     batch_size: BatchSize = 64,

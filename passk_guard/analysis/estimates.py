@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from passk_guard.analysis.results import Number
-from passk_guard.estimation.agreement import informative
+from passk_guard.estimation.agreement import informative_clusters
 from passk_guard.estimation.estimate import cosine_interval, no_signal
 from passk_guard.estimation.intervals import corrected_cosine, student_t_quantile
 from passk_guard.estimation.records import ProbeGram
 from passk_guard.estimation.ustatistics import coefficients, moments_of
+from passk_guard.utils.clusters import cluster_sums, error_parts
 
 
 def gradient_row(probe: ProbeGram, k: int) -> Tensor:
@@ -21,24 +22,32 @@ def gradient_row(probe: ProbeGram, k: int) -> Tensor:
     return coefficients(probe, torch.tensor([k]))[0]
 
 
-def off_diagonal_rows(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """[m] mean of each row without its diagonal entry, and the standard error of that mean over the other prompts."""
-    m = kernel.shape[0]
-    others = kernel - torch.diag(kernel.diagonal())
-    means = others.sum(1) / (m - 1)
-    squares = (others.square().sum(1) - (m - 1) * means.square()).clamp(min=0)
-    return means, (squares / ((m - 1) * max(m - 2, 1))).sqrt()
+def other_rows(kernel: Tensor, cluster: Tensor) -> tuple[Tensor, Tensor]:
+    """[m] mean of each row over the prompts of other clusters, and the standard error of that mean over the clusters.
+
+    Args:
+        kernel: [m, m].
+        cluster: [m] number of each prompt's cluster, from 0; all different where prompts are independent.
+    """
+    own = cluster[:, None] == cluster
+    others = kernel.masked_fill(own, 0.0)
+    count, apart = (~own).sum(1), int(cluster.max())  # clusters beside the own one
+    means = others.sum(1) / count
+    sums = cluster_sums((others - means[:, None]).masked_fill(own, 0.0), cluster, 1)
+    return means, (sums.square().sum(1) * apart / max(apart - 1, 1)).sqrt() / count
 
 
-def mean(values: Tensor, confidence: float, *, low: float = -math.inf, high: float = math.inf) -> Number:
-    """Mean of independent values [m] with its standard error and Student's interval, cut to [low, high].
+def mean(
+    values: Tensor, confidence: float, cluster: Tensor, *, low: float = -math.inf, high: float = math.inf
+) -> Number:
+    """Mean of values [m] with its standard error over clusters [m] and Student's interval, cut to [low, high].
 
     There is no interval where all values are equal, as for prompts that are all solved every time.
     """
-    m, value = values.numel(), float(values.double().mean())
-    if m < 2 or not (error := float(values.double().std()) / math.sqrt(m)) > 0:
+    value, parts = float(values.double().mean()), error_parts(values.double(), cluster)
+    if len(parts) < 2 or not bool((values != values[0]).any()) or not (error := float(parts.norm())) > 0:
         return Number(value)
-    room = student_t_quantile((1 + confidence) / 2, m - 1) * error
+    room = student_t_quantile((1 + confidence) / 2, len(parts) - 1) * error
     return Number(value, error, max(low, value - room), min(high, value + room))
 
 
@@ -84,9 +93,9 @@ def angle(probe: ProbeGram, left: Tensor, right: Tensor, confidence: float) -> N
 
     Returns:
         A `Number` without a value where a squared norm is not established (`estimate.no_signal`), where no cosine can
-        be ruled out, or below three prompts with a gradient.
+        be ruled out, or below three clusters with a gradient.
     """
-    if int(informative(probe).sum()) < 3:
+    if informative_clusters(probe) < 3:
         return Number()
     moments = moments_of(probe, left[None], right[None])
     if no_signal("", moments) is not None or (interval := cosine_interval(moments, confidence)) is None:

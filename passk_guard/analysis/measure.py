@@ -19,7 +19,7 @@ from passk_guard.analysis.estimates import (
     image,
     jackknife_error,
     mean,
-    off_diagonal_rows,
+    other_rows,
     wilson,
     with_error,
 )
@@ -29,10 +29,11 @@ from passk_guard.estimation.agreement import informative
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.intervals import student_t_quantile
 from passk_guard.estimation.records import ConflictEstimate, ProbeGram
-from passk_guard.estimation.ustatistics import prompt_kernel
+from passk_guard.estimation.ustatistics import clusters, prompt_kernel
 from passk_guard.mitigation.floor import solve_floor
 from passk_guard.mitigation.projection import plan_projection
 from passk_guard.passk.closed_forms import pass_at_k, passk_weight, sample_coefficients, unbiased_passk_weight
+from passk_guard.utils.clusters import cluster_sums, numbered
 
 _HURT = 3  # prompts named of those that one prompt hurts
 
@@ -52,13 +53,14 @@ def estimate_each(probe: ProbeGram, settings: Settings) -> dict[int, ConflictEst
 def measure_at(probe: ProbeGram, k: int, estimate: ConflictEstimate | None, confidence: float) -> AtK:
     """Pass rate, mean weight and conflict at one k. `estimate` is None at k = 1."""
     n, c = probe.num_samples, probe.num_correct
-    rate = mean(pass_at_k(n, c, k), confidence, low=0.0, high=1.0)
+    cluster = clusters(probe)
+    rate = mean(pass_at_k(n, c, k), confidence, cluster, low=0.0, high=1.0)
     if estimate is None:
         return AtK(k, rate, Number(1.0), Number(), Number(), None, "grad J_1 against itself")
     return AtK(
         k=k,
         pass_rate=rate,
-        mean_weight=mean(unbiased_passk_weight(n, c, k), confidence, low=0.0),
+        mean_weight=mean(unbiased_passk_weight(n, c, k), confidence, cluster, low=0.0),
         cosine=cosine_of(estimate),
         inner_product=inner_product_of(estimate),
         status=estimate.status,
@@ -104,17 +106,22 @@ def kernel_from(probe: ProbeGram, names: list[int]) -> Kernel:
     rows = rows[rate[rows].argsort(descending=True, stable=True)]
     kernel = prompt_kernel(probe, one, one)[rows][:, rows]
     below = [[_short(v) for v in row[:i]] for i, row in enumerate(kernel.tolist())]
-    return Kernel([names[i] for i in rows.tolist()], below, _negative_pairs(kernel))
+    return Kernel([names[i] for i in rows.tolist()], below, _negative_pairs(kernel, clusters(probe)[rows]))
 
 
-def _negative_pairs(kernel: Tensor) -> Number:
-    """Share of negative entries off the diagonal, with the jackknife over prompts; none below three prompts."""
-    m = kernel.shape[0]
-    if m < 3:
+def _negative_pairs(kernel: Tensor, cluster: Tensor) -> Number:
+    """Share of negative pairs of clusters that differ, with the jackknife over clusters; none below three of them."""
+    cluster = numbered(cluster.tolist())
+    if not cluster.numel() or int(cluster.max()) < 2:
         return Number()
-    negative = (kernel < 0).double() - torch.diag((kernel.diagonal() < 0).double())
-    without = (negative.sum() - 2 * negative.sum(1)) / ((m - 1) * (m - 2))
-    return Number(float(negative.sum()) / (m * (m - 1)), jackknife_error(without))
+    pairs = (cluster[:, None] != cluster).double()
+    negative = pairs * (kernel < 0)
+
+    def left(table: Tensor) -> Tensor:
+        return table.sum() - 2 * cluster_sums(table.sum(1), cluster)  # no pair is within a cluster
+
+    share = float(negative.sum() / pairs.sum())
+    return Number(share, jackknife_error(left(negative) / left(pairs)))
 
 
 def prompt_records(
@@ -123,7 +130,7 @@ def prompt_records(
     r"""One record for each prompt.
 
     $a(x) = \frac{1}{m-1} \sum_{x' \ne x} \langle g_1(x), g_1(x') \rangle$, and the weighted agreement is the same
-    with g_k(x) on the left. Their standard errors are over the other prompts x'.
+    with g_k(x) on the left. Their standard errors are over the other prompts x'. Prompts of one cluster are no pair.
 
     Args:
         probe: m prompts.
@@ -133,9 +140,10 @@ def prompt_records(
         confidence: of the intervals.
     """
     one = gradient_row(probe, 1)
-    agreement, agreement_error = off_diagonal_rows(prompt_kernel(probe, one, one))
+    cluster = clusters(probe)
+    agreement, agreement_error = other_rows(prompt_kernel(probe, one, one), cluster)
     crossed = prompt_kernel(probe, gradient_row(probe, k), one)
-    weighted, weighted_error = off_diagonal_rows(crossed)
+    weighted, weighted_error = other_rows(crossed, cluster)
     against = float(-weighted.clamp(max=0).sum())
     weights = unbiased_passk_weight(probe.num_samples, probe.num_correct, k).tolist()
     known = informative(probe).tolist()
@@ -245,10 +253,11 @@ def harmless_ratio(probe: ProbeGram) -> Number:
     1, to the safe side. Nothing where no prompt disagrees, or none of the rest once one is left out.
     """
     one = gradient_row(probe, 1)
-    kernel = prompt_kernel(probe, one, one)
-    kernel = kernel - torch.diag(kernel.diagonal())
-    rows = kernel.sum(1)
-    without = (rows[None, :] - kernel).fill_diagonal_(0.0)  # row j: the agreements when prompt j is left out
+    cluster = clusters(probe)
+    own = cluster[:, None] == torch.arange(int(cluster.max()) + 1)
+    kernel = cluster_sums(prompt_kernel(probe, one, one), cluster, 1).masked_fill(own, 0.0).T
+    rows = kernel.sum(0)
+    without = (rows - kernel).masked_fill(own.T, 0.0)  # row j: the agreements when cluster j is left out
     up, down = without.clamp(min=0).sum(1), -without.clamp(max=0).sum(1)
     if not bool((down > 0).all()) or not bool((rows < 0).any()):
         return Number()

@@ -29,6 +29,7 @@ from passk_guard.utils.text import brief, describe_invalid
 VERSION = 1
 _EARLIER = ("paper",)  # fields and settings of earlier versions, which are passed over
 _EARLIER_SETTINGS = ("protocol", "delta_1", "delta_2")
+_LATER_SETTINGS = {"cluster_by": None}  # settings that earlier versions do not have, as those behave
 _EXACT = ConfigDict(extra="forbid")
 # Numbers beyond 1e300 have no place on a chart, and the difference of two of them is infinite.
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e300, le=1e300)]
@@ -288,7 +289,8 @@ class Analysis:
             raise GuardError(f"Expected an analysis of version {VERSION}; found {brief(version)}.")
         kept = {name: value for name, value in data.items() if name not in _EARLIER}
         if isinstance(settings := kept.get("settings"), Mapping):
-            kept["settings"] = {name: value for name, value in settings.items() if name not in _EARLIER_SETTINGS}
+            known = {name: value for name, value in settings.items() if name not in _EARLIER_SETTINGS}
+            kept["settings"] = _LATER_SETTINGS | known
         try:
             return TypeAdapter(cls).validate_python(kept)
         except ValidationError as error:

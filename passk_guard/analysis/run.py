@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,8 @@ def choose_prompts(probe: Any, verifier: Verifier, settings: Settings) -> ProbeS
     """The prompts that the settings ask for, with all that the verifier needs.
 
     Raises:
-        GuardError: a probe that cannot be read, columns that are missing, or more prompts asked for than there are.
+        GuardError: a probe that cannot be read, columns that are missing, more prompts asked for than there are, or
+            fewer than three clusters.
     """
     whole = ProbeSet.of(probe)
     whole.require_columns(verifier.required_columns)
@@ -176,14 +177,17 @@ def choose_prompts(probe: Any, verifier: Verifier, settings: Settings) -> ProbeS
                 f"Expected prompts of whole characters; found half of a surrogate pair in {text[:60]!r}, which no "
                 "tokenizer takes. Mend the probe: JSON writes such a character as two \\u escapes."
             )
-    if settings.prompts is None:
-        return whole
-    if settings.prompts > len(whole):
+    if settings.prompts is not None and settings.prompts > len(whole):
         raise GuardError(
             f"Expected `prompts` of at most {len(whole)}, the different prompts in the probe; found "
             f"{settings.prompts}. Leave it out to take all."
         )
-    return ProbeSet(whole[i] for i in whole.draw(0, settings.prompts, settings.seed))
+    chosen = whole
+    if settings.prompts is not None:
+        chosen = ProbeSet(whole[i] for i in whole.draw(0, settings.prompts, settings.seed))
+    if settings.cluster_by is not None:
+        chosen.clusters(settings.cluster_by)  # refused now and not after an hour of sampling
+    return chosen
 
 
 def prompt_text(row: Mapping[str, Any]) -> str:
@@ -196,6 +200,9 @@ def conclude(measured: Measured) -> Analysis:
     """All numbers of the record. No model is needed, and every rank gets the same."""
     refresh, prompts, settings = measured.refresh, measured.prompts, measured.settings
     probe, names = refresh.probe, [int(key) for key in refresh.probe.prompt_keys]
+    if settings.cluster_by is not None:
+        labels = prompts.clusters(settings.cluster_by)
+        probe = replace(probe, prompt_keys=[labels[place] for place in names])
     estimates = estimate_each(probe, settings)
     at_k = [measure_at(probe, k, estimates.get(k), settings.confidence) for k in settings.ks]
     texts = [prompt_text(prompts[i]) for i in names]

@@ -26,6 +26,8 @@ class Settings(BaseModel):
         num_samples: n, completions of each prompt.
         prompts: m, prompts sampled from the probe with `seed`, at least 3, since they are compared in pairs. None
             takes all, in their order.
+        cluster_by: column of the probe that prompts share which are not independent, such as a template or a source
+            problem. Those of one value are not paired, and count as one draw in every error. None: all are independent.
         temperature: of the sampling, and of the policy whose score vectors are taken. Pass the one of training.
         max_new_tokens: longest completion, in tokens.
         batch_size: completions generated at once.
@@ -50,6 +52,7 @@ class Settings(BaseModel):
     ks: tuple[AtLeast1, ...] = (1, 2, 4, 8, 16)
     num_samples: Annotated[Whole, Field(ge=2)] = 32
     prompts: Annotated[Whole, Field(ge=3)] | None = None
+    cluster_by: Annotated[str, Field(strict=True)] | None = None
     temperature: Annotated[Real, Field(gt=0)] = 1.0
     max_new_tokens: AtLeast1 = 256
     batch_size: AtLeast1 = 64

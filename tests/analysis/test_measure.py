@@ -121,8 +121,8 @@ def test_intervals_by_themselves():
     assert wilson(0, 10, 0.95).high == pytest.approx(0.2775, abs=1e-4)  # Wilson 1927, tabulated
     assert wilson(5, 10, 0.95).low == pytest.approx(0.2366, abs=1e-4)
     assert (wilson(0, 10, 0.95).low, wilson(10, 10, 0.95).high) == (0.0, 1.0)
-    assert mean(torch.ones(5), 0.95) == Number(1.0)
-    wide = mean(torch.tensor([0.0, 1.0]), 0.95, low=0.0, high=1.0)
+    assert mean(torch.ones(5), 0.95, torch.arange(5)) == Number(1.0)
+    wide = mean(torch.tensor([0.0, 1.0]), 0.95, torch.arange(2), low=0.0, high=1.0)
     assert (wide.low, wide.high) == (0.0, 1.0)
     bent = image(lambda x: x * x, Number(1.0, None, -2.0, 3.0))
     assert (bent.value, bent.low, bent.high) == (1.0, pytest.approx(0.0, abs=1e-3), 9.0)
