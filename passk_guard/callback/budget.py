@@ -161,6 +161,11 @@ def tokens_of(batches: Iterable[TokenBatch]) -> int:
     return sum(batch.input_ids.numel() for batch in batches)
 
 
+def sized_by_budget(config: GuardConfig) -> bool:
+    """Whether the size of a refresh follows from the length of the run, which is known when training begins."""
+    return config.probe_prompts is None and config.refresh_steps is None
+
+
 def probe_size(trainer: Any, config: GuardConfig, steps: int) -> int:
     """Prompts of a refresh: as set, or as many as leave room for `FEWEST_REFRESHES` in the run, within bounds.
 
@@ -169,10 +174,8 @@ def probe_size(trainer: Any, config: GuardConfig, steps: int) -> int:
     Args:
         steps: optimizer steps of the whole run.
     """
-    if config.probe_prompts is not None:
-        return config.probe_prompts
-    if config.refresh_steps is not None:
-        return MOST_PROMPTS
+    if not sized_by_budget(config):
+        return config.probe_prompts or MOST_PROMPTS
     size = MOST_PROMPTS
     while size > FEWEST_PROMPTS and refreshes_that_fit(trainer, config, steps, size) < FEWEST_REFRESHES:
         size //= 2

@@ -208,6 +208,7 @@ class RealisedChange:
     def __init__(self, source: HeldOut | None, config: GuardConfig) -> None:
         self._source, self._config = source, config
         self._window: Window | None = None
+        self._padding_checked = False
         self._groups = None if source is None or config.group_by is None else _groups_of(source, config.group_by)
 
     @property
@@ -246,10 +247,13 @@ class RealisedChange:
 
         Raises:
             FailedRefresh: on all ranks, where the completions could not be scored. No window is open then.
+            GuardError: on all ranks, where the model reads the padding of a batch; the same.
         """
         unseen = self._window is None and memory.fused.pass_at_1.level is not None
         self._window = None
-        self._window = rescorer.open(*sampled, keys, step, measured)
+        window = rescorer.open(*sampled, keys, step, measured)
+        self._padding_checked = self._padding_checked or rescorer.check_padding(window)
+        self._window = window
         return (memory.with_gap() if unseen else memory).with_level(self._window, self._config.k, self._source)
 
     def prompt(self, key: Hashable) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from passk_guard.callback.budget import MOST_PROMPTS
+from passk_guard.callback.budget import MOST_PROMPTS, sized_by_budget
 from passk_guard.config import GuardConfig
 from passk_guard.mitigation.objective import PassKObjective, too_few_samples
 from passk_guard.probe.prompts import HeldOut, ProbeSet
@@ -122,7 +122,8 @@ def held_out_source(
         sampler.check_lengths(prompts.rows)
     _warn_of_mismatches(trainer, config)
     prompts_each = config.probe_prompts or MOST_PROMPTS
-    _warn_of_recurrence(len(prompts), prompts_each, config)
+    if not sized_by_budget(config) and (reason := recurrence(len(prompts), prompts_each, config)) is not None:
+        logger.warning("%s", reason)
     clusters = [] if config.cluster_by is None else prompts.clusters(config.cluster_by)
     return HeldOut(prompts, sampler, prompts_each, config.num_samples, config.probe_seed, clusters)
 
@@ -143,17 +144,17 @@ def _own_sampler(prompts: ProbeSet, trainer: Any, config: GuardConfig) -> Sample
     return sampler
 
 
-def _warn_of_recurrence(size: int, prompts_each: int, config: GuardConfig) -> None:
+def recurrence(size: int, prompts_each: int, config: GuardConfig) -> str | None:
+    """A warning where a probe of `size` prompts, of which a refresh asks `prompts_each`, soon asks the same ones."""
     wanted = config.pool_refreshes * prompts_each
-    if size < wanted:
-        logger.warning(
-            "passk_guard: the probe has %d prompts, so that the same ones recur after %s. What is estimated is the "
-            "angle for prompts like these, and a prompt asked again adds little evidence of it. Pass at least %d "
-            "prompts, which is pool_refreshes x probe_prompts",
-            size,
-            "every refresh" if size <= prompts_each else f"{size / prompts_each:.1f} refreshes",
-            wanted,
-        )
+    if size >= wanted:
+        return None
+    after = "every refresh" if size <= prompts_each else f"{size / prompts_each:.1f} refreshes"
+    return (
+        f"passk_guard: the probe has {size} prompts, so that the same ones recur after {after}. What is estimated is "
+        "the angle for prompts like these, and a prompt asked again adds little evidence of it. Pass at least "
+        f"{wanted} prompts, which is pool_refreshes x probe_prompts ({config.pool_refreshes} x {prompts_each})"
+    )
 
 
 def _refuse_another_kind(prompts: ProbeSet, training: Any) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from passk_guard.callback import speech
-from passk_guard.callback.budget import Account
+from passk_guard.callback.budget import Account, sized_by_budget
 from passk_guard.callback.facts import cost_of_a_refresh, different_k, trains_on
 from passk_guard.callback.mitigator import NoMitigation
 from passk_guard.callback.realised import WindowResult
+from passk_guard.callback.setup import recurrence
 from passk_guard.callback.state import Memory
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.records import ConflictEstimate
@@ -52,6 +53,10 @@ class Voice:
         run = cost_of_a_refresh(trainer, source, config), passes, trains_on(trainer, config)
         action, remark = mitigator.action(memory), mitigator.remark
         self._reporter.say(speech.start(config, source, coverage, action, remark, run))
+        # Where the budget sizes a refresh, its size is known only now.
+        sized = source if sized_by_budget(config) else None
+        if sized is not None and (reason := recurrence(len(sized.probe), sized.size, config)) is not None:
+            self._reporter.warn(reason)
         if (reason := different_k(trainer, config)) is not None:
             self._reporter.warn(f"passk_guard: {reason}")
 

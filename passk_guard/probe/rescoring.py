@@ -24,7 +24,8 @@ from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.probe.passes import Scorer, SharedPrompts, shared_batches
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.sketch import TokenBatch, shared_positions, shares_prompts, unshared
-from passk_guard.utils.errors import FailedRefresh
+from passk_guard.sketch.backward import READS_PADDING, reads_padding
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.files import save_whole
 from passk_guard.utils.ranks import Ranks
 
@@ -123,6 +124,24 @@ class Rescorer:
         jitter = self._scored(window, torch.finfo(self.precision).eps / 2).log_probs - window.log_probs
         counted = (window.correct >= 0).sum().clamp(min=1)
         return replace(window, noise=float((jitter.square().sum() / counted).sqrt()))
+
+    def check_padding(self, window: Window) -> bool:
+        """Whether a batch of any rank is padded, which is then known to change no log-probability.
+
+        Raises:
+            GuardError: on all ranks, for a model whose logits depend on padding; FailedRefresh: the check failed.
+        """
+        if not self.ranks.max(int(any(not bool(batch.attention_mask.all()) for batch in window.batches))):
+            return False
+        first = window.batches[0]
+
+        def reads() -> bool:
+            with self.autocast():
+                return reads_padding(self.model, first.input_ids, first.attention_mask)
+
+        if self.ranks.max(int(self.ranks.together(reads))):
+            raise GuardError(READS_PADDING)
+        return True
 
     def log_ratios(self, window: Window) -> Tensor:
         """[m, n] float64 log of the present over the sampling policy's probability; 0 for samples that do not count.

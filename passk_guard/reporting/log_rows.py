@@ -77,7 +77,10 @@ def state_change(
         why = f"; p = {run_p_value:.2g} over the whole run"
     elif low is not None and high is not None and (verdict == "undetermined" or low <= estimate.threshold <= high):
         why = f"; {estimate.reason}"  # a verdict that patience keeps, which the newest interval does not explain
-    return f"passk_guard step {step}: {verdict.upper()} {describe_estimate(estimate)}{source}{why}; action: {action}"
+    found = describe_estimate(estimate)
+    if verdict == "undetermined":  # which need not be said twice
+        found = found.replace(" undetermined: ", ": ", 1)
+    return f"passk_guard step {step}: {verdict.upper()} {found}{source}{why}; action: {action}"
 
 
 class LogRows:

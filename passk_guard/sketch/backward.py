@@ -20,6 +20,11 @@ from passk_guard.sketch.shared_prompts import predictions, shared_attention, sha
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.isolation import frozen_pass, sampling_mode
 
+READS_PADDING = (
+    "Expected a model whose logits do not depend on padding; found other logits for a sample that is padded on the "
+    "right, with 0 in its attention mask, than for the sample alone. The model ignores the mask or expects padding on "
+    "the left. Pass samples of one length to each call, or a model that masks its padding."
+)
 _PADDED_TOKENS = 8  # of the sample that shows whether padding is read
 _ROUNDING = 0.05  # by which its logits may differ, relative to their norm around their mean
 _CHUNK_SCALARS = 1 << 24  # logits turned into probabilities at a time: 64 MiB in fp32

@@ -15,7 +15,7 @@ from passk_guard.sketch.accumulator import (
     Projections,
     lay_out,
 )
-from passk_guard.sketch.backward import reads_padding, score_pass, unused
+from passk_guard.sketch.backward import READS_PADDING, reads_padding, score_pass, unused
 from passk_guard.sketch.batches import TokenBatch, check_batch, check_dim, check_log_probs, check_prompts
 from passk_guard.sketch.coverage import (
     Coverage,
@@ -271,12 +271,7 @@ class ScoreSketcher:
             self._reads_padding = False  # whatever comes of it, it is not repeated: the other ranks do not either
             self._reads_padding = reads_padding(self.model, input_ids, attention_mask)
         if self._reads_padding and not bool(attention_mask.all()):
-            raise GuardError(
-                "Expected a model whose logits do not depend on padding; found other logits for a sample that is "
-                "padded on the right, with 0 in its attention mask, than for the sample alone. The model ignores the "
-                "mask or expects padding on the left. Pass samples of one length to each call, or a model that masks "
-                "its padding."
-            )
+            raise GuardError(READS_PADDING)
 
     def _pass(
         self, layout: Layout, batch: TokenBatch, num_slots: int, temperature: float

@@ -231,6 +231,19 @@ def test_a_probe_set_whose_prompts_recur_is_warned_about(tmp_path, caplog, size,
     assert (warned is None and not caplog.text) or (warned in caplog.text and "Pass at least 36 prompts" in caplog.text)
 
 
+@pytest.mark.parametrize(("size", "warned"), [(47, "after 2.9 refreshes"), (48, None)])
+def test_recurrence_is_judged_by_the_size_that_the_budget_has_room_for(tmp_path, caplog, size, warned):
+    """16 prompts a refresh in this short run, and not the 64 that a long one could ask."""
+    settings = {"probe_prompts": None, "refresh_steps": None, "probe": probe_rows(size)}
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        guard_of(tiny_lm_trainer(tmp_path, max_steps=2), **settings)
+        assert "the same ones recur" not in caplog.text
+        run(tiny_lm_trainer, tmp_path, True, **settings)
+    assert "16 of" in caplog.text
+    assert caplog.text.count("the same ones recur") == (warned is not None)
+    assert warned is None or (f"{warned}. " in caplog.text and "(3 x 16)" in caplog.text)
+
+
 def test_failed_refreshes_alert_once_and_recover(tmp_path, caplog):
     calls = []
 

@@ -12,6 +12,7 @@ from passk_guard.callback import guard as guard_module
 from passk_guard.callback import realised as realised_module
 from passk_guard.callback.mitigator import Mitigator, NoMitigation
 from passk_guard.change import estimate_change
+from passk_guard.probe import rescoring as rescoring_module
 from passk_guard.probe.rescoring import Rescorer
 from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
@@ -100,6 +101,16 @@ def test_a_window_that_cannot_be_opened_leaves_the_angle(tmp_path, monkeypatch, 
     assert [event["event"] for event in journal(tmp_path)].count("refresh") == 2
     assert not windows(tmp_path)
     assert "no window of the realised change begins here: not finite" in caplog.text
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_model_that_reads_its_padding_has_no_realised_change(reads, tmp_path, monkeypatch, caplog):
+    tried = []
+    monkeypatch.setattr(rescoring_module, "reads_padding", lambda *_: tried.append(1) or reads)
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        trained(tiny_lm_trainer, tmp_path, 5, {"instruments": "change", "resample_refreshes": 1})
+    refused = caplog.text.count("refresh failed: GuardError: Expected a model whose logits do not depend on padding")
+    assert (refused, len(windows(tmp_path)), len(tried)) == ((3, 0, 3) if reads else (0, 2, 1))
 
 
 def test_a_refresh_without_samples_leaves_the_window_open(tmp_path):

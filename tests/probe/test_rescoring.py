@@ -10,9 +10,10 @@ import torch
 
 from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.rescoring import Rescorer, load_window, save_window
-from passk_guard.utils.errors import FailedRefresh
+from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.ranks import Ranks
 from tests.helpers.tiny import tiny_model
+from tests.sketch.test_formulas import tiny_cpmant
 
 PROMPTS = [[9, 10], [11], [12, 13, 14]]
 KEYS = ("a", "b", "c")
@@ -167,3 +168,15 @@ def test_a_window_survives_a_checkpoint(tmp_path):
     (tmp_path / "damaged.pt").write_bytes((tmp_path / "window.pt").read_bytes()[:500])
     assert load_window(tmp_path / "damaged.pt", torch.device("cpu")) is None
     assert load_window(tmp_path / "absent.pt", torch.device("cpu")) is None
+
+
+def test_a_model_that_reads_its_padding_is_refused_where_there_is_some():
+    model, (rollouts, outcomes) = tiny_cpmant(pad_token_id=0), sampled()
+    small = [[token % 33 + 6 for token in completion] for completion in rollouts.completion_ids]
+    pair, scorer = (dataclasses.replace(rollouts, completion_ids=small), outcomes), rescorer(model)
+    for maker, padded in ((scorer, True), (rescorer(model, max_tokens=1), False)):
+        window = maker.open(*pair, KEYS, 0)
+        assert any(not batch.attention_mask.all() for batch in window.batches) == padded
+        with pytest.raises(GuardError, match="logits do not depend on padding") if padded else nullcontext():
+            assert not maker.check_padding(window)
+    assert rescorer(tiny_model()).check_padding(rescorer(tiny_model()).open(*pair, KEYS, 0))
