@@ -6,9 +6,12 @@ import hashlib
 import platform
 from typing import Any
 
+from passk_guard.callback.objective_angle import is_pass_at_1, weighting_of
 from passk_guard.config import GuardConfig
 from passk_guard.mitigation.objective import PassKObjective
+from passk_guard.passk.objectives import passk
 from passk_guard.probe.prompts import HeldOut
+from passk_guard.probe.verifier import Verifier
 from passk_guard.utils.private_api import installed, is_trl
 
 _LIBRARIES = ("passk-guard", "torch", "transformers", "trl", "accelerate", "deepspeed", "peft")
@@ -27,10 +30,15 @@ def objective_of(trainer: Any) -> str:
     return f"{name} ({', '.join(f'{setting}={value}' for setting, value in found.items() if value is not None)})"
 
 
-def trains_on(trainer: Any, config: GuardConfig) -> str:
+def trains_on(trainer: Any, config: GuardConfig, verifier: Verifier) -> str:
     """A clause on what the run trains, and on what the angle says of it."""
-    what = f"this run trains on {objective_of(trainer)}"
-    if PassKObjective.of(trainer) is not None or config.instruments == "change":
+    what, weighting = f"this run trains on {objective_of(trainer)}", weighting_of(trainer, verifier)
+    if config.instruments == "change":
+        return what
+    if weighting is not None and weighting.name != passk(config.k).name:
+        own = ", which weighs prompts as pass@1 does"
+        what += own if is_pass_at_1(weighting) else ", whose own angle to pass@1 is `objective_cosine`"
+    if PassKObjective.of(trainer) is not None:
         return what
     return f"{what}; the angle shows what training on pass@{config.k} would do"
 

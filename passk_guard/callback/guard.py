@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from passk_guard.callback.budget import Meter, probe_size, tokens_of
 from passk_guard.callback.facts import facts_of
 from passk_guard.callback.mitigator import Mitigator, NoMitigation
+from passk_guard.callback.objective_angle import measure_objective
 from passk_guard.callback.realised import ChangeMemory, RealisedChange, WindowResult
 from passk_guard.callback.resumed import recall
 from passk_guard.callback.setup import (
@@ -57,10 +58,11 @@ from passk_guard.utils.text import describe_error
 
 @dataclass(frozen=True)
 class _Angle:
-    """What the angle says in one refresh, and the memory after it."""
+    """What the angle says in one refresh, that of the run's own objective by name, and the memory after it."""
 
     refresh: Refresh
     estimate: ConflictEstimate
+    objective: tuple[str, ConflictEstimate] | None
     verdict: Verdict
     memory: Memory
 
@@ -311,7 +313,8 @@ class PassKGuardCallback(TrainerCallback):
         if window is not None:
             self._report_window(window if sampled else window.unfinished(), control, seconds)
         self._reporter.status(self.memory.status)
-        self._voice.refreshed(step, memory, None if found is None else found.estimate, seconds)
+        angle = (None, seconds) if found is None else (found.estimate, seconds, found.objective)
+        self._voice.refreshed(step, memory, *angle)
         if found is not None and pool_filled and found.verdict.status == "undetermined":
             self._voice.pool_is_full(step, found.estimate)
         if pool_filled:
@@ -332,7 +335,8 @@ class PassKGuardCallback(TrainerCallback):
         decision, evidence, verdict = decide(
             memory.decision, memory.evidence, estimate, check, self._rule, fresh=not refresh.probe.reused
         )
-        return _Angle(refresh, estimate, verdict, replace(memory, decision=decision, evidence=evidence))
+        objective = measure_objective(self._trainer, self._verifier, memory.pooled(config.pool_refreshes), config)
+        return _Angle(refresh, estimate, objective, verdict, replace(memory, decision=decision, evidence=evidence))
 
     def _sample(self, source: HeldOut, number: int) -> tuple[Rollouts, Outcomes]:
         """This rank's completions of refresh `number`, checked and scored."""
@@ -418,7 +422,8 @@ class PassKGuardCallback(TrainerCallback):
         extra = self._keeper.metrics() | self._mitigator.refresh_metrics(self.memory)
         extra |= {"run_p_value": p_value, "probe_seconds": seconds, "probe_share": self.memory.account.share}
         extra |= {"weighted_prompts": refresh.probe.share_weighted(self.config.k)}
-        self._reporter.refresh(step, estimate, verdict.status, extra, remark=refresh.remark, probe=refresh.probe)
+        more: dict[str, Any] = {"remark": refresh.remark, "probe": refresh.probe, "objective": found.objective}
+        self._reporter.refresh(step, estimate, verdict.status, extra, **more)
         if verdict.changed:
             self._reporter.change(
                 step,

@@ -93,9 +93,14 @@ def _rounded_up(value: float) -> float:
 
 
 def first_refresh(
-    step: int, config: GuardConfig, memory: Memory, estimate: ConflictEstimate | None, seconds: float
+    step: int,
+    config: GuardConfig,
+    memory: Memory,
+    estimate: ConflictEstimate | None,
+    seconds: float,
+    objective: tuple[str, ConflictEstimate] | None = None,
 ) -> str:
-    """Both instruments and the cost, after the first refresh that succeeded."""
+    """Both instruments and the cost, after the first refresh that succeeded; and the run's own objective, by name."""
     if estimate is not None:
         rates = (estimate.pass_at_1, estimate.pass_at_1_se), (estimate.pass_at_k, estimate.pass_at_k_se)
     else:
@@ -109,6 +114,8 @@ def first_refresh(
     parts = [", ".join(shown) or "no pass rate with an error"]
     if estimate is not None:
         parts.append(describe_estimate(estimate))
+        if objective is not None:
+            parts.append(describe_estimate(objective[1], objective[0]))
     if config.instruments != "angle" and config.source == "held_out":
         parts.append("changes are counted from here")
     return f"passk_guard step {step}: first refresh: {'; '.join(parts)}; it took {seconds:.1f} s"

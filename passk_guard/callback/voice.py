@@ -50,7 +50,7 @@ class Voice:
         trainer, config = self._trainer, self._config
         self._source = source
         self._first, self._partial, self._paced = memory.step < 0, True, memory.account.refreshes > 1
-        run = cost_of_a_refresh(trainer, source, config), passes, trains_on(trainer, config)
+        run = cost_of_a_refresh(trainer, source, config), passes, trains_on(trainer, config, self._verifier)
         action, remark = mitigator.action(memory), mitigator.remark
         self._reporter.say(speech.start(config, source, coverage, action, remark, run))
         # Where the budget sizes a refresh, its size is known only now.
@@ -71,11 +71,18 @@ class Voice:
             self._reporter.say(message)
 
     @quietly
-    def refreshed(self, step: int, memory: Memory, estimate: ConflictEstimate | None, seconds: float) -> None:
+    def refreshed(
+        self,
+        step: int,
+        memory: Memory,
+        estimate: ConflictEstimate | None,
+        seconds: float,
+        objective: tuple[str, ConflictEstimate] | None = None,
+    ) -> None:
         """The line at the first refresh of a run, and one where rewards between wrong and right are met first."""
         if self._first:
             self._first = False
-            self._reporter.say(speech.first_refresh(step, self._config, memory, estimate, seconds))
+            self._reporter.say(speech.first_refresh(step, self._config, memory, estimate, seconds, objective))
         verifier = self._verifier
         if self._partial and verifier.partial is not None:
             self._partial = False

@@ -34,6 +34,7 @@ def watch(
     | `losing`, `losing_p_value` | whether LOSING stands; p of "pass@1 is not falling in this run" |
     | `effective_samples` | share of its samples that the last window was worth |
     | `cosine`, `cosine_ci_low`, `cosine_ci_high` | of grad J_k and grad J_1, over the pooled refreshes |
+    | `objective_cosine`, each `_ci_low`, `_ci_high` | the same of what the run trains on, where that is neither |
     | `conflict`, `run_p_value` | whether CONFLICT stands; p of "no conflict in this run" |
     | `k_star` | largest k up to which no conflict is established |
     | `agreement` | E[w a] / E[w], the mean agreement score under the pass@k weights |

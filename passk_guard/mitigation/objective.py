@@ -67,6 +67,12 @@ class PassKObjective:
             MethodPatch(trainer, "_generate_and_score_completions", self._replace_advantages, owner="PassKObjective"),
         ]
 
+    @property
+    def correct(self) -> Callable[..., Any]:
+        """The reward function that means correct."""
+        function: Callable[..., Any] = self._trainer.reward_funcs[self._column]
+        return function
+
     def install(self) -> PassKObjective:
         """Take over the advantages. Raises GuardError when the trainer has a pass@k objective already."""
         for callback in self._trainer.callback_handler.callbacks:

@@ -24,7 +24,7 @@ class Weighting:
     Clipping, a KL term and normalisation by length are left to the trainer.
 
     Attributes:
-        name: spec that `named_weighting` turns back into the same weighting.
+        name: spec that `named_weighting` turns back into the same weighting; with the size of its groups, if it has.
         population_weight: p -> limit of W_n(p) as n grows, elementwise on a float tensor of pass rates in [0, 1];
             infinite where that limit is.
         advantages: (n, c) -> (A+, A-), float64 tensors that broadcast, n >= fewest_samples. `coefficients` replaces
@@ -84,6 +84,34 @@ class Weighting:
         gap = self.advantages(n, others + 1)[0] - self.advantages(n, others)[1]
         return (_binomial(num_samples - 1, others, p[..., None]) * gap).sum(-1)
 
+    def in_groups_of(self, size: int) -> Weighting:
+        r"""The same objective in groups of `size` samples, for prompts of which more were sampled.
+
+        The advantage of a sample is its mean over all groups of the n samples that hold it. The others of a correct
+        one are `size` - 1 of n - 1 samples with c - 1 correct: $\sum_j P(j) A^+(size, j + 1)$ with P hypergeometric.
+        So the weight is $W_{size}(p)$ whatever n is. Prompts of at most `size` samples keep what they have.
+
+        Raises:
+            GuardError: size < fewest_samples.
+        """
+        self._check_samples(torch.tensor([float(size)], dtype=torch.float64))
+        others = torch.arange(size, dtype=torch.float64)  # j correct ones among those beside the sample
+
+        def advantages(n: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+            n, c = torch.broadcast_tensors(n, c)
+            positive, negative = self.advantages(n, c)
+            many = n > size
+            rest, right = torch.where(many, n, size + 1.0)[..., None] - 1, torch.where(many, c, 0.0)[..., None]
+            fixed = torch.full_like(others, float(size))
+            if_right = _hypergeometric(rest, (right - 1).clamp(min=0), others, size - 1)
+            if_wrong = _hypergeometric(rest, right.minimum(rest), others, size - 1)
+            mean_positive = (if_right * self.advantages(fixed, others + 1)[0]).sum(-1)
+            mean_negative = (if_wrong * self.advantages(fixed, others)[1]).sum(-1)
+            return torch.where(many, mean_positive, positive), torch.where(many, mean_negative, negative)
+
+        name = f"{self.name} in groups of {size}"
+        return Weighting(name, self.population_weight, advantages, self.fewest_samples)
+
     def _check_samples(self, n: Tensor) -> None:
         if n.numel() and float(n.min()) < self.fewest_samples:
             raise GuardError(
@@ -114,6 +142,20 @@ def centred(
         return s * (1 - c / n), -s * c / n
 
     return Weighting(name, population_weight, advantages, fewest_samples)
+
+
+def _hypergeometric(total: Tensor, right: Tensor, found: Tensor, drawn: int) -> Tensor:
+    """Probability of `found` right ones among `drawn` of `total` without replacement, `right` of which are right."""
+    wrong, missed = total - right, drawn - found
+    possible = (found <= right) & (missed <= wrong)
+
+    def log_ways(all_of: Tensor, some: Tensor) -> Tensor:
+        some = torch.where(possible, some, 0.0)
+        return torch.lgamma(all_of + 1) - torch.lgamma(some + 1) - torch.lgamma(all_of - some + 1)
+
+    ways = log_ways(right, found) + log_ways(wrong, missed)
+    whole = torch.lgamma(total + 1) - math.lgamma(drawn + 1) - torch.lgamma(total - drawn + 1)
+    return torch.where(possible, (ways - whole).exp(), 0.0)
 
 
 def _binomial(trials: int, successes: Tensor, p: Tensor) -> Tensor:

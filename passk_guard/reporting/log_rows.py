@@ -46,16 +46,20 @@ def log_row(metrics: Metrics) -> dict[str, float]:
     return {PREFIX + name: value for name, value in metrics.items() if value is not None}
 
 
-def describe_estimate(estimate: ConflictEstimate) -> str:
-    """`cos(pass@1, pass@8) = -0.31, 95% CI [-0.44, -0.17], 3 refreshes pooled; k* = 2`, or why there is no number."""
-    pair = f"cos(pass@1, pass@{estimate.k})"
+def describe_estimate(estimate: ConflictEstimate, objective: str | None = None) -> str:
+    """`cos(pass@1, pass@8) = -0.31, 95% CI [-0.44, -0.17], 3 refreshes pooled; k* = 2`, or why there is no number.
+
+    `objective` is the name of another one that the estimate is of; it has no k*.
+    """
+    pair = f"cos(pass@1, {objective or f'pass@{estimate.k}'})"
     if estimate.cosine is None or estimate.ci_low is None or estimate.ci_high is None:
         return f"{pair} undetermined: {estimate.reason}"
     pooled = "1 refresh" if estimate.num_refreshes == 1 else f"{estimate.num_refreshes} refreshes pooled"
-    return (
+    number = (
         f"{pair} = {estimate.cosine:+.2f}, {100 * estimate.confidence:g}% CI "
-        f"[{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}], {pooled}; k* = {estimate.k_star}"
+        f"[{estimate.ci_low:+.2f}, {estimate.ci_high:+.2f}], {pooled}"
     )
+    return number if objective is not None else f"{number}; k* = {estimate.k_star}"
 
 
 def state_change(

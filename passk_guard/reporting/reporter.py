@@ -194,12 +194,23 @@ class Reporter:
         *,
         remark: str | None,
         probe: ProbeGram | None = None,
+        objective: tuple[str, ConflictEstimate] | None = None,
     ) -> None:
         """Numbers of one refresh, with those of the mitigation in `extra`, for the next log row and the journal.
 
         With `probe`, the refresh's own, the journal has its noise, and prompts in the pictures run from easy to hard.
+        `objective` is the name of what the run trains on, and its angle to pass@1.
         """
         metrics = estimate_metrics(estimate, verdict) | dict(extra)
+        more = {}
+        if objective is not None:
+            name, own = objective
+            metrics |= {
+                "objective_cosine": own.cosine,
+                "objective_cosine_ci_low": own.ci_low,
+                "objective_cosine_ci_high": own.ci_high,
+            }
+            more = {"objective": {"name": name, "status": own.status, "reason": own.reason}}
         self._rows.put(metrics)
         self._journal.write(
             "refresh",
@@ -213,6 +224,7 @@ class Reporter:
             **{name: getattr(estimate, name) for name in _OF_AN_ESTIMATE},
             step_seconds=self._pace.arrive(step, metrics.get("probe_seconds")),
             noise=self._noise(probe, estimate.k),
+            **more,
             **metrics,
         )
         if remark:

@@ -15,6 +15,7 @@ from passk_guard.callback.budget import Account
 from passk_guard.callback.facts import objective_of, trains_on
 from passk_guard.callback.mitigator import NoMitigation
 from passk_guard.callback.state import Memory
+from passk_guard.probe.verifier import Verifier
 from tests.helpers.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_rloo_trainer
 
 SMALL = {"k": 4, "num_samples": 8, "probe_prompts": 12, "refresh_steps": 1, "sketch_dim": 512, "pool_refreshes": 2}
@@ -40,9 +41,9 @@ def test_a_run_speaks_at_its_start_at_the_first_refresh_where_it_cannot_tell_and
     assert first == (
         "passk_guard watches cos(pass@1, pass@4) and the change of pass@1 and pass@4 at every step on 12 of 40 "
         "held-out prompts x 8 samples; 96 completions a refresh, beside 8 of training in one step; passes of at most "
-        "16,384 tokens, about 0.039 GiB of memory; this run trains on GRPO (loss_type=dapo, scale_rewards=group); the "
-        "angle shows what training on pass@4 would do; the sketch covers 100.0% of the trainable parameters; action: "
-        "observe"
+        "16,384 tokens, about 0.039 GiB of memory; this run trains on GRPO (loss_type=dapo, scale_rewards=group), "
+        "whose own angle to pass@1 is `objective_cosine`; the angle shows what training on pass@4 would do; the sketch "
+        "covers 100.0% of the trainable parameters; action: observe"
     )
     assert second.startswith("passk_guard step 0: first refresh: pass@1 0.")
     assert same(second.rpartition("; ")[2], "it took # s")
@@ -80,11 +81,16 @@ def test_a_quiet_run_says_nothing_where_nothing_changes(tmp_path, caplog):
 def test_the_objective_is_named(tmp_path):
     grpo = tiny_grpo_trainer(tmp_path, scale_rewards="none", loss_type="dr_grpo", num_generations=8)
     assert objective_of(grpo) == "GRPO (loss_type=dr_grpo, scale_rewards=none)"
-    with PassKObjective(grpo, k=4):
-        assert trains_on(grpo, GuardConfig(k=4)) == "this run trains on pass@4 (PassKObjective)"
     assert objective_of(tiny_rloo_trainer(tmp_path)) == "RLOO (normalize_advantages=False)"
-    plain = trains_on(tiny_lm_trainer(tmp_path), GuardConfig(k=4))
-    assert plain == "this run trains on the loss of Trainer; the angle shows what training on pass@4 would do"
+    right, shown = Verifier(digit_reward), "; the angle shows what training on pass@4 would do"
+    named = f"this run trains on {objective_of(grpo)}"
+    assert trains_on(grpo, GuardConfig(k=4), right) == f"{named}, which weighs prompts as pass@1 does{shown}"
+    assert trains_on(grpo, GuardConfig(k=4, instruments="change"), right) == named
+    for k, own in ((4, ""), (2, ", whose own angle to pass@1 is `objective_cosine`")):
+        with PassKObjective(grpo, k=k):
+            assert trains_on(grpo, GuardConfig(k=4), right) == f"this run trains on pass@{k} (PassKObjective){own}"
+    plain = trains_on(tiny_lm_trainer(tmp_path), GuardConfig(k=4), right)
+    assert plain == f"this run trains on the loss of Trainer{shown}"
 
 
 ESTIMATE = ConflictEstimate(

@@ -150,3 +150,26 @@ def test_misuse_says_what_to_change(call, words):
     with pytest.raises(GuardError) as error:
         call()
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 2), (1, 4), (2, 4), (2, 8), (3, 4)])
+def test_completions_that_are_cut_off_and_have_no_verdict(k, n):
+    """All outcomes of n samples with a verdict, right (0) or wrong (1) and not cut off (2), of one softmax.
+
+    At k = 1 the gradient is that of the rate among them. At k > 1 there is more along grad log P(not cut off), since
+    weight and baseline come from the same samples; it falls as 1/n.
+    """
+    logits = torch.tensor([0.3, -0.4, 0.6], dtype=torch.float64, requires_grad=True)
+    rate = logits[:2].softmax(0)[0]
+    (expected,) = torch.autograd.grad(1 - (1 - rate) ** k, logits)
+    p, found, rate = logits.detach().softmax(0), torch.zeros(3, dtype=torch.float64), float(rate)
+    score = torch.eye(3, dtype=torch.float64) - p
+    for right in range(n + 1):
+        chance = math.comb(n, right) * rate**right * (1 - rate) ** (n - right)
+        positive, negative = sample_coefficients(torch.tensor(n), torch.tensor(right), k)
+        found += chance * (right * positive * score[0] + (n - right) * negative * score[1])
+    (along,) = torch.autograd.grad(logits.softmax(0)[:2].sum().log(), logits)
+    excess = (found - expected) @ along / (along @ along)
+    torch.testing.assert_close(found - excess * along, expected)
+    assert abs(float(excess)) < (1e-9 if k == 1 else 2 * k / n)
+    assert k == 1 or float(excess) > 0.5 / n

@@ -269,3 +269,15 @@ def test_misuse_says_what_to_change(call, words):
     with pytest.raises(GuardError) as error:
         call()
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_groups_of_more_samples_have_the_weight_of_their_size(spec):
+    whole, (n, c) = named_weighting(spec), torch.tensor([[9.0] * 10, list(range(10))], dtype=torch.float64)
+    grouped = whole.in_groups_of(5)
+    torch.testing.assert_close(grouped.effective_weight(RATES, 9), whole.effective_weight(RATES, 5), rtol=1e-9, atol=0)
+    assert torch.equal(grouped.effective_weight(RATES, 4), whole.effective_weight(RATES, 4))
+    if spec in ("rloo", "passk:1"):  # already a mean over all groups
+        torch.testing.assert_close(grouped.coefficients(n, c), whole.coefficients(n, c), rtol=1e-9, atol=1e-12)
+    with pytest.raises(GuardError, match="num_samples"):
+        whole.in_groups_of(0)
