@@ -91,12 +91,18 @@ class SharedSampling:
                 samples.prompt_ids[i * n],
                 samples.completion_ids[i * n : (i + 1) * n],
                 samples.completions[i * n : (i + 1) * n],
+                None if samples.policy_masks is None else samples.policy_masks[i * n : (i + 1) * n],
             )
             for i, place in enumerate(chunk)
         ]
 
     def _flat(self, kept: Sequence[PromptRollouts]) -> Rollouts:
         n = self.num_samples
+        masks = [
+            mask
+            for one in kept
+            for mask in one.policy_masks or [[1] * len(ids) for ids in one.completion_ids]  # it sampled all
+        ]
         return Rollouts(
             rows=[self.rows[one.place] for one in kept for _ in range(n)],
             prompt_index=[one.place for one in kept for _ in range(n)],
@@ -105,6 +111,7 @@ class SharedSampling:
             completions=[text for one in kept for text in one.completions],
             num_prompts=len(self.rows),
             temperature=self.sampler.temperature,
+            policy_masks=masks if any(one.policy_masks is not None for one in kept) else None,
         )
 
 

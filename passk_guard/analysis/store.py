@@ -119,12 +119,14 @@ class PromptRollouts:
         prompt_ids: its tokens.
         completion_ids: n lists of tokens.
         completions: n decoded completions, texts or lists of messages.
+        policy_masks: as of `Rollouts`; None where the policy sampled every token.
     """
 
     place: Token
     prompt_ids: list[Token]
     completion_ids: list[list[Token]]
     completions: list[Text | list[dict[str, Any]]]
+    policy_masks: list[list[Token]] | None = None
 
 
 def _as_many_texts(kept: PromptRollouts) -> PromptRollouts:

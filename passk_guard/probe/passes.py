@@ -53,7 +53,7 @@ class Scorer:
         return torch.zeros(len(batch.slots), dtype=torch.float64).index_add_(0, completion.cpu(), tokens)
 
     def token_log_probs(self, batch: TokenBatch, temperature: float) -> Tensor:
-        """[M] float64, the same of each completion token in the order of the rows."""
+        """[M] float64, the same of each completion token that counts, in the order of the rows."""
         return self.ranks.together(partial(self._pass, batch, temperature))
 
     def filler(self) -> TokenBatch:
@@ -74,7 +74,7 @@ class Scorer:
 
 
 def token_log_probs(logits: Tensor, batch: TokenBatch, temperature: float) -> Tensor:
-    """[M] float64 log softmax(logits / temperature)[y_t] of the completion tokens, in nats, on the CPU.
+    """[M] float64 log softmax(logits / temperature)[y_t] of the completion tokens that count, in nats, on the CPU.
 
     Args:
         logits: [B, T, V].
@@ -206,6 +206,7 @@ def shared_batches(
                 device=ranks.device,
                 groups=groups.tolist() if together and groups is not None else None,
                 room=(lambda prompt: 0) if shared is None else shared.room,
+                policy_masks=rollouts.policy_masks,
             )
         )
 

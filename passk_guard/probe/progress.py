@@ -71,6 +71,6 @@ class SketchWithBar(ScoreSketcher):
     ) -> Tensor:
         """As `ScoreSketcher.sketch`."""
         sketched = super().sketch(input_ids, attention_mask, completion_mask, *rest, **options)
-        self._done = min(self._done + int(completion_mask.amax(1).clamp(min=1).sum()), self._total)
+        self._done = min(self._done + int(completion_mask.abs().amax(1).clamp(min=1).sum()), self._total)
         self._advance(self._done, self._total)
         return sketched

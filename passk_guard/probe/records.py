@@ -26,6 +26,9 @@ class Rollouts:
         completions: decoded completion, a text or a list of messages as the reward function expects.
         num_prompts: m, prompts of the refresh over all ranks.
         temperature: sampling temperature; log-probabilities are taken at the same one.
+        policy_masks: for each completion token 1 where the policy sampled it, 0 where something else put it there: a
+            tool's result, an environment's answer, an injected turn. The probability of a completion is the product
+            over the tokens with 1. None: the policy sampled all.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -35,6 +38,7 @@ class Rollouts:
     completions: Sequence[Any]
     num_prompts: int
     temperature: float = 1.0
+    policy_masks: Sequence[Sequence[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_index)
@@ -67,8 +71,9 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
         context: tokens the model has positions for; None for unknown.
 
     Raises:
-        FailedRefresh: lists of different lengths, no token in any completion, a token id that is no whole number or
-            that the model does not have, no token in a prompt, or a prompt with its completion longer than the context.
+        FailedRefresh: lists of different lengths, no token of the policy in any completion, a token id that is no whole
+            number or that the model does not have, no token in a prompt, a prompt with its completion longer than the
+            context, or a mask that is not one 0 or 1 for each token of the completion.
     """
     prompts, completions, texts = rollouts.prompt_ids, rollouts.completion_ids, rollouts.completions
     if {len(prompts), len(texts), len(completions)} != {len(rollouts)}:
@@ -90,8 +95,23 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
         limit = math.inf if vocabulary is None else vocabulary
         if odd := [token for token in (min(ids), max(ids)) if not 0 <= token < limit]:
             raise FailedRefresh(f"sample {number} has the token id {odd[0]}; the model has ids from 0 to {vocabulary}")
+    if (masks := rollouts.policy_masks) is not None:
+        _check_masks(masks, completions)
+        if len(rollouts) and not any(map(any, masks)):
+            raise FailedRefresh(f"the policy sampled no token in any of {len(rollouts)} completions")
     if len(rollouts) and not any(map(len, completions)):
         raise FailedRefresh(f"the sampler returned no token in any of {len(rollouts)} completions")
+
+
+def _check_masks(masks: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> None:
+    if len(masks) != len(completions):
+        raise FailedRefresh(f"the sampler returned {len(masks)} masks for {len(completions)} completions")
+    for number, (mask, completion) in enumerate(zip(masks, completions, strict=True)):
+        if len(mask) != len(completion) or not set(mask) <= {0, 1}:
+            raise FailedRefresh(
+                f"sample {number} has {len(completion)} tokens and a mask of {len(mask)}, of {sorted(set(mask))}; "
+                "expected 1 for each token that the policy sampled and 0 for each other"
+            )
 
 
 def limits_of(model: Any) -> dict[str, int | None]:

@@ -183,7 +183,7 @@ def score_logits(
     Args:
         logits: [B, T, V].
         input_ids: [B, T] int64.
-        completion_mask: [B, T], not 0 on tokens whose log-probability counts; 0 at t = 0.
+        completion_mask: [B, T], above 0 on tokens whose log-probability counts; 0 at t = 0.
         temperature: of the sampling, > 0.
 
     Returns:

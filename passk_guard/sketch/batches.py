@@ -25,7 +25,8 @@ class TokenBatch:
     Attributes:
         input_ids: [B, T] int64.
         attention_mask: [B, T] int64, 1 on tokens and 0 on padding.
-        completion_mask: [B, T] int64, j on the tokens of a row's j-th completion, 0 elsewhere: 1 where there is one.
+        completion_mask: [B, T] int64, j on the tokens of a row's j-th completion, 0 elsewhere: 1 where there is one. -j
+            on those tokens of it that the policy did not sample: they are read, and their log-probability counts not.
         slots: [N] int64, the row of the sketch that each completion adds to; -1: none. N = B without shared prompts.
         factors: [N] float64 by which the completions' scores are multiplied; None: 1 for each.
     """
@@ -39,7 +40,7 @@ class TokenBatch:
     @property
     def first(self) -> Tensor:
         """[B] the place in `slots` of each row's first completion."""
-        counts = self.completion_mask.amax(1).clamp(min=1)  # an empty completion is the only one of its row
+        counts = self.completion_mask.abs().amax(1).clamp(min=1)  # an empty completion is the only one of its row
         return counts.cumsum(0) - counts
 
     @property
@@ -58,6 +59,7 @@ def token_batches(
     device: torch.device | str,
     groups: Sequence[int] | None = None,
     room: Callable[[int], int] = lambda prompt: 0,
+    policy_masks: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[TokenBatch]:
     """Batches of similar length with B T <= max_tokens each; a longer row gets a separate batch.
 
@@ -70,6 +72,7 @@ def token_batches(
         device: where the batches are put.
         groups: samples of one group and one prompt share a row; None: no row is shared.
         room: most completion tokens behind a prompt of so many tokens, where more than one completion is there.
+        policy_masks: 1 for each completion token that the policy sampled, 0 for the others; None: it sampled all.
 
     Raises:
         GuardError: the lists differ in length, max_tokens < 1, or a kept sample has an empty prompt.
@@ -87,7 +90,9 @@ def token_batches(
             f"Expected at least one prompt token per sample; found an empty prompt in slot {empty[0]}. The first "
             "completion token is predicted from the last prompt token: start the prompt with a BOS token."
         )
-    rows = [_Row(list(prompt_ids[i]), [list(completion_ids[i])], [int(slots[i])]) for i in kept]
+    masks = [[1] * len(ids) for ids in completion_ids] if policy_masks is None else policy_masks
+    signs = [[1 if sampled else -1 for sampled in mask] for mask in masks]
+    rows = [_Row(list(prompt_ids[i]), [list(completion_ids[i])], [signs[i]], [int(slots[i])]) for i in kept]
     if groups is not None:
         rows = _side_by_side(rows, [groups[i] for i in kept], lambda prompt: min(room(prompt), max_tokens - prompt))
     return _collated(rows, max_tokens, pad_token_id, torch.device(device))
@@ -95,10 +100,11 @@ def token_batches(
 
 @dataclass
 class _Row:
-    """A prompt with its completions, and the slot of each."""
+    """A prompt with its completions, the sign of each token in the completion mask, and the slot of each."""
 
     prompt: list[int]
     completions: list[list[int]] = field(default_factory=list)
+    signs: list[list[int]] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
 
     @property
@@ -122,6 +128,7 @@ def _side_by_side(samples: list[_Row], groups: Sequence[int], room: Callable[[in
                 unfilled[key] = sample
         else:
             row.completions += sample.completions
+            row.signs += sample.signs
             row.slots += sample.slots
     return rows
 
@@ -144,9 +151,9 @@ def _collate(rows: list[_Row], pad_token_id: int, device: torch.device) -> Token
     attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
     for i, row in enumerate(rows):
         tokens, numbers = list(row.prompt), [0] * len(row.prompt)
-        for number, completion in enumerate(row.completions, 1):
+        for number, (completion, signs) in enumerate(zip(row.completions, row.signs, strict=True), 1):
             tokens += completion
-            numbers += [number] * len(completion)
+            numbers += [number * sign for sign in signs]
         input_ids[i, : len(row)] = torch.tensor(tokens, dtype=torch.int64)
         attention_mask[i, : len(row)] = 1
         completion_mask[i, : len(row)] = torch.tensor(numbers, dtype=torch.int64)
@@ -161,8 +168,9 @@ def _rows_of(batch: TokenBatch) -> list[_Row]:
     ):
         ids, numbers = ids[:attended], numbers[:attended]
         row = _Row([token for token, number in zip(ids, numbers, strict=True) if not number])
-        for j in range(1, max(1, *numbers) + 1):
-            row.completions.append([token for token, number in zip(ids, numbers, strict=True) if number == j])
+        for j in range(1, max(1, *map(abs, numbers)) + 1):
+            row.completions.append([token for token, number in zip(ids, numbers, strict=True) if abs(number) == j])
+            row.signs.append([1 if number > 0 else -1 for number in numbers if abs(number) == j])
             row.slots.append(next(slots))
         rows.append(row)
     return rows
@@ -174,7 +182,8 @@ def halves(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch]:
     if len(rows) == 1 and len(rows[0].slots) > 1:
         (row,), middle = rows, -(-len(rows[0].slots) // 2)
         parts = [
-            [_Row(row.prompt, row.completions[some], row.slots[some])] for some in (slice(middle), slice(middle, None))
+            [_Row(row.prompt, row.completions[some], row.signs[some], row.slots[some])]
+            for some in (slice(middle), slice(middle, None))
         ]
     else:
         parts = [rows[: -(-len(rows) // 2)], rows[-(-len(rows) // 2) :]]
@@ -190,9 +199,9 @@ def halves(batch: TokenBatch) -> tuple[TokenBatch, TokenBatch]:
 def unshared(batch: TokenBatch) -> TokenBatch:
     """The same completions in the same order, each behind a prompt of its own."""
     rows = [
-        _Row(row.prompt, [completion], [slot])
+        _Row(row.prompt, [completion], [signs], [slot])
         for row in _rows_of(batch)
-        for completion, slot in zip(row.completions, row.slots, strict=True)
+        for completion, signs, slot in zip(row.completions, row.signs, row.slots, strict=True)
     ]
     return _collate(rows, int(batch.input_ids[0, 0]), batch.input_ids.device)
 
@@ -202,7 +211,7 @@ def filler_batch(*, pad_token_id: int, device: torch.device | str) -> TokenBatch
 
     Sharded models gather their weights in every forward and backward, so that all ranks must run equally many.
     """
-    return _collate([_Row([pad_token_id], [[pad_token_id]], [-1])], pad_token_id, torch.device(device))
+    return _collate([_Row([pad_token_id], [[pad_token_id]], [[1]], [-1])], pad_token_id, torch.device(device))
 
 
 def check_batch(
@@ -241,6 +250,7 @@ def check_batch(
 
 
 def _check_masks(attended: Tensor, completion: Tensor) -> None:
+    completion = completion.abs()
     before = completion.roll(1, 1)
     if not bool(attended[:, 0].all()) or bool((attended[:, 1:] & ~attended[:, :-1]).any()):
         raise GuardError(
@@ -251,6 +261,12 @@ def _check_masks(attended: Tensor, completion: Tensor) -> None:
         raise GuardError(
             "Expected `completion_mask` to number the completions of a row 1, 2, ... side by side; found another "
             "order. Pass 0 and 1 for rows of one completion."
+        )
+    behind = completion.bool().cumsum(1).bool() & attended & (completion == 0)
+    if bool((behind.any(1) & (completion.amax(1) > 1)).any()):
+        raise GuardError(
+            "Expected `completion_mask` other than 0 behind a shared prompt; found 0 between completions. Pass -j on "
+            "tokens of completion j that the policy did not sample."
         )
     if bool((completion.bool() & ~attended).any()):
         raise GuardError(

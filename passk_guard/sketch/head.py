@@ -149,8 +149,8 @@ class ClosedHead:
 
 
 def _spans(accumulator: Accumulator, completion: Tensor) -> list[Span]:
-    """The completion tokens of each group among those of the batch."""
-    ends = [0, *completion.ne(0).sum(1).cumsum(0).tolist()]
+    """The predicted completion tokens of each group among those of the batch."""
+    ends = [0, *completion.gt(0).sum(1).cumsum(0).tolist()]
     groups = accumulator.layout.groups
     return [(group, ends[start], ends[end]) for group, (_, start, end) in enumerate(groups) if ends[end] > ends[start]]
 

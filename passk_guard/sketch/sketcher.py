@@ -125,7 +125,9 @@ class ScoreSketcher:
             input_ids: [B, T] int64, prompt directly followed by completion, padded on the right.
             attention_mask: [B, T], 1 on tokens, 0 on padding.
             completion_mask: [B, T], 1 on completion tokens. Further completions of the same prompt may follow in the
-                row, 2, 3, ... on their tokens, for a model that `SharedPrompts` accepts; the row is their sum.
+                row, 2, 3, ... on their tokens, for a model that `SharedPrompts` accepts; the row is their sum. Tokens
+                in a completion that the policy did not sample, such as a tool's result, have the number's negative:
+                they are read, and their log-probability does not count.
             slots: [B] int64 in -1..num_slots-1; -1: the sample takes part in the forward only.
             num_slots: rows of the result.
             temperature: of the sampling.

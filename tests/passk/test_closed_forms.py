@@ -162,7 +162,7 @@ def test_completions_that_are_cut_off_and_have_no_verdict(k, n):
     logits = torch.tensor([0.3, -0.4, 0.6], dtype=torch.float64, requires_grad=True)
     rate = logits[:2].softmax(0)[0]
     (expected,) = torch.autograd.grad(1 - (1 - rate) ** k, logits)
-    p, found, rate = logits.detach().softmax(0), torch.zeros(3, dtype=torch.float64), float(rate)
+    p, found, rate = logits.detach().softmax(0), torch.zeros(3, dtype=torch.float64), float(rate.detach())
     score = torch.eye(3, dtype=torch.float64) - p
     for right in range(n + 1):
         chance = math.comb(n, right) * rate**right * (1 - rate) ** (n - right)

@@ -15,14 +15,18 @@ class Samples:
 
     Attributes:
         prompt_ids: m * n lists of prompt tokens, no padding, the same list n times over.
-        completion_ids: m * n lists of sampled tokens, no padding, up to and with the first end-of-sequence token.
+        completion_ids: m * n lists of sampled tokens, no padding, up to and with the end-of-sequence token, and of the
+            tokens in `policy_masks` that were not sampled.
         completions: m * n decoded completions as a TRL reward function gets them: a text, or for a
-            conversational prompt a list with one assistant message.
+            conversational prompt a list of messages, such as one of the assistant.
+        policy_masks: m * n lists with 1 for each token that the policy sampled and 0 for each that was put between, as
+            of a tool; None where it sampled all.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     completions: list[Any]
+    policy_masks: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids)
