@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
+from examples.interference.exact import success_probability
 from examples.interference.task import MIXTURE, correct, make_prompts
-from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective, ProbeSet, combine, passk_advantages
+from passk_guard import GuardConfig, PassKGuardCallback, PassKObjective, ProbeSet, combine, named_weighting
 from passk_guard.mitigation.gradient_guard import StepGuard
 
 
@@ -54,17 +55,30 @@ SETTINGS = {
 }
 
 
-class MixedObjective(PassKObjective):
-    """share grad J_1 + (1 - share) grad J_k, a fixed mixture of the two objectives."""
+class WeightedObjective(PassKObjective):
+    """The advantages of a named weighting, times `scale`; {k} in its spec is the setting's k."""
 
-    def __init__(self, trainer: GRPOTrainer, k: int, *, share: float, **bounds: float | None) -> None:
+    def __init__(self, trainer: GRPOTrainer, k: int, *, spec: str, scale: float = 1.0, **bounds: float | None) -> None:
         super().__init__(trainer, k, **bounds)
-        self.share = share
+        self.weighting, self.scale = named_weighting(spec.format(k=k)), scale
 
     def advantages(self, rewards: Tensor, num_generations: int) -> Tensor:
-        right = (rewards.view(-1, num_generations) >= self.threshold).float()
-        mixed = self.share * passk_advantages(right, 1) + (1 - self.share) * passk_advantages(right, self.k)
-        return mixed.view(-1)
+        right = rewards.view(-1, num_generations) >= self.threshold
+        of_right, of_wrong = self.weighting.coefficients(torch.tensor(num_generations), right.sum(1, keepdim=True))
+        return (self.scale * num_generations * torch.where(right, of_right, of_wrong)).float().view(-1)
+
+
+class AnnealedObjective(PassKObjective):
+    """k falls linearly from its start to 1 over the run, rounded, which PKPO (arXiv 2505.15201) calls annealing."""
+
+    def __init__(self, trainer: GRPOTrainer, k: int, **bounds: float | None) -> None:
+        super().__init__(trainer, k, **bounds)
+        self._first = k
+
+    def advantages(self, rewards: Tensor, num_generations: int) -> Tensor:
+        done = self._trainer.state.global_step / max(1, self._trainer.state.max_steps - 1)
+        self.k = 1 + round((self._first - 1) * (1 - done))
+        return super().advantages(rewards, num_generations)
 
 
 class ShortestStep(StepGuard):
@@ -83,12 +97,71 @@ class ShortestStep(StepGuard):
         self.engine.add_(p, w_p)
 
 
-class ShortestStepCallback(PassKGuardCallback):
-    """The guard with MGDA as its rule; always on, as MGDA knows no gate."""
+class SoftStep(StepGuard):
+    """PCGrad's step times the reliability of p, i.e. the share of |p|^2 that is no noise.
+
+    After the Bayesian soft projection of arXiv 2602.06453, as far as its abstract goes: a projection that counts noise.
+    For p = q + e with a normal prior on q the posterior mean of q is rho p, and a projection on it moves g by
+    rho max(0, -<g, p>) / |p|^2 p.
+    """
+
+    def _project(self, protected: list[Tensor]) -> None:
+        inner = self.engine.inner_products([(self.engine.gradient(), protected)])[0]
+        coefficient = max(0.0, self.reliability or 0.0) * max(0.0, -inner) / (self._norm_sq or 1.0)
+        self.engine.add_(protected, coefficient)
+
+
+class PerModuleStep(StepGuard):
+    """PCGrad in each parameter tensor by itself: g_m <- g_m + max(0, -<g_m, p_m>) / |p_m|^2 p_m.
+
+    One-sided Modular Gradient Surgery (arXiv 2602.02301): the paper also projects p, and its code, too, takes a
+    parameter tensor for a module.
+    """
+
+    def _project(self, protected: list[Tensor]) -> None:
+        gradient = self.engine.gradient()
+        inner = self.engine.inner_products([([g], [p]) for g, p in zip(gradient, protected, strict=True)])
+        norm_sq = self.engine.inner_products([([p], [p]) for p in protected])
+        moves = [max(0.0, -gp) / pp if pp > 0 else 0.0 for gp, pp in zip(inner, norm_sq, strict=True)]
+        self.engine.add_([p * c for p, c in zip(protected, moves, strict=True)], 1.0)
+
+
+class OtherRule(PassKGuardCallback):
+    """The guard with another rule in the place of the projection."""
+
+    rule: type[StepGuard]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self._mitigator.steps.__class__ = ShortestStep
+        self._mitigator.steps.__class__ = self.rule
+
+
+def by(rule: type[StepGuard]) -> type[PassKGuardCallback]:
+    """The guard with this rule."""
+    return type(f"{rule.__name__}Callback", (OtherRule,), {"rule": rule})
+
+
+class KStarCallback(PassKGuardCallback):
+    """Trains on the measured k*: the largest k up to which no conflict is established, at most the setting's k."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_begin(args, state, control, **kwargs)
+        if self.estimate is not None and self.estimate.k_star is not None:
+            objective = PassKObjective.of(self._trainer)
+            objective.k = max(1, min(self.config.k, self.estimate.k_star))
+
+
+def keep_unsolved(trainer: GRPOTrainer, samples: int = 16) -> None:
+    """Restrict training to the prompts without a success among `samples` completions of the starting policy.
+
+    That is the intervention of arXiv 2606.15455. The counts are drawn from the exact success probabilities.
+    """
+    rows = trainer.train_dataset
+    with torch.no_grad():
+        p = success_probability(trainer.model, trainer.processing_class, list(rows)).double().clamp(0, 1)
+    generator = torch.Generator().manual_seed(trainer.args.seed)
+    successes = torch.binomial(torch.full_like(p, float(samples)), p, generator=generator)
+    trainer.train_dataset = rows.select((successes == 0).nonzero().flatten().tolist())
 
 
 @dataclass(frozen=True)
@@ -100,15 +173,19 @@ class Arm:
         guard: fields of GuardConfig; None for a run without the callback.
         objective: makes the objective of the run.
         callback: class of the guard.
+        before: called with the trainer before the guard is added.
     """
 
     label: str
     guard: dict[str, Any] | None = None
     objective: Callable[..., PassKObjective] = PassKObjective
     callback: type[PassKGuardCallback] = PassKGuardCallback
+    before: Callable[[GRPOTrainer], None] | None = None
 
     def prepare(self, trainer: GRPOTrainer, setting: Setting) -> PassKGuardCallback | None:
         """Add the guard as a user would."""
+        if self.before is not None:
+            self.before(trainer)
         if self.guard is None:
             return None
         seed = trainer.args.seed
@@ -129,8 +206,14 @@ def _bounded(trainer: GRPOTrainer, k: int, *, low: float | None = None, high: fl
 
 def mixed(share: float) -> Arm:
     """A fixed mixture with this share of J_1."""
-    return Arm(f"{share:g} J_1 + {1 - share:g} J_k", objective=partial(MixedObjective, share=share))
+    return Arm(
+        f"{share:g} J_1 + {1 - share:g} J_k",
+        objective=partial(WeightedObjective, spec=f"mixture:k={{k}},share={share}"),
+    )
 
+
+_ALWAYS = {"mitigation": "project", "gate": "always"}
+"""For rules that know no test of a conflict."""
 
 ARMS = {
     "none": Arm("no guard"),
@@ -141,7 +224,17 @@ ARMS = {
     "both": Arm("both", {"mitigation": "both"}),
     "cap": Arm("fixed cap 2", objective=partial(_bounded, high=2.0)),
     "mixture": mixed(0.3),  # chosen on a seed of its own: choose_mixture.py
-    "mgda": Arm("MGDA (torchjd)", {"mitigation": "project", "gate": "always"}, callback=ShortestStepCallback),
+    "recipe": Arm(
+        "1.0 J_1 + 0.2 J_k",
+        objective=partial(WeightedObjective, spec="mixture:k={k},share=0.8333333333333334", scale=1.2),
+    ),
+    "anneal": Arm("k annealed to 1 (PKPO)", objective=AnnealedObjective),
+    "k_star": Arm("k = measured k*", {"mitigation": "off", "instruments": "angle"}, callback=KStarCallback),
+    "maxrl": Arm("MaxRL", objective=partial(WeightedObjective, spec="maxrl")),
+    "hard_only": Arm("J_1 on unsolved prompts", objective=_on_pass_at_1, before=keep_unsolved),
+    "mgda": Arm("MGDA (torchjd)", _ALWAYS, callback=by(ShortestStep)),
+    "soft": Arm("soft projection", _ALWAYS | {"instruments": "angle"}, callback=by(SoftStep)),
+    "per_module": Arm("PCGrad in each module", _ALWAYS | {"instruments": "angle"}, callback=by(PerModuleStep)),
     "pass_at_1": Arm("train on J_1", objective=_on_pass_at_1),
 }
 CORE = ("none", "project", "reweight", "floor")

@@ -21,7 +21,7 @@ from examples.interference.arms import ARMS, SETTINGS, Arm
 from examples.interference.train import train
 from examples.interference.warm_start import warm_start
 
-EVALUATE_EVERY = 20
+EVALUATE_EVERY = 5
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
         overrides: GRPOConfig fields on top of the setting's.
 
     Returns:
-        A plain record: setting, arm, seed, steps, k, seconds; `trajectory` of exact pass rates every 20 steps, the
+        A plain record: setting, arm, seed, steps, k, seconds; `trajectory` of exact pass rates every 5 steps, the
         first before training and the last after it; and what the guard did, from its journal.
     """
     torch.set_num_threads(1)  # two runs side by side use two cores better than one run does

@@ -17,7 +17,7 @@ from examples.interference.arms import ARMS, CORE, SETTINGS
 
 Record = dict[str, Any]
 _RESAMPLES = 10_000
-_MARKERS = "os^DvP*X<>"
+_MARKERS = "os^DvP*X<>hdp"
 _COLOURS = (
     "#000000",
     "#0072B2",
@@ -78,9 +78,17 @@ def change(runs: Sequence[Record], name: str) -> Change:
     return Change(tuple(each.tolist()), low, high)
 
 
-def lowest(runs: Sequence[Record]) -> float:
-    """Mean over seeds of the deepest pass@1 on the way, against the start; seen every 20 steps."""
-    dips = [min(x["pass_at_1"] for x in r["trajectory"]) - r["trajectory"][0]["pass_at_1"] for r in runs]
+def lowest(runs: Sequence[Record], every: int = 20) -> float | None:
+    """Mean over seeds of the deepest pass@1 on the way, against the start, seen every so many steps.
+
+    The oldest runs were evaluated every 20 steps, the others every 5; None where a run was seen less often than asked.
+    """
+    if any(r["trajectory"][1]["step"] > every for r in runs):
+        return None
+    dips = []
+    for run in runs:
+        seen = [x["pass_at_1"] for x in run["trajectory"] if x["step"] % every == 0 or x is run["trajectory"][-1]]
+        dips.append(min(seen) - seen[0])
     return sum(dips) / len(dips)
 
 
@@ -106,13 +114,15 @@ def print_table(console: Console, setting: str, records: Sequence[Record]) -> No
     k = SETTINGS[setting].k
     table = Table(title=f"{setting}: {SETTINGS[setting].title}", caption="mean over seeds [95% bootstrap interval]")
     table.add_column("arm")
-    for heading in ("seeds", "change of pass@1", "worst seed", "lowest on the way", f"change of pass@{k}", "gain kept"):
+    lows = ("lowest, every 20 steps", "every 5")
+    for heading in ("seeds", "change of pass@1", "worst seed", *lows, f"change of pass@{k}", "gain kept"):
         table.add_column(heading, justify="right")
     for arm in ARMS:
         if runs := runs_of(records, setting, arm):
             one, many, share = change(runs, "pass_at_1"), change(runs, f"pass_at_{k}"), kept(records, setting, arm)
-            dip, part = f"{lowest(runs):+.3f}", "-" if share is None else f"{share:.0%}"
-            table.add_row(ARMS[arm].label, str(len(runs)), str(one), f"{min(one.each):+.3f}", dip, str(many), part)
+            dips = ["-" if dip is None else f"{dip:+.3f}" for dip in (lowest(runs), lowest(runs, 5))]
+            part = "-" if share is None else f"{share:.0%}"
+            table.add_row(ARMS[arm].label, str(len(runs)), str(one), f"{min(one.each):+.3f}", *dips, str(many), part)
     console.print(table)
 
 
@@ -132,8 +142,8 @@ def draw(path: Path, records: Sequence[Record]) -> None:
                     many.mean,
                     xerr=[[one.mean - one.low], [one.high - one.mean]],
                     yerr=[[many.mean - many.low], [many.high - many.mean]],
-                    fmt=_MARKERS[i],
-                    color=_COLOURS[i],
+                    fmt=_MARKERS[i % len(_MARKERS)],
+                    color=_COLOURS[i % len(_COLOURS)],
                     markersize=8 if arm in CORE else 6,
                     capsize=2,
                     label=ARMS[arm].label,

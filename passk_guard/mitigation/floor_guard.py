@@ -82,7 +82,7 @@ class FloorGuard:
 
 
 def installed_objective(trainer: Any, k: int) -> PassKObjective | None:
-    """The PassKObjective of this trainer.
+    """The PassKObjective of this trainer whose prompt weights a floor may bound: not one of max@k, which has none.
 
     Raises:
         GuardError: it trains on another k than the guard watches.
@@ -93,7 +93,7 @@ def installed_objective(trainer: Any, k: int) -> PassKObjective | None:
             f"Expected the guard and the objective to have the same k; found GuardConfig(k={k}) and "
             f"PassKObjective(k={objective.k})."
         )
-    return objective
+    return None if objective is None or objective.threshold is None else objective
 
 
 def choose_mitigation(mitigation: str, objective: PassKObjective | None, source: str) -> tuple[str, str | None]:
@@ -104,8 +104,8 @@ def choose_mitigation(mitigation: str, objective: PassKObjective | None, source:
     """
     if mitigation in ("reweight", "both") and objective is None:
         raise GuardError(
-            f"Expected a PassKObjective installed on the trainer for mitigation={mitigation!r}; found none. Run "
-            "`with PassKObjective(trainer, k=...): trainer.train()`, or use mitigation='project'."
+            f"Expected a PassKObjective of 0/1 rewards installed on the trainer for mitigation={mitigation!r}; found "
+            "none. Run `with PassKObjective(trainer, k=...): trainer.train()`, or use mitigation='project'."
         )
     if mitigation != "auto":
         return mitigation, None
@@ -113,8 +113,8 @@ def choose_mitigation(mitigation: str, objective: PassKObjective | None, source:
         return "reweight", "auto: reweight, since a PassKObjective computes the advantages of this trainer"
     if source == "training_batch":
         raise GuardError(
-            "Expected a way to mitigate for mitigation='auto'; found none: no PassKObjective is installed to reweight, "
-            "and with source='training_batch' no second gradient can be taken to project. Install one, or pass "
-            "held-out prompts as `probe`."
+            "Expected a way to mitigate for mitigation='auto'; found none: no PassKObjective of 0/1 rewards is "
+            "installed to reweight, and with source='training_batch' no second gradient can be taken to project. "
+            "Install one, or pass held-out prompts as `probe`."
         )
-    return "project", "auto: project, since no PassKObjective computes the advantages of this trainer"
+    return "project", "auto: project, since no PassKObjective of 0/1 rewards computes the advantages of this trainer"

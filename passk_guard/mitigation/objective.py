@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from passk_guard.passk.closed_forms import passk_advantages
+from passk_guard.passk.max_at_k import max_at_k_advantages
 from passk_guard.probe.samplers import BatchTap
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.patching import MethodPatch
@@ -29,19 +30,24 @@ class PassKObjective:
     standard deviation cancels them. A completion without a reward (None) gets advantage 0, as does a whole group with
     fewer than k rewards. Evaluation is unchanged.
 
+    With `threshold=None` rewards are taken as they are, partial credit included, and the objective is max@k, the
+    expected best reward of k samples (`max_at_k_advantages`; PKPO, arXiv 2505.15201). The guard still watches pass@k,
+    of the rewards from its `correct_threshold` on, and has no floor to move: use mitigation="project".
+
     Use as a context manager around `trainer.train()`, or `install()` and `remove()`.
 
     Args:
         trainer: GRPOTrainer or RLOOTrainer.
         k: 1 <= k <= trainer.num_generations; k = 1 is RLOO.
         correct: name of the reward function that means *correct*; may be left out when there is only one.
-        threshold: rewards at or above it count as correct.
+        threshold: rewards at or above it count as correct; None for rewards that are not 0/1.
         floor, cap: clip the prompt weight to [floor, cap]; may be changed between steps. A cap alone logs a warning.
+            Not with `threshold=None`: max@k has no prompt weight.
 
     Raises:
         GuardError: the trainer computes no advantages, num_generations < k, the reward function is unknown or not
-            named where there are several, or settings that would rescale the advantages: `scale_rewards` other than
-            "none" (GRPO) or `normalize_advantages` (RLOO).
+            named where there are several, bounds without a threshold, or settings that would rescale the advantages:
+            `scale_rewards` other than "none" (GRPO) or `normalize_advantages` (RLOO).
     """
 
     needs = BatchTap.needs
@@ -52,12 +58,12 @@ class PassKObjective:
         k: int,
         *,
         correct: str | None = None,
-        threshold: float = 1.0,
+        threshold: float | None = 1.0,
         floor: float | None = None,
         cap: float | None = None,
     ) -> None:
         _check_trainer(trainer, k)
-        _check_bounds(floor, cap)
+        _check_bounds(floor, cap, threshold)
         self.k, self.threshold, self.floor, self.cap = k, threshold, floor, cap
         self._trainer = trainer
         self._column = _reward_column(trainer, correct)
@@ -112,9 +118,11 @@ class PassKObjective:
             [B] float32.
         """
         grouped = rewards.view(-1, num_generations)
-        scored = ~torch.isnan(grouped)
+        scored = ~torch.isnan(grouped) if self.threshold is not None else grouped.isfinite()
         # A group with fewer than k rewards has no unbiased estimate and must not stop the run.
         scored &= scored.sum(1, keepdim=True) >= self.k
+        if self.threshold is None:
+            return max_at_k_advantages(grouped, self.k, mask=scored).view(-1)
         right = (grouped >= self.threshold) & scored
         return passk_advantages(right.float(), self.k, mask=scored, floor=self.floor, cap=self.cap).view(-1)
 
@@ -159,7 +167,12 @@ def _correct_completion_log(trainer: Any, advantages: Tensor) -> None:
     log.extend(advantages.tolist())
 
 
-def _check_bounds(floor: float | None, cap: float | None) -> None:
+def _check_bounds(floor: float | None, cap: float | None, threshold: float | None) -> None:
+    if threshold is None and (floor is not None or cap is not None):
+        raise GuardError(
+            f"Expected no bounds with threshold=None; found floor={floor}, cap={cap}. They clip a prompt's weight, and "
+            "max@k has none: leave them out, or give the reward from which a completion counts as correct."
+        )
     if (floor is not None and floor < 0) or (cap is not None and cap <= 0):
         raise GuardError(f"Expected `floor` >= 0 and `cap` > 0; found floor={floor}, cap={cap}.")
     if floor is not None and cap is not None and floor > cap:

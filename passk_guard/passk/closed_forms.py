@@ -36,7 +36,7 @@ def pass_at_k(num_samples: Tensor | int, num_correct: Tensor | int, k: Tensor | 
     given = [as_counts(v, name) for v, name in ((num_samples, "num_samples"), (num_correct, "num_correct"), (k, "k"))]
     device = next((t.device for t in given if t.ndim), given[0].device)
     n, c, k = together(*(t.to(device) for t in given))
-    _check_k(n, k)
+    check_k(n, k)
     if bool(((c < 0) | (c > n)).any()):
         raise GuardError("Expected 0 <= `num_correct` <= `num_samples`; found a count outside.")
     return torch.expm1(_log_miss(n, c, k)).abs()  # and no -0.0
@@ -153,7 +153,7 @@ def passk_advantages(
         raise GuardError("Expected `correct` to hold 0 and 1 only; compare your rewards with a threshold first.")
     right = (correct == 1) & valid
     num_samples, num_correct = valid.sum(1), right.sum(1)
-    _check_k(num_samples[num_samples > 0], as_counts(k, "k"))
+    check_k(num_samples[num_samples > 0], as_counts(k, "k"))
     floor, cap = (None if v is None else as_real(v, name) for v, name in ((floor, "floor"), (cap, "cap")))
     if math.isnan(floor or 0.0) or not (cap is None or max(floor or 0.0, 0.0) <= cap):
         raise GuardError(f"Expected a number `floor` <= `cap`, and `cap` >= 0; found {floor=}, {cap=}.")
@@ -182,7 +182,7 @@ def _log_miss(n: Tensor, c: Tensor, k: Tensor) -> Tensor:
     return torch.where(n - c < k, -torch.inf, total)
 
 
-def _check_k(n: Tensor, k: Tensor) -> None:
+def check_k(n: Tensor, k: Tensor) -> None:
     """Raise GuardError unless 1 <= k <= n everywhere."""
     if bool((k < 1).any()):
         raise GuardError(f"Expected `k` >= 1; found k={int(k.min())}.")

@@ -1,8 +1,9 @@
 """Published objectives as a `Weighting`, and by the name they have in a configuration: 'grpo', 'passk:8,floor=0.5'.
 
 `grpo`, `dr_grpo` and `rloo` compare a reward with the mean of its group. `passk` and `passk_training` reward k samples
-together if any of them is right. `maxrl` and `rs_grpo` maximise E[u(p)] with a concave utility u of the pass rate, so
-that the prompt weight is u'(p).
+together if any of them is right, as does `verl_grpo_passk`, with k = n; `mixture` is part pass@1, part pass@k.
+`maxrl` and `rs_grpo` maximise E[F(p)] with a concave F of the pass rate, so that the prompt weight is F'(p);
+`surrogate` takes F' from you, and `tabulated` the advantages themselves.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def dr_grpo() -> Weighting:
     give the weight (n-1)/n, the same for every prompt. TRL's GRPOTrainer with `scale_rewards="none"`.
     Source: arXiv 2503.20783, Sec. 3; its removal of length normalisation is not an advantage and not here.
     """
-    return centred("dr_grpo", lambda n, c: torch.ones_like(n + c), torch.ones_like)
+    return surrogate(torch.ones_like, "dr_grpo")
 
 
 def rloo() -> Weighting:
@@ -104,6 +105,55 @@ def passk(k: int, floor: float | None = None, cap: float | None = None) -> Weigh
     return Weighting(f"passk:{k}{more}", population_weight, advantages, k)
 
 
+def mixture(k: int, share: float) -> Weighting:
+    r"""share grad J_1 + (1 - share) grad J_k: the advantages of `passk` at 1 and at k, mixed.
+
+    Population weight $s + (1-s) w_k(p)$, exact at every n >= k. A recipe a J_1 + b J_k is share = a / (a + b), with
+    the learning rate times a + b where the optimizer minds lengths: "1.0 pass@1 + 0.2 best@8" is
+    mixture:k=8,share=0.8333333333333334 at 1.2 times the rate.
+
+    Args:
+        k: at least 1.
+        share: of pass@1, in [0, 1].
+
+    Raises:
+        GuardError: k not a whole number of at least 1, or share outside [0, 1].
+    """
+    one, many = passk(1), passk(k)
+    _check_finite("share", share, least=0)
+    if share > 1:
+        raise GuardError(f"Expected `share` in [0, 1], the part of pass@1; found {share}.")
+
+    def mixed(a: Tensor, b: Tensor) -> Tensor:
+        return share * a + (1 - share) * b
+
+    def advantages(n: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        (of_right, of_wrong), (right, wrong) = one.advantages(n, c), many.advantages(n, c)
+        return mixed(of_right, right), mixed(of_wrong, wrong)
+
+    def population_weight(p: Tensor) -> Tensor:
+        return mixed(one.population_weight(p), many.population_weight(p))
+
+    return Weighting(f"mixture:k={k},share={_shortest(share)}", population_weight, advantages, k)
+
+
+def verl_grpo_passk() -> Weighting:
+    r"""verl's `grpo_passk`: the best sample of a group gets $r_{max} - r_{second}$, the others 0.
+
+    With 0/1 rewards it is 1 for the right sample of a group with exactly one, and 0 everywhere else. Weight exactly
+    $(1-p)^{n-1}$: that of pass@n over n, whatever k was meant. (As a *sum* over the samples, where the gradient here
+    is their mean, it is $n (1-p)^{n-1}$.) The same pair is what "train on a prompt only if no *other* sample solved
+    it" gives. verl divides by the group's standard deviation unless `norm_adv_by_std_in_grpo=False`: a factor of
+    $\sqrt n$ here, the same for every prompt, and left out. The limit as n grows is 0 for every p > 0.
+    Source: arXiv 2503.19595; `compute_grpo_passk_outcome_advantage` in verl/trainer/ppo/core_algos.py.
+    """
+
+    def advantages(n: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return (c == 1).double(), torch.zeros_like(n + c)
+
+    return Weighting("verl_grpo_passk", lambda p: (p == 0).double(), advantages, 2)
+
+
 def passk_training(k: int) -> Weighting:
     r"""Pass@k Training: a sample's mean reward over the k-subsets that hold it, group-normalised.
 
@@ -147,7 +197,7 @@ def maxrl() -> Weighting:
     Source: arXiv 2602.02710, method section, and an appendix of its third version for the order n - 1. The authors'
     code adds 1e-6 to the divisor, which is left out here.
     """
-    return centred("maxrl", lambda n, c: n / c, lambda p: 1 / p)
+    return surrogate(torch.reciprocal, "maxrl")
 
 
 def rs_grpo(beta: float) -> Weighting:
@@ -176,7 +226,66 @@ def rs_grpo(beta: float) -> Weighting:
     def weight(p: Tensor) -> Tensor:
         return lift / beta / (1 + p * lift)
 
-    return centred(f"rs_grpo:beta={_shortest(beta)}", lambda n, c: weight(c / n), weight)
+    return surrogate(weight, f"rs_grpo:beta={_shortest(beta)}")
+
+
+def surrogate(weight: Callable[[Tensor], Tensor], name: str = "surrogate") -> Weighting:
+    r"""Maximise E[F(p)] with a prompt weight F'(p) of your own, estimated where the group's mean is put for p.
+
+    $A = F'(\bar r) (r - \bar r)$, and 0 for groups without a right or without a wrong sample. F = log p is MaxRL,
+    F = p Dr. GRPO, F = 2 arcsin(sqrt p) GRPO but for its n - 1. Not by `named_weighting`: a function has no spec.
+    Source: arXiv 2510.23049 (any advantage shaping is such an F, and back).
+
+    Args:
+        weight: p -> F'(p), elementwise on a float64 tensor of rates, finite inside (0, 1).
+        name: for messages.
+    """
+    return centred(name, lambda n, c: weight(c / n), weight)
+
+
+def tabulated(advantages: Tensor | Callable[[Tensor], Tensor], num_samples: int, name: str = "tabulated") -> Weighting:
+    """An objective as data: what each possible group of *your* trainer gets.
+
+    Args:
+        advantages: [n+1, 2] A+ and A- of a group of n samples with c = 0..n of them right, one row for each c; A+ of
+            row 0 and A- of row n are not used. Or your trainer's own function, from the 0/1 rewards [n] of one group
+            to its advantages [n]; it is called for each c.
+        num_samples: n, the only size of a group for which the weighting is defined. Its `population_weight` is the
+            expected weight at this n.
+        name: for messages.
+
+    Raises:
+        GuardError: a table of another shape or with values that are not finite, a function that gives samples of
+            equal reward different advantages, or (later) a group of another size.
+    """
+    n = num_samples
+    if callable(advantages):
+        advantages = torch.stack([_row(advantages, n, c) for c in range(n + 1)])
+    table = torch.as_tensor(advantages, dtype=torch.float64)
+    if tuple(table.shape) != (n + 1, 2) or not bool(table.isfinite().all()):
+        found = f"shape {tuple(table.shape)}" if tuple(table.shape) != (n + 1, 2) else "values that are not finite"
+        raise GuardError(f"Expected `advantages` [{n + 1}, 2] of finite numbers for num_samples={n}; found {found}.")
+
+    def look_up(size: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        if bool((size != n).any()):
+            raise GuardError(f"Expected groups of {n} samples for {name!r}, as in its table; found another size.")
+        return table[c.long(), 0], table[c.long(), 1]
+
+    weighting = Weighting(name, lambda p: weighting.effective_weight(p, n), look_up, n)
+    return weighting
+
+
+def _row(compute: Callable[[Tensor], Tensor], n: int, c: int) -> Tensor:
+    """[2] A+ and A- of a group with c right samples; 0 for those it has none of."""
+    found = torch.as_tensor(compute((torch.arange(n) < c).double())).double()
+    if tuple(found.shape) != (n,):
+        raise GuardError(f"Expected `advantages` to return [{n}] for a group of {n}; found {tuple(found.shape)}.")
+    parts = [part if part.numel() else torch.zeros(1, dtype=torch.float64) for part in (found[:c], found[c:])]
+    if not all(torch.allclose(part, part[0].expand_as(part)) for part in parts):
+        raise GuardError(
+            f"Expected `advantages` to depend on the reward alone; found {found.tolist()} for {c} right samples of {n}."
+        )
+    return torch.stack([part[0] for part in parts])
 
 
 _CONSTRUCTORS: dict[str, tuple[Callable[..., Weighting], dict[str, type]]] = {
@@ -185,10 +294,15 @@ _CONSTRUCTORS: dict[str, tuple[Callable[..., Weighting], dict[str, type]]] = {
     "rloo": (rloo, {}),
     "maxrl": (maxrl, {}),
     "passk": (passk, {"k": int, "floor": float, "cap": float}),
+    "mixture": (mixture, {"k": int, "share": float}),
+    "verl_grpo_passk": (verl_grpo_passk, {}),
     "passk_training": (passk_training, {"k": int}),
     "rs_grpo": (rs_grpo, {"beta": float}),
 }
-_SPELLINGS = "grpo[:epsilon=E], dr_grpo, rloo, maxrl, passk:K[,floor=F][,cap=C], passk_training:K, rs_grpo:beta=B"
+_SPELLINGS = (
+    "grpo[:epsilon=E], dr_grpo, rloo, maxrl, passk:K[,floor=F][,cap=C], mixture:k=K,share=S, verl_grpo_passk, "
+    "passk_training:K, rs_grpo:beta=B"
+)
 
 
 def named_weighting(spec: str) -> Weighting:
@@ -196,8 +310,8 @@ def named_weighting(spec: str) -> Weighting:
 
     Args:
         spec: a name, then after a colon its parameters as `key=value` with commas between. The first key may be left
-            out. One of: grpo[:epsilon=E], dr_grpo, rloo, maxrl, passk:K[,floor=F][,cap=C],
-            passk_training:K, rs_grpo:beta=B.
+            out. One of: grpo[:epsilon=E], dr_grpo, rloo, maxrl, passk:K[,floor=F][,cap=C], mixture:k=K,share=S
+            (share of pass@1), verl_grpo_passk, passk_training:K, rs_grpo:beta=B.
 
     Raises:
         GuardError: an unknown name or parameter, one that is missing, given twice or not a number, or a value that

@@ -6,21 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
-from examples.interference import choose_mixture, comparison
-from examples.interference.arms import ARMS, CORE, SETTINGS, ShortestStep, mixed
+from examples.interference import arms, choose_mixture, comparison, noiseless
+from examples.interference.arms import ARMS, CORE, SETTINGS, PerModuleStep, ShortestStep, SoftStep, mixed
 from examples.interference.benchmark import SEEDS, plan, run_missing
 from examples.interference.benchmark_run import run
 from examples.interference.model import make_model
 from examples.interference.task import make_prompts
 from examples.interference.tokenizer import make_tokenizer
 from passk_guard import passk_advantages
+from passk_guard.mitigation.protected_direction import DirectionNoise
 
 TUNED_ON = {10, 11, 100}
 
 
 def record(setting="main", arm="none", seed=12, one=(0.6, 0.5), many=(0.8, 0.9), **more):
-    trajectory = [{"step": i, "pass_at_1": a, "pass_at_8": b} for i, (a, b) in enumerate(zip(one, many, strict=True))]
+    trajectory = [
+        {"step": 20 * i, "pass_at_1": a, "pass_at_8": b} for i, (a, b) in enumerate(zip(one, many, strict=True))
+    ]
     return {"setting": setting, "arm": arm, "seed": seed, "steps": 180, "k": 8, "trajectory": trajectory} | more
 
 
@@ -72,7 +76,11 @@ def test_changes_and_their_intervals():
     runs = [record(seed=s, many=(0.8, 0.8 + gain)) for s, gain in ((12, 0.1), (13, 0.5))]
     runs += [record(arm="floor", seed=12, many=(0.8, 0.85))]
     assert comparison.kept(runs, "main", "floor") == pytest.approx(0.5)
-    assert comparison.lowest([record(one=(0.6, 0.4, 0.5), many=(0, 0, 0))]) == pytest.approx(-0.2)
+    seldom, often = record(one=(0.6, 0.4, 0.5), many=(0, 0, 0)), record(one=(0.6, 0.4, 0.5), many=(0, 0, 0))
+    often["trajectory"].insert(1, {"step": 5, "pass_at_1": 0.3})
+    assert comparison.lowest([seldom, often]) == pytest.approx(-0.2)
+    assert comparison.lowest([often], every=5) == pytest.approx(-0.3)
+    assert comparison.lowest([seldom, often], every=5) is None
 
 
 def test_the_picture_and_the_table_hold_every_arm(tmp_path, capsys):
@@ -116,23 +124,60 @@ def test_every_arm_runs(arm, untrained):
     json.dumps(found)
 
 
-def test_a_mixture_is_a_mixture():
+@pytest.mark.parametrize("arm", ["none", "hard_only", "anneal", "k_star", "recipe", "project", "per_module"])
+def test_arms_without_noise(arm, untrained, monkeypatch):
+    monkeypatch.setattr(noiseless, "RATE", 1e6)  # the pass rates of an untrained model are 1e-7
+    found = noiseless.run(arm, 0, untrained, steps=1)
+    assert [point["step"] for point in found["trajectory"]] == [0, 1]
+    assert found["trajectory"][1]["pass_at_8"] > found["trajectory"][0]["pass_at_8"]
+    assert set(found) == set(record()) | {"seconds"}
+    json.dumps(found)
+
+
+class Trainer:
+    """As much of a GRPOTrainer as an objective asks for."""
+
+    reward_func_names = ("correct",)
+    num_generations = 16
+
+    class args:
+        scale_rewards = "none"
+
+    class state:
+        global_step, max_steps = 0, 8
+
+    def _generate_and_score_completions(self): ...
+
+    def _calculate_rewards(self): ...
+
+
+@pytest.mark.parametrize(("arm", "one", "many"), [("mixture", 0.3, 0.7), ("recipe", 1.0, 0.2)])
+def test_a_mixture_is_a_mixture(arm, one, many):
     rewards = (torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    found = ARMS[arm].objective(Trainer(), k=8, floor=None, cap=None).advantages(rewards, 16)
+    at_1, at_8 = (passk_advantages(rewards.view(4, 16), k).view(-1) for k in (1, 8))
+    assert torch.allclose(found, one * at_1 + many * at_8)
 
-    class Trainer:
-        reward_func_names = ("correct",)
-        num_generations = 16
 
-        class args:
-            scale_rewards = "none"
+def test_k_falls_from_8_to_1():
+    trainer, rewards = Trainer(), torch.zeros(16)
+    objective, seen = ARMS["anneal"].objective(trainer, k=8, floor=None, cap=None), []
+    for trainer.state.global_step in range(8):
+        objective.advantages(rewards, 16)
+        seen.append(objective.k)
+    assert seen == [8, 7, 6, 5, 4, 3, 2, 1]
 
-        def _generate_and_score_completions(self): ...
 
-        def _calculate_rewards(self): ...
-
-    found = ARMS["mixture"].objective(Trainer(), k=8, floor=None, cap=None).advantages(rewards, 16)
-    one, many = (passk_advantages(rewards.view(4, 16), k).view(-1) for k in (1, 8))
-    assert torch.allclose(found, 0.3 * one + 0.7 * many)
+def test_only_unsolved_prompts_are_kept():
+    """Of 40 prompts those that certainly succeed are left out, and those that certainly fail are kept."""
+    rows = [{"prompt": str(i), "p": float(i % 2)} for i in range(40)]
+    trainer = Trainer()
+    trainer.model = trainer.processing_class = None
+    trainer.args.seed, trainer.train_dataset = 0, Dataset.from_list(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arms, "success_probability", lambda _, __, rows: torch.tensor([row["p"] for row in rows]))
+        arms.keep_unsolved(trainer)
+    assert trainer.train_dataset["p"][:] == [0.0] * 20
 
 
 def test_the_share_of_the_mixture_has_the_largest_sum_of_changes():
@@ -146,23 +191,50 @@ def test_the_share_of_the_mixture_has_the_largest_sum_of_changes():
     assert {r["seed"] for r in kept_runs}.isdisjoint(SEEDS)
 
 
+class Engine:
+    """Holds g as a list of tensors."""
+
+    def __init__(self, *parts):
+        self.parts = [torch.tensor(part) for part in parts]
+
+    def gradient(self):
+        return self.parts
+
+    def inner_products(self, pairs):
+        return [sum(float((x * y).sum()) for x, y in zip(a, b, strict=True)) for a, b in pairs]
+
+    def add_(self, direction, coefficient):
+        for part, change in zip(self.parts, [part.clone() for part in direction], strict=True):
+            part.add_(change, alpha=coefficient)
+
+
+def guard_with(rule, engine):
+    guard = rule.__new__(rule)
+    guard.engine = engine
+    return guard
+
+
 def test_mgda_takes_the_shortest_step():
     """The shortest convex combination has equal products with both, where it lies strictly between them."""
-    g, p = torch.tensor([2.0, 1.0]), 5 * torch.tensor([-1.0, 1.5])
-
-    class Engine:
-        def gradient(self):
-            return [g]
-
-        def inner_products(self, pairs):
-            return [float(a[0] @ b[0]) for a, b in pairs]
-
-        def add_(self, direction, coefficient):
-            g.add_(direction[0].clone(), alpha=coefficient)
-
-    before = g.clone()
-    guard = ShortestStep.__new__(ShortestStep)
-    guard.engine = Engine()
-    guard._project([p])
+    before, p, engine = torch.tensor([2.0, 1.0]), 5 * torch.tensor([-1.0, 1.5]), Engine([2.0, 1.0])
+    guard_with(ShortestStep, engine)._project([p])
+    [g] = engine.parts
     assert float(g @ before) == pytest.approx(float(g @ p / 5), rel=1e-4)
     assert float(g @ g) == pytest.approx(float(g @ before), rel=1e-4)
+
+
+def test_per_module_surgery_leaves_no_module_in_conflict():
+    engine, p = Engine([2.0, 1.0], [3.0], [-1.0, 0.0]), [torch.tensor(x) for x in ([-1.0, 1.0], [2.0], [1.0, 1.0])]
+    guard_with(PerModuleStep, engine)._project(p)
+    for found, expected in zip(engine.parts, ([1.5, 1.5], [3.0], [-0.5, 0.5]), strict=True):
+        assert found.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("noise", "kept"), [(0.0, 0.0), (0.5, -1.0), (2.0, -2.0)])
+def test_a_soft_projection_moves_as_far_as_the_direction_is_known(noise, kept):
+    """|p|^2 = 1 of which `noise` is noise: what is left of <g, p> = -2."""
+    engine, p = Engine([-2.0, 1.0]), [torch.tensor([1.0, 0.0])]
+    guard = guard_with(SoftStep, engine)
+    guard.protected, guard._norm_sq, guard._noise = p, 1.0, DirectionNoise(noise)
+    guard._project(p)
+    assert engine.parts[0].tolist() == pytest.approx([kept, 1.0])

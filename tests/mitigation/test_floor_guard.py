@@ -200,6 +200,8 @@ def test_nothing_to_reweight_is_an_error(mitigation, tmp_path):
     guard_of(trainer, mitigation=mitigation)
     with pytest.raises(GuardError, match="PassKObjective"):
         trainer.train()
+    with PassKObjective(trainer, k=CONFIG["k"], threshold=None), pytest.raises(GuardError, match="of 0/1 rewards"):
+        trainer.train()
 
 
 def test_auto_without_any_way_is_an_error(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from passk_guard import GuardError, PassKObjective, passk_advantages
+from passk_guard.passk import max_at_k_advantages
 from tests.helpers.tiny import digit_reward, tiny_grpo_trainer, tiny_lm_trainer, tiny_model, tiny_rloo_trainer
 
 GRPO = {"scale_rewards": "none", "loss_type": "dr_grpo"}
@@ -74,6 +75,20 @@ def test_missing_rewards(tmp_path):
     assert not found[3:].any(), "a sample without a reward, and a group with fewer than k"
 
 
+def test_rewards_with_partial_credit(tmp_path):
+    trainer = tiny_grpo_trainer(tmp_path, **GRPO)
+    objective = PassKObjective(trainer, k=3, threshold=None)
+    nan, inf = float("nan"), float("inf")
+    found = objective.advantages(torch.tensor([0.2, 0.9, 0.2, nan, 0.1, inf, nan, 0, 1.0, 0.5, 0, 0.5]), 4)
+    assert torch.allclose(found[:3], max_at_k_advantages(torch.tensor([[0.2, 0.9, 0.2]]), 3)[0])
+    assert not found[3:8].any(), "a sample without a finite reward, and a group with fewer than k"
+    assert torch.allclose(found[8:], max_at_k_advantages(torch.tensor([[1.0, 0.5, 0, 0.5]]), 3)[0])
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with objective:
+        trainer.train()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
 def test_evaluation_keeps_its_own_advantages(tmp_path):
     trainer = tiny_grpo_trainer(tmp_path, **GRPO)
     inputs = [{"prompt": "1+1=", "answer": "2"}] * 4
@@ -99,6 +114,7 @@ def second(completions, **_):
         ({"scale_rewards": "batch"}, 2, {}, "scale_rewards='none'"),
         (GRPO | {"reward_funcs": [digit_reward, second]}, 2, {}, "'second'"),
         (GRPO, 2, {"correct": "accuracy"}, "'accuracy'"),
+        (GRPO, 2, {"threshold": None, "floor": 0.5}, "threshold=None; found floor=0.5"),
     ],
 )
 def test_settings_that_would_make_it_wrong_are_refused(args, k, more, words, tmp_path):

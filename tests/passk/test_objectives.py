@@ -10,7 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passk_guard import GuardError, passk_advantages
-from passk_guard.passk import Weighting, dr_grpo, grpo, maxrl, named_weighting, passk, passk_training, rloo, rs_grpo
+from passk_guard.passk import (
+    Weighting,
+    dr_grpo,
+    grpo,
+    maxrl,
+    mixture,
+    named_weighting,
+    passk,
+    passk_training,
+    rloo,
+    rs_grpo,
+    surrogate,
+    tabulated,
+    verl_grpo_passk,
+)
 from tests.helpers.tiny import tiny_grpo_trainer, tiny_rloo_trainer
 
 RATES = torch.tensor([0.0, 1e-6, 0.03, 0.3, 0.5, 0.8, 0.97, 1.0], dtype=torch.float64)
@@ -25,12 +39,15 @@ SPECS = [
     "passk:3",
     "passk:3,floor=0.5",
     "passk:2,floor=0.25,cap=1.5",
+    "mixture:k=3,share=0.3",
     "passk_training:1",
     "passk_training:2",
     "passk_training:3",
     "rs_grpo:beta=2",
     "rs_grpo:beta=-1.5",
+    "verl_grpo_passk",
 ]
+LASTING = [spec for spec in SPECS if spec != "verl_grpo_passk"]  # whose weight does not vanish as n grows
 
 
 def by_subsets(rewards, k):
@@ -59,6 +76,11 @@ def published(spec, r):
     if name == "passk":
         k, *bounds = rest.split(",")
         return passk_advantages(r[None], int(k), **{b.split("=")[0]: float(b.split("=")[1]) for b in bounds})[0]
+    if name == "mixture":
+        return 0.3 * passk_advantages(r[None], 1)[0] + 0.7 * passk_advantages(r[None], 3)[0]
+    if name == "verl_grpo_passk":
+        first, second = r.sort(descending=True).values[:2]
+        return torch.zeros_like(r).index_fill(0, r.argmax(), float(first - second))
     if name == "passk_training":
         return by_subsets(r.tolist(), int(rest))
     beta = float(rest.removeprefix("beta="))
@@ -79,11 +101,10 @@ def test_coefficients_are_the_published_advantages_over_n(spec, n):
         assert torch.allclose(found, published(spec, r), rtol=1e-12, atol=1e-14), (spec, r)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_expected_gradient_of_a_softmax_policy_is_the_weight_times_grad_p(spec):
-    """Every draw of 4 samples from 4 answers, two of them right, with scores e_y - pi."""
+def enumerated(advantages):
+    """grad p of three softmax policies over 4 answers, two of them right, with the expected gradient estimate of every
+    draw of 4 samples: scores e_y - pi."""
     n, right = 4, torch.tensor([1.0, 0, 0, 1], dtype=torch.float64)
-    weighting = named_weighting(spec)
     for logits in ([0.0, 0.3, -0.2, -1.0], [-4.0, 1.0, 0.5, -3.0], [2.0, -1.0, 0.0, 3.0]):
         theta = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
         p = (theta.softmax(0) * right).sum()
@@ -92,13 +113,48 @@ def test_expected_gradient_of_a_softmax_policy_is_the_weight_times_grad_p(spec):
         score = torch.eye(4, dtype=torch.float64) - policy
         expected = torch.zeros(4, dtype=torch.float64)
         for draw in itertools.product(range(4), repeat=n):
-            advantages = published(spec, right[list(draw)])
-            expected += policy[list(draw)].prod() * (advantages @ score[list(draw)]) / n
-        weight = weighting.effective_weight(p.detach(), n)
-        assert torch.allclose(expected, weight * grad_p, rtol=1e-9, atol=1e-15), spec
+            expected += policy[list(draw)].prod() * (advantages(right[list(draw)]) @ score[list(draw)]) / n
+        yield p.detach(), grad_p, expected
 
 
 @pytest.mark.parametrize("spec", SPECS)
+def test_expected_gradient_of_a_softmax_policy_is_the_weight_times_grad_p(spec):
+    for p, grad_p, expected in enumerated(lambda r: published(spec, r)):
+        weight = named_weighting(spec).effective_weight(p, 4)
+        assert torch.allclose(expected, weight * grad_p, rtol=1e-9, atol=1e-15), spec
+
+
+def test_a_weight_of_your_own():
+    """F = p + p^3/3: its plug-in advantages have the weight that enumeration finds, and F' as n grows."""
+
+    def derivative(p):
+        return 1 + p**2
+
+    mine = surrogate(derivative)
+    for p, grad_p, expected in enumerated(lambda r: derivative(r.mean()) * (r - r.mean())):
+        assert torch.allclose(expected, mine.effective_weight(p, 4) * grad_p, rtol=1e-9, atol=1e-15)
+    assert torch.allclose(mine.effective_weight(INSIDE, 4000), derivative(INSIDE), rtol=1e-3)
+
+
+def test_the_advantages_of_your_own_trainer():
+    """A trainer that clips GRPO's advantages, and rewards a group that is all right; as a function and as its table."""
+
+    def trainer(r):
+        return ((r - r.mean()) / (r.std() + 1e-4)).clamp(max=1.0) + 0.25 * (r.mean() == 1)
+
+    mine = tabulated(trainer, 4)
+    for p, grad_p, expected in enumerated(trainer):
+        assert torch.allclose(expected, mine.effective_weight(p, 4) * grad_p, rtol=1e-9, atol=1e-15)
+    rows = [(trainer((torch.arange(4) < c).double())[[0, -1]]).tolist() for c in range(5)]
+    again = tabulated(torch.tensor(rows, dtype=torch.float64), 4)
+    counts = torch.arange(5)
+    for one, other in zip(*(w.coefficients(torch.full((5,), 4), counts) for w in (mine, again)), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(mine.population_weight(RATES), mine.effective_weight(RATES, 4))
+    assert mine.coefficients(torch.tensor([0, 4]), torch.tensor([0, 4]))[0].tolist() == [0, 0.0625]
+
+
+@pytest.mark.parametrize("spec", LASTING)
 def test_effective_weight_tends_to_the_population_weight(spec):
     """The bias is O(1/n): four times the samples leave a quarter of it, or (nearly) nothing to begin with."""
     weighting = named_weighting(spec)
@@ -126,6 +182,7 @@ def test_closed_forms_at_finite_n(n):
         assert torch.allclose(passk(k).effective_weight(RATES, n), k * q ** (k - 1), rtol=1e-10, atol=1e-13)
         ends = passk_training(k).effective_weight(torch.tensor([0.0]), n)
         assert math.isclose(float(ends), math.sqrt((n - k) / k), rel_tol=1e-12, abs_tol=1e-12)
+    assert torch.allclose(verl_grpo_passk().effective_weight(RATES, n), q ** (n - 1), rtol=1e-10)
     ends = grpo().effective_weight(torch.tensor([0.0, 1.0]), n)
     assert torch.allclose(ends, torch.full((2,), (1 - 1 / n) / (n**-0.5 + 1e-4), dtype=torch.float64))
 
@@ -134,6 +191,8 @@ def test_population_weights():
     p, q = RATES, 1 - RATES
     assert torch.allclose(grpo(1e-12).population_weight(INSIDE), 1 / (INSIDE * (1 - INSIDE)).sqrt())
     assert torch.equal(maxrl().population_weight(p), 1 / p)
+    assert torch.allclose(mixture(4, 0.25).population_weight(p), 0.25 + 0.75 * 4 * q**3)
+    assert verl_grpo_passk().population_weight(p).tolist() == [1] + [0] * (len(p) - 1)
     assert torch.allclose(passk(4, floor=0.5, cap=2).population_weight(p), (4 * q**3).clamp(0.5, 2))
     sigma = ((1 - q**4) * q**4).sqrt()
     inside = (sigma > 0) & (p > 1e-3)
@@ -150,6 +209,15 @@ def test_population_weights():
 
 @pytest.mark.parametrize("n", [2, 5, 16])
 def test_objectives_that_are_limits_of_each_other(n):
+    counts = torch.arange(n + 1)
+    for group in (torch.full_like(counts, n), torch.zeros_like(counts)):
+        seen = counts.clamp(max=group)
+        for whole, one in zip(
+            passk(n).coefficients(group, seen), verl_grpo_passk().coefficients(group, seen), strict=True
+        ):
+            assert torch.allclose(whole, n * one, rtol=1e-12), "verl's is pass@n, whatever k was meant"
+    for share, k in ((1.0, 1), (0.0, n)):
+        assert torch.allclose(mixture(n, share).effective_weight(RATES, n), passk(k).effective_weight(RATES, n))
     assert torch.allclose(rs_grpo(1e-9).effective_weight(RATES, n), dr_grpo().effective_weight(RATES, n), rtol=1e-8)
     assert torch.allclose(600 * rs_grpo(600.0).effective_weight(RATES, n), maxrl().effective_weight(RATES, n))
     assert torch.allclose(
@@ -182,7 +250,7 @@ def test_trl_trainers_compute_these_advantages(make, args, weighting, tmp_path):
         assert torch.allclose(found["advantages"].double().view(2, 4), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", LASTING)
 def test_empty_failed_and_solved_prompts(spec):
     n, c = torch.tensor([0, 5, 5, 5]), torch.tensor([0, 0, 5, 2])
     positive, negative = named_weighting(spec).coefficients(n, c)
@@ -256,6 +324,14 @@ def test_first_parameter_needs_no_key():
         (lambda: passk(2, floor=-0.1), "`floor` to be a finite number >= 0"),
         (lambda: passk(2, cap=math.inf), "`cap` to be a finite number"),
         (lambda: passk(2, floor=2.0, cap=1.0), "`floor` <= `cap`"),
+        (lambda: mixture(2, 1.1), "`share` in [0, 1], the part of pass@1; found 1.1"),
+        (lambda: named_weighting("mixture:8"), "missing a required argument: 'share'"),
+        (lambda: tabulated(torch.zeros(4, 2), 4), "[5, 2] of finite numbers for num_samples=4; found shape (4, 2)"),
+        (lambda: tabulated(torch.full((5, 2), math.nan), 4), "found values that are not finite"),
+        (lambda: tabulated(lambda r: r[:2], 4), "to return [4] for a group of 4; found (2,)"),
+        (lambda: tabulated(lambda r: torch.arange(4.0), 4), "to depend on the reward alone"),
+        (lambda: tabulated(lambda r: r, 4).effective_weight(torch.tensor(0.5), 8), "Expected groups of 4 samples"),
+        (lambda: tabulated(lambda r: r, 4).effective_weight(torch.tensor(0.5), 3), "`num_samples` >= 4"),
         (lambda: grpo().coefficients(torch.tensor([4, 1]), torch.tensor([1, 1])), "`num_samples` >= 2 for 'grpo'"),
         (lambda: passk(8).coefficients(torch.tensor([0, 4]), torch.tensor([0, 1])), "found num_samples=4"),
         (lambda: passk_training(8).effective_weight(torch.tensor(0.5), 7), "`num_samples` >= 8"),
