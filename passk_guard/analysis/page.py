@@ -42,7 +42,7 @@ def analysis_page(data: Data) -> str:
         GuardError: plotly is not installed.
     """
     known = [p for p in data["prompts"] if p["agreement"]["value"] is not None]
-    texts = _short_texts(data)
+    texts = words.short_texts(data)
     return render_page(
         "analysis.html.j2",
         f"passk_guard: {data['model']['name']}",
@@ -55,8 +55,9 @@ def analysis_page(data: Data) -> str:
         kernel=_kernel(data, texts) if len(data["kernel"]["places"]) > 1 else None,
         agreement=[_spread(data, known), _agreements(known, texts)] if known else [],
         worst=words.most_negative(data, _SHOWN),
+        least=sorted(known, key=lambda p: p["agreement"]["value"])[:_SHOWN],
         texts=texts,
-        download=json_link(data),
+        download=json_link({name: value for name, value in data.items() if name != "kernel"}),  # grows with m squared
     )
 
 
@@ -95,12 +96,6 @@ def _compared(found: Comparison) -> list[Figure]:
         Figure("pass@k of A and of B", f"pass@k of both over k. {found.verdict}", rates, over_k(ks, "pass@k")),
         Figure("Difference B − A", told, wide, over_k(ks, "difference of pass@k") | {"shapes": [zero]}),
     ]
-
-
-def _short_texts(data: Data) -> dict[int, str]:
-    """What tells the prompts apart, by their places."""
-    found = told_apart([p["text"] for p in data["prompts"]])
-    return {p["place"]: text for p, text in zip(data["prompts"], found, strict=True)}
 
 
 def _rates(data: Data) -> Figure:
@@ -166,7 +161,8 @@ def _spread(data: Data, known: list[Data]) -> Figure:
         for values, name, colour in zip((before, after), names, (BLUE, VERMILLION), strict=True)
     ]
     means = [sum(v / len(values) for v in values) for values in (before, after)]
-    alt = f"Histograms of agreement. Mean {write_number(means[0])} before reweighting by pass@{k}, {write_number(means[1])} after."
+    alt = f"Histograms of agreement. Mean {write_number(means[0])} before reweighting by pass@{k}, "
+    alt += f"{write_number(means[1])} after."
     return Figure("Agreement before and after reweighting", alt, traces, _plain("agreement", "share of prompts"))
 
 
@@ -177,7 +173,9 @@ def _agreements(known: list[Data], texts: dict[int, str]) -> Figure:
     points |= {"x": [p["pass_rate"]["value"] for p in known], "marker": {"color": BLUE, "size": 7, "opacity": 0.6}}
     points |= {"hovertemplate": "%{text}<br>p-hat %{x:.2f}<extra></extra>"}
     alt = f"Agreement over p-hat, {sum(a < 0 for a in agreement)} of {len(known)} prompts below zero."
-    return Figure("Agreement of each prompt", alt, [points], _plain("p-hat, share of correct samples", "agreement a(x)"))
+    return Figure(
+        "Agreement of each prompt", alt, [points], _plain("p-hat, share of correct samples", "agreement a(x)")
+    )
 
 
 def _plain(x_title: str, y_title: str) -> dict[str, Any]:

@@ -137,6 +137,12 @@ def told(number: Data, digits: int = 2) -> str:
     return UNDETERMINED if anything else with_interval(number, digits)
 
 
+def short_texts(data: Data) -> dict[int, str]:
+    """What tells the prompts apart, by their places."""
+    found = told_apart([p["text"] for p in data["prompts"]])
+    return {p["place"]: text for p, text in zip(data["prompts"], found, strict=True)}
+
+
 def excerpt(text: str, length: int) -> str:
     """The text on one line, cut after `length` characters."""
     flat = " ".join(text.split())
@@ -253,7 +259,7 @@ def _at_k(data: Data) -> TextTable:
 
 def _prompts(data: Data) -> TextTable:
     worst = most_negative(data, _PROMPTS)
-    shown = dict(zip((p["place"] for p in data["prompts"]), told_apart([p["text"] for p in data["prompts"]])))
+    shown = short_texts(data)
     rows = [
         (
             excerpt(plain_text(shown[p["place"]]), 28),

@@ -176,10 +176,10 @@ class Run:
         if moves and (one := self.change(1)) and one[2] < 0:
             moves[0] += self._who_and_when()
         sentences = ["; ".join(moves) + missed_in_words(self.missed) + "."] if moves else []
-        found = [f"{s.upper()} {_from_to(*stood)}." for s in ("losing", "conflict") if (stood := self.stood(s))]
-        if not found:
-            found = ["CLEAR: no conflict." if self.worst == "CLEAR" else "UNDETERMINED: the probe cannot tell yet."]
-        sentences += found
+        stands = [f"{s.upper()} {_from_to(*steps)}." for s in ("losing", "conflict") if (steps := self.stood(s))]
+        if not stands:
+            stands = ["CLEAR: no conflict." if self.worst == "CLEAR" else "UNDETERMINED: the probe cannot tell yet."]
+        sentences += stands
         used = self.journal.settings.get("mitigation", "off")
         if self.worst in ("LOSING", "CONFLICT"):
             advice = f"Try mitigation='{RECOMMENDED}'." if used == "off" else f"With mitigation='{used}'."

@@ -13,6 +13,7 @@ from passk_guard.reporting.html.figures import (
     OCHRE,
     SYMBOLS,
     VERMILLION,
+    Column,
     Figure,
     Panel,
     Trace,
@@ -25,7 +26,7 @@ from passk_guard.reporting.html.figures import (
     stretches,
 )
 from passk_guard.reporting.html.text import label, write_number
-from passk_guard.reporting.run import FAILED, Column, Run, quantile, state_of
+from passk_guard.reporting.run import FAILED, Run, quantile, state_of
 
 # (colour, height in its lane, opacity): states differ in more than colour.
 _STATES = {
@@ -150,7 +151,9 @@ def _singles(runs: Sequence[Run], rows: Iterable[tuple[str, str, tuple[str, ...]
 
 
 def _verdicts(drawn: _Drawn) -> Panel:
-    traces, lanes, ticks = [], [], []
+    traces: list[Trace] = []
+    lanes: list[str] = []
+    ticks: list[str] = []
     for i, run in enumerate(drawn.runs):
         for what, spans in (("angle", run.spans), ("change", run.outcomes)):
             if not spans:
@@ -171,7 +174,13 @@ def _verdicts(drawn: _Drawn) -> Panel:
             traces.append(point | {"hovertemplate": "%{text}"})
     names = {"tickmode": "array", "tickvals": [0.4 - i for i in range(len(lanes))], "showgrid": False}
     axis = names | {"ticktext": ticks, "range": [0.9 - len(lanes), 1.0]}
-    return Panel("Verdicts: of the angle, and of the change", traces, axis=axis, height=max(30, 26 * len(lanes)), empty="" if lanes else "No refresh yet.")
+    return Panel(
+        "Verdicts: of the angle, and of the change",
+        traces,
+        axis=axis,
+        height=max(30, 26 * len(lanes)),
+        empty="" if lanes else "No refresh yet.",
+    )
 
 
 def _tints(run: Run) -> list[dict[str, Any]]:
@@ -209,10 +218,12 @@ def _change(drawn: _Drawn, k: int) -> Panel:
         ends = [run.columns(f"{name}_total_ci_{end}", "change")[1] for end in ("low", "high")]
         if totals and len(ends[0]) == len(ends[1]) == len(totals):
             traces.append(drawn.band(i, steps, *ends))
-        traces.append(drawn.line(i, "since the start", steps, totals))
+        traces.append(drawn.line(i, f"pass@{k} in total", steps, totals))
         steps, changes = run.columns(f"{name}_change", "change")
         errors = run.columns(f"{name}_change_se", "change")[1]
-        traces.append(drawn.dots(i, "in this window", steps, changes, errors if len(errors) == len(changes) else []))
+        traces.append(
+            drawn.dots(i, f"pass@{k} in window", steps, changes, errors if len(errors) == len(changes) else [])
+        )
     return Panel(f"Change of pass@{k}, per window and in total", traces, [(0.0, "")])
 
 
@@ -224,7 +235,7 @@ def _cosine(drawn: _Drawn) -> Panel:
         traces += [drawn.band(i, steps, low, high), drawn.line(i, "cosine", steps, cosine)]
         gaps = stretches([value is None for value in cosine])
         spans = [(steps[max(gap.start - 1, 0)], steps[min(gap.stop, len(steps) - 1)]) for gap in gaps]
-        hatched = {"fillpattern": {"shape": "/", "size": 6, "fgcolor": GREY, "bgcolor": "rgba(0,0,0,0)"}}
+        hatched: Trace = {"fillpattern": {"shape": "/", "size": 6, "fgcolor": GREY, "bgcolor": "rgba(0,0,0,0)"}}
         traces.append(area(*boxes(spans, -1, 1), GREY, 0.3, meta={"run": i}, **hatched))
     reasons = [str(event.get("reason")) for run in drawn.runs for event in run.refreshes if event.get("reason")]
     found = any(value is not None for run in drawn.runs for value in run.column("cosine"))
@@ -277,5 +288,3 @@ def _extent(values: Column) -> str:
         return "is undetermined throughout"
     first, last, least, most = map(write_number, (known[0], known[-1], min(known), max(known)))
     return f"from {first} to {last}, between {least} and {most}"
-
-

@@ -28,7 +28,11 @@ def run_page(runs: Sequence[Run]) -> str:
         in_words=interval_in_words,
         told_apart=told_apart,
         downloads_of=[
-            (run, data_link(run.csv, "text/csv"), json_link({"settings": run.journal.settings, "events": run.journal.events}))
+            (
+                run,
+                data_link(run.csv, "text/csv"),
+                json_link({"settings": run.journal.settings, "events": run.journal.events}),
+            )
             for run in runs
         ],
         main=main_figure(runs),

@@ -96,7 +96,7 @@ def kernel_figure(kernel: Tensor, title: str) -> Figure:
 
 
 def curve_figure(curve: ConflictCurve, k_star: int | None, title: str) -> Figure:
-    """cos(grad J_k, grad J_1) over k by matplotlib, with its band, k*, and vermillion points where it is established."""
+    """cos(grad J_k, grad J_1) over k by matplotlib, with band and k*; vermillion where a conflict is established."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.0, 4.0), layout="constrained")
@@ -184,7 +184,7 @@ def _plotly(kernel: Tensor, estimate: ConflictEstimate, title: str) -> dict[str,
     import plotly.graph_objects as go
 
     names = [f"prompt {i + 1} of {len(kernel)}" for i in range(len(kernel))]
-    told = {"alt": "", "note": ""}
+    told: dict[str, Any] = {"alt": "", "note": ""}
     found: dict[str, PageFigure] = {"kernel": heat_map(kernel, names, title=_KERNEL, side=_SIDE, **told)}
     if (curve := estimate.curve) is not None and curve.k.numel():
         bands = [(curve.band_low.tolist(), curve.band_high.tolist(), "band, all k together")]

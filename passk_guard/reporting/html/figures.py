@@ -34,7 +34,7 @@ class Figure:
     Attributes:
         title: above it, text. alt: what it shows, for those who do not see it: say the numbers that matter.
         data, layout: as plotly reads them, in its light colours; texts in them have gone through `label`.
-        height: in pixels. note: beneath it, text.
+        height: in pixels. note: beneath it, text. square: as wide as it is high.
     """
 
     title: str
@@ -43,6 +43,7 @@ class Figure:
     layout: dict[str, Any]
     height: int = 340
     note: str = ""
+    square: bool = False
 
     @property
     def json(self) -> Markup:
@@ -110,7 +111,14 @@ def stacked(
         for y, name in panel.levels:
             line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": f"y{number}", "y0": y, "y1": y}
             layout["shapes"].append(line | {"line": {"color": GREY, "width": 1, "dash": "dash"}})
-            beside = {"x": 1, "y": y, "yref": f"y{number}", "xanchor": "right", "yanchor": "bottom", "text": label(name)}
+            beside = {
+                "x": 1,
+                "y": y,
+                "yref": f"y{number}",
+                "xanchor": "right",
+                "yanchor": "bottom",
+                "text": label(name),
+            }
             log = panel.axis.get("type") == "log"  # annotations of a logarithmic axis are placed by the exponent
             layout["annotations"].append(at | beside | {"y": math.log10(y) if log else y, "font": {"size": 11}})
         data += [trace | {"xaxis": "x", "yaxis": f"y{number}"} for trace in panel.traces]
@@ -126,7 +134,13 @@ def curve(name: str, x: Column, y: Column, colour: str, dash: str = "solid", **m
 
 def dots(name: str, x: Column, y: Column, error: Column, colour: str, symbol: str = "circle", **more: Any) -> Trace:
     """Single points with error bars: `y` plus and minus `error`."""
-    bars = {"type": "data", "array": known(error), "thickness": 1, "width": 2, "color": colour}
+    bars = {
+        "type": "data",
+        "array": [float(f"{e:.2g}") if is_number(e) else None for e in error],
+        "thickness": 1,
+        "width": 2,
+        "color": colour,
+    }
     marker = {"color": colour, "symbol": f"{symbol}-open", "size": 7}
     found = {"type": "scatter", "mode": "markers", "name": label(name), "x": list(x), "y": known(y)}
     return found | {"error_y": bars, "marker": marker, "opacity": 0.75, "yhoverformat": ".3f"} | more
@@ -150,7 +164,9 @@ def area(x: Column, y: Column, colour: str, opacity: float = 0.18, **more: Any) 
     return found | {"line": line, "opacity": opacity, "hoverinfo": "skip", "showlegend": False} | more
 
 
-def boxes(spans: Iterable[tuple[float, float]], low: float, high: float) -> tuple[list[float | None], ...]:
+def boxes(
+    spans: Iterable[tuple[float, float]], low: float, high: float
+) -> tuple[list[float | None], list[float | None]]:
     """Corners of rectangles over these spans of x, for `area`."""
     xs: list[float | None] = []
     ys: list[float | None] = []
@@ -189,13 +205,14 @@ def heat_map(matrix: Tensor, names: Sequence[str], *, title: str, alt: str, side
     limit, size = colour_limit(small), len(small)
     # Categories are told apart by their number.
     rows = [f"{i * block + 1}{'' if block == 1 else ' and on'}: {label(names[i * block], 60)}" for i in range(size)]
-    ticks = {"tickmode": "array", "tickvals": (places := list(range(0, size, max(1, math.ceil(size / 6)))))}
+    ticks: Trace = {"tickmode": "array", "tickvals": (places := list(range(0, size, max(1, math.ceil(size / 6)))))}
     ticks |= {"ticktext": [str(i * block + 1) for i in places], "type": "category", "showgrid": False}
     clear_v, clear_b = "rgba(213,94,0,0)", "rgba(0,114,178,0)"
     scale = [[0, VERMILLION], [0.5, clear_v], [0.5, clear_b], [1, BLUE]]
     cells = {"dtype": "f4", "bdata": base64.b64encode(small.float().numpy().tobytes()).decode()}
-    data = {"type": "heatmap", "z": cells | {"shape": f"{size}, {size}"}, "x": rows, "y": rows, "colorscale": scale}
-    data |= {"zmin": -limit, "zmax": limit, "zhoverformat": ".3g", "hoverongaps": False, "colorbar": {"thickness": 14}}
+    data: Trace = {"type": "heatmap", "z": cells | {"shape": f"{size}, {size}"}, "x": rows, "y": rows}
+    data |= {"zmin": -limit, "zmax": limit, "zhoverformat": ".3g", "colorscale": scale}
+    data |= {"hoverongaps": False, "colorbar": {"thickness": 14}}
     data |= {"hovertemplate": "%{y}<br>%{x}<br>%{z}<extra></extra>"}
     remarks = [note, "Vermillion: below zero, blue: above."]
     if block > 1:
@@ -205,9 +222,10 @@ def heat_map(matrix: Tensor, names: Sequence[str], *, title: str, alt: str, side
     layout = {
         "margin": {"l": 60, "r": 10, "t": 10, "b": 50},
         "xaxis": ticks | {"title": {"text": label(side)}, "constrain": "domain"},
-        "yaxis": ticks | {"title": {"text": label(side)}, "autorange": "reversed", "scaleanchor": "x"},
+        "yaxis": ticks
+        | {"title": {"text": label(side)}, "autorange": "reversed", "scaleanchor": "x", "constrain": "domain"},
     }
-    return Figure(title, alt, [data], layout, 460, " ".join(filter(None, remarks)))
+    return Figure(title, alt, [data], layout, 480, " ".join(filter(None, remarks)), square=True)
 
 
 def colour_limit(matrix: Tensor, share: float = 0.98) -> float:
@@ -243,7 +261,7 @@ def averaged_down(matrix: Tensor, size: int) -> tuple[Tensor, int]:
     return padded.reshape(rows, block, columns, block).nanmean(dim=(1, 3)), block
 
 
-def angle_over_k(ks: Column, cosine: Column, bands: Sequence[tuple[Column, Column, str]], **told: Any) -> Figure:
+def angle_over_k(ks: Sequence[int], cosine: Column, bands: Sequence[tuple[Column, Column, str]], **told: Any) -> Figure:
     """cos(grad J_k, grad J_1) over k.
 
     Args:
@@ -252,6 +270,9 @@ def angle_over_k(ks: Column, cosine: Column, bands: Sequence[tuple[Column, Colum
         told: `title`, `alt` and `note` as in `Figure`; `threshold`; `k_star`, or None for no mark; `established`, [K]
             flags of a conflict, which makes a point vermillion.
     """
+    gaps = [k for k, value in zip(ks, cosine, strict=True) if not is_number(value)]
+    note = [told["note"], f"Not determined at k = {gaps[0]:g}{' and others' if gaps[1:] else ''}." if gaps else ""]
+    bands = [(_where(cosine, low), _where(cosine, high), name) for low, high, name in bands]
     marker = {"color": [VERMILLION if found else BLUE for found in told["established"]], "size": 7}
     areas = [
         band(ks, low, high, BLUE, 0.1 + 0.12 * i, showlegend=True, name=label(name))
@@ -265,13 +286,18 @@ def angle_over_k(ks: Column, cosine: Column, bands: Sequence[tuple[Column, Colum
     layout = over_k(ks, "cosine") | {"shapes": [style | line for line in lines]}
     layout["yaxis"] |= {"range": [-1.05, 1.05]}
     data = [*areas, curve("cosine", ks, cosine, BLUE, marker=marker, showlegend=False)]
-    return Figure(told["title"], told["alt"], data, layout, note=told["note"])
+    return Figure(told["title"], told["alt"], data, layout, note=" ".join(filter(None, note)))
 
 
-def over_k(ks: Column, y_title: str) -> dict[str, Any]:
+def _where(known_at: Column, values: Column) -> Column:
+    """The values where the other column has a number: an interval of all that is possible is no band."""
+    return [value if is_number(there) else None for there, value in zip(known_at, values, strict=True)]
+
+
+def over_k(ks: Sequence[int], y_title: str) -> dict[str, Any]:
     """The layout of a plot over k, on a logarithmic axis labelled at some of these k."""
-    most = max(known(ks), default=1) or 1
-    ticks = [k for k in ks if k and math.log2(k).is_integer()] or list(ks)
+    most = max(ks, default=1)
+    ticks = [k for k in ks if math.log2(k).is_integer()] or list(ks)
     if not any(k == most for k in ticks) and most > 1.4 * max(ticks):
         ticks.append(most)
     names = {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{k:g}" for k in ticks]}

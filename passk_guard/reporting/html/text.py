@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-import os
 import re
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -59,8 +58,9 @@ def told_apart(texts: Sequence[str]) -> list[str]:
 
 def _shared(texts: Sequence[str]) -> int:
     """Length of what all texts begin with, up to its last word's end; 0 where it is not worth folding."""
-    found = os.path.commonprefix(list(texts))
-    whole = len(found) - len(re.split(r"\s", found)[-1])
+    first, last = min(texts), max(texts)
+    found = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    whole = found - len(re.split(r"\s", first[:found])[-1])
     return whole if whole >= _WORTH_FOLDING else 0
 
 

@@ -37,6 +37,7 @@ function draw(plot) {
   for (const name of Object.keys(layout).filter((name) => /^[xy]axis/.test(name)))
     layout[name] = {gridcolor: colour("line"), zerolinecolor: colour("faint"), linecolor: colour("line"),
       ...layout[name]};
+  if (plot.closest(".square")) layout.height = Math.min(layout.height, plot.clientWidth - 30);
   for (const trace of data) trace.visible = !toggles.some((box) => !box.checked && runOf(trace) === box.dataset.run);
   Object.assign(layout, {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {color: colour("ink"), family: "system-ui, sans-serif", size: 12},
@@ -48,18 +49,15 @@ const runOf = (trace) => String(trace.meta && trace.meta.run);
 
 // The arrow keys move the crosshair from step to step, Escape takes it away.
 function crosshair(plot, event) {
-  const steps = [...new Set(plot.data.flatMap((trace) => trace.hoverinfo === "skip" ? [] : trace.x || []))]
+  if (!plot.layout.hoversubplots) return;
+  const steps = [...new Set(plot.data.flatMap((trace) => trace.hoverinfo === "skip" ? [] : trace.x))]
     .filter(Number.isFinite).sort((a, b) => a - b);
   const move = {ArrowRight: 1, ArrowLeft: -1}[event.key];
   if (event.key === "Escape") Plotly.Fx.unhover(plot);
-  if (!move || !plot.layout.hoversubplots) return;
+  if (!move) return;
   event.preventDefault();
   plot.at = Math.min(Math.max((plot.at ?? (move > 0 ? -1 : steps.length)) + move, 0), steps.length - 1);
-  const points = plot.data.flatMap((trace, curveNumber) => {
-    const pointNumber = trace.hoverinfo === "skip" || trace.visible === false ? -1 : trace.x.indexOf(steps[plot.at]);
-    return pointNumber < 0 ? [] : [{curveNumber, pointNumber}];
-  });
-  Plotly.Fx.hover(plot, points, plot._fullLayout._subplots.cartesian);
+  Plotly.Fx.hover(plot, {xval: steps[plot.at]}, "xy");
 }
 
 async function drawAll() {
