@@ -198,7 +198,9 @@ def _analyze(
     from passk_guard.analysis.words import print_analysis
     from passk_guard.probe.prompts import ProbeSet
     from passk_guard.probe.verifier import resolve_verifier
+    from passk_guard.reporting.html.page import packed_plotly
 
+    packed_plotly()  # refused now and not after hours of sampling
     checked = Settings(**settings)
     verifier = resolve_verifier(import_function(correct), threshold=checked.correct_threshold)
     probe = ProbeSet.of(probe_file)
@@ -249,29 +251,38 @@ def compare(
     confidence: Annotated[float, Option(help="Of the band and of the verdict on pass@1.")] = 0.95,
     tolerance: Annotated[float, Option(help="Loss of pass@1 that is accepted.")] = 0.0,
     format: Annotated[Literal["text", "json", "markdown"], Option(help="Of the output.")] = "text",
+    out: Annotated[Path | None, Option(metavar="FILE", help="Also write a page.")] = None,
+    force: Annotated[bool, Option("--force", help="Write over a file that is not a comparison.")] = False,
 ) -> int:
     """Compare pass@k of two checkpoints, as a gate.
 
     The same prompts and seeds for both, and a band of B - A that covers all k together. Leave with 1 where pass@1 of B
     is established to be lower than that of A by more than --tolerance, with 0 where it is not, with 2 after an error.
     """
-    options = {name: value for name, value in dict(locals()).items() if name not in ("a", "b", "correct", "format")}
+    kept_back = ("a", "b", "correct", "format", "out", "force")
+    options = {name: value for name, value in dict(locals()).items() if name not in kept_back}
+    from passk_guard.reporting.html.page import packed_plotly
+
     try:
-        shown, lower, first = _compare(a, b, correct, format, options)
+        if out is not None:
+            packed_plotly()  # refused now and not after both checkpoints were sampled
+        found, first = _compare(a, b, correct, options)
+        if first:
+            _accept_any_terminal()
+            print({"text": found.text, "markdown": found.markdown, "json": found.to_json}[format]())
+        if first and out is not None:
+            found.save(out, force=force)
     except (GuardError, OSError) as error:
         _complain(str(error))
         return _NO_ANSWER
     except Exception:  # Python would leave with 1, as after a loss
         traceback.print_exc()
         return _NO_ANSWER
-    if first:
-        _accept_any_terminal()
-        print(shown)
-    return _LOWER if lower else 0
+    return _LOWER if found.established_lower else 0
 
 
-def _compare(a: Path, b: Path, correct: str, form: str, options: dict[str, Any]) -> tuple[str, bool, bool]:
-    """What to print, whether pass@1 is lower, and whether this process is the one that prints."""
+def _compare(a: Path, b: Path, correct: str, options: dict[str, Any]) -> tuple[Any, bool]:
+    """The `Comparison`, and whether this process is the one that prints."""
     import torch
     from accelerate import PartialState
     from transformers.utils import logging
@@ -286,8 +297,7 @@ def _compare(a: Path, b: Path, correct: str, form: str, options: dict[str, Any])
     state.wait_for_everyone()
     if state.num_processes > 1:
         state.destroy_process_group()
-    shown = {"text": found.text, "markdown": found.markdown, "json": found.to_json}[form]()
-    return shown, found.established_lower, state.is_main_process
+    return found, state.is_main_process
 
 
 def _accept_any_terminal() -> None:
@@ -297,19 +307,18 @@ def _accept_any_terminal() -> None:
 
 @_command
 def report(
-    run_dir: Annotated[Path, Argument(metavar="RUN_DIR", help="Output folder of a guarded run.")],
-    other: Annotated[Path | None, Argument(metavar="RUN_DIR_B", help="A second one, to compare.")] = None,
-    out: Annotated[Path | None, Option(metavar="FILE", help="Default: passk_guard.html in RUN_DIR.")] = None,
+    run_dirs: Annotated[list[Path], Argument(metavar="RUN_DIR...", help="Output folders of guarded runs.")],
+    out: Annotated[Path | None, Option(metavar="FILE", help="Default: passk_guard.html in the first RUN_DIR.")] = None,
     force: Annotated[bool, Option("--force", help="Write over a file that is not a report.")] = False,
 ) -> int:
-    """Make a page from the journal of a run, or of two to compare.
+    """Make a page from the journal of a run, or of several to compare.
 
     One self-contained HTML page from `passk_guard.jsonl`, also while the run goes on.
     """
     from passk_guard.reporting.run_report import PAGE_NAME
     from passk_guard.reporting.run_report import report as report_of
 
-    found = report_of(run_dir, other)
+    found = report_of(*run_dirs)
     path = found.save(out or found.journals[0].path.with_name(PAGE_NAME), force=force)
     for journal in found.journals:
         if journal.unfinished:

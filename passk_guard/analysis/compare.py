@@ -12,7 +12,7 @@ from torch import Tensor
 
 from passk_guard.analysis.comparison import Comparison
 from passk_guard.analysis.load import check_model, is_adapter, load_model, load_tokenizer
-from passk_guard.analysis.run import Job, choose_prompts, failure_as_error, generate_sampler
+from passk_guard.analysis.run import Job, choose_prompts, failure_as_error, generate_sampler, prompt_text
 from passk_guard.analysis.settings import Settings
 from passk_guard.analysis.store import RolloutStore
 from passk_guard.estimation.band import simultaneous_band, upper_bound
@@ -28,6 +28,7 @@ from passk_guard.utils.ranks import Ranks
 
 Side: TypeAlias = "str | Path | tuple[Any, Any]"
 _FEWEST_PROMPTS = 3
+_MOVERS = 10
 
 
 def compare(
@@ -131,7 +132,19 @@ def compare(
         left_out=int((~kept).sum()),
         failures=failures_a + failures_b,
         verifier=verifier.name,
+        **_movers(chosen, kept, *((c / n.clamp(min=1)).tolist() for n, c in ((n_a, c_a), (n_b, c_b)))),
     )
+
+
+def _movers(prompts: ProbeSet, kept: Tensor, a: list[float], b: list[float]) -> dict[str, Any]:
+    """The prompts whose p-hat fell and rose most: text, p-hat of A and of B."""
+    order = sorted(kept.nonzero().flatten().tolist(), key=lambda i: b[i] - a[i])
+    lost = [i for i in order[:_MOVERS] if b[i] < a[i]]
+    gained = [i for i in order[: -_MOVERS - 1 : -1] if b[i] > a[i]]
+    return {
+        name: tuple((prompt_text(prompts[i]), a[i], b[i]) for i in rows)
+        for name, rows in (("lost", lost), ("gained", gained))
+    }
 
 
 def _check(side: Side, base: str | Path | None) -> None:

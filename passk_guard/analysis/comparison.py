@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias
 
+from passk_guard.analysis.page import COMPARISON_KIND, comparison_page
+from passk_guard.reporting.html.page import in_a_frame, save_page
 from passk_guard.utils.text import plain_text
 
 VERSION = 1
 Floats: TypeAlias = "tuple[float, ...]"
+Prompts: TypeAlias = "tuple[tuple[str, float, float], ...]"
 _COLUMNS = ("k", "A", "B", "B - A", "band", "standard error")
 
 
@@ -30,6 +34,8 @@ class Comparison:
         num_prompts: prompts compared. left_out: those with fewer verdicts than the largest k from A or B.
         failures: samples on which the verifier raised, both checkpoints together.
         verifier: name of the function that means correct.
+        lost, gained: text, p-hat of A and p-hat of B of the prompts whose p-hat fell and rose most, most first. The
+            largest of many differences: a part of each is chance.
     """
 
     a: str
@@ -52,26 +58,54 @@ class Comparison:
     left_out: int
     failures: int
     verifier: str
+    lost: Prompts = field(default=(), repr=False)
+    gained: Prompts = field(default=(), repr=False)
 
     def text(self) -> str:
         """The verdict and a table of fixed width."""
         rows = [_COLUMNS, *self._rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([self._verdict(), *self._about(), "", *table])
+        return "\n".join([self.verdict, *self._about(), "", *table])
 
     def markdown(self) -> str:
         """The same for a pull request."""
         about = "  \n".join(_escaped(line) for line in self._about())
         rows = [_COLUMNS, ("---:",) * len(_COLUMNS), *self._rows()]
         table = ("| " + " | ".join(row) + " |" for row in rows)
-        return "\n".join([f"**{self._verdict()}**", "", about, "", *table])
+        return "\n".join([f"**{self.verdict}**", "", about, "", *table])
 
     def to_json(self) -> str:
         """All fields as JSON text, with the `version` of the layout."""
-        return json.dumps({"version": VERSION} | asdict(self), indent=1, allow_nan=False)
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
-    def _verdict(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, with the `version` of the layout."""
+        return {"version": VERSION} | asdict(self)
+
+    @property
+    def html(self) -> str:
+        """The self-contained page.
+
+        Raises:
+            GuardError: plotly is not installed.
+        """
+        return comparison_page(self)
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the page; only a comparison is written over unless `force`.
+
+        Raises:
+            GuardError: another file is there, or it cannot be written, or plotly is not installed.
+        """
+        return save_page(self.html, path, kind=COMPARISON_KIND, force=force)
+
+    def _repr_html_(self) -> str:
+        return in_a_frame(self.html)
+
+    @property
+    def verdict(self) -> str:
+        """Whether pass@1 of B is lower, as a sentence with its bounds."""
         bounds = f"at least {self.low_1:+.3f} and at most {self.high_1:+.3f}, each at {100 * self.confidence:g}%"
         found = f"B - A = {self.difference[0]:+.3f}, {bounds}"
         beyond = f" by more than {self.tolerance:g}" if self.tolerance else ""

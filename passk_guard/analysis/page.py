@@ -1,23 +1,35 @@
-"""The page of one analysed checkpoint, from the mappings of `analysis.json`: charts for its template."""
+"""The pages of one analysed checkpoint and of two that are compared: figures for their templates."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
-from markupsafe import Markup
 from torch import Tensor
 
 from passk_guard.analysis import words
 from passk_guard.analysis.store import PAGE_KIND
 from passk_guard.analysis.words import Data
-from passk_guard.reporting.html.charts import Band, Distribution, Points, Series, histogram, line_chart, scatter
-from passk_guard.reporting.html.frame import Level, Upright
-from passk_guard.reporting.html.heat_map import heat_map
-from passk_guard.reporting.html.page import render_page
+from passk_guard.reporting.html.figures import (
+    BLUE,
+    GREY,
+    VERMILLION,
+    Figure,
+    angle_over_k,
+    band,
+    curve,
+    heat_map,
+    over_k,
+)
+from passk_guard.reporting.html.page import json_link, render_page
+from passk_guard.reporting.html.text import label, told_apart, write_number
 
+if TYPE_CHECKING:
+    from passk_guard.analysis.comparison import Comparison
+
+COMPARISON_KIND = "comparison"
 _SHOWN = 50
-_NEUTRAL = "0: no effect on the others"
 
 
 def analysis_page(data: Data) -> str:
@@ -25,8 +37,12 @@ def analysis_page(data: Data) -> str:
 
     Args:
         data: `Analysis.to_dict()`, or what `analysis.json` holds.
+
+    Raises:
+        GuardError: plotly is not installed.
     """
     known = [p for p in data["prompts"] if p["agreement"]["value"] is not None]
+    texts = words.short_texts(data)
     return render_page(
         "analysis.html.j2",
         f"passk_guard: {data['model']['name']}",
@@ -36,60 +52,92 @@ def analysis_page(data: Data) -> str:
         k=data["settings"]["ks"][-1],
         rates=_rates(data),
         curve=_curve(data) if data["curve"] is not None else None,
-        kernel=_kernel(data) if len(data["kernel"]["places"]) > 1 else None,
-        agreement=[_spread(data, known), _agreements(known), _weights(data, known)] if known else [],
+        kernel=_kernel(data, texts) if len(data["kernel"]["places"]) > 1 else None,
+        agreement=[_spread(data, known), _agreements(known, texts)] if known else [],
         worst=words.most_negative(data, _SHOWN),
-        texts={p["place"]: p["text"] for p in data["prompts"]},
+        least=sorted(known, key=lambda p: p["agreement"]["value"])[:_SHOWN],
+        texts=texts,
+        download=json_link({name: value for name, value in data.items() if name != "kernel"}),  # grows with m squared
     )
 
 
-def _rates(data: Data) -> Markup:
+def comparison_page(found: Comparison) -> str:
+    """The whole page as text.
+
+    Raises:
+        GuardError: plotly is not installed.
+    """
+    prompts = told_apart([text for text, _, _ in (*found.lost, *found.gained)])
+    return render_page(
+        "comparison.html.j2",
+        "passk_guard: A and B compared",
+        kind=COMPARISON_KIND,
+        found=found,
+        figures_of=_compared(found),
+        rows=list(zip(found.lost + found.gained, prompts, strict=True)),
+        download=json_link(found.to_dict()),
+    )
+
+
+def _compared(found: Comparison) -> list[Figure]:
+    ks = list(found.ks)
+    rates = [
+        curve("A", ks, found.pass_a, BLUE, meta={"run": 0}),
+        curve("B", ks, found.pass_b, VERMILLION, "dash", meta={"run": 1}),
+    ]
+    told = "; ".join(f"k = {k}: {write_number(d, 0.001)}" for k, d in zip(ks, found.difference, strict=True))
+    level = f"{100 * found.confidence:g}%"
+    wide = [
+        band(ks, found.low, found.high, BLUE, showlegend=True, name=f"{level} band, all k together"),
+        curve("B − A", ks, found.difference, BLUE, showlegend=False),
+    ]
+    zero = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": 0, "y1": 0, "line": {"color": GREY}}
+    return [
+        Figure("pass@k of A and of B", f"pass@k of both over k. {found.verdict}", rates, over_k(ks, "pass@k")),
+        Figure("Difference B − A", told, wide, over_k(ks, "difference of pass@k") | {"shapes": [zero]}),
+    ]
+
+
+def _rates(data: Data) -> Figure:
     ks, rates = [at["k"] for at in data["at_k"]], [at["pass_rate"] for at in data["at_k"]]
     values = ", ".join(f"pass@{k} {words.with_interval(r)}" for k, r in zip(ks, rates, strict=True))
-    return line_chart(
-        [Series("pass@k", ks, [r["value"] for r in rates])],
-        [Band(ks, [r["low"] for r in rates], [r["high"] for r in rates], f"{words.level(data)} interval")],
-        x_label="k",
-        y_label="pass@k",
-        x_log=True,
-        x_ticks=ks,
-        y_range=(0.0, 1.0),
-        title="pass@k",
-        alt=f"Pass rate over k: {values}.",
-    )
+    low, high = [r["low"] for r in rates], [r["high"] for r in rates]
+    traces = [
+        band(ks, low, high, BLUE, showlegend=True, name=f"{words.level(data)} interval of each k"),
+        curve("pass@k", ks, [r["value"] for r in rates], BLUE, showlegend=False),
+    ]
+    return Figure("pass@k", f"Pass rate over k: {values}.", traces, over_k(ks, "pass@k"))
 
 
-def _curve(data: Data) -> Markup:
-    curve, threshold = data["curve"], data["settings"]["threshold"]
-    found, level = any(curve["established"]), words.level(data)
-    bands = [Band(curve["k"], curve["low"], curve["high"], f"{level} interval of each k")]
-    if curve["band_low"] is not None:
-        bands = [
-            Band(curve["k"], curve["band_low"], curve["band_high"], f"{level} band, all k together (wider)"),
-            *bands,
-        ]
-    return line_chart(
-        [Series("cos(∇J_k, ∇J_1)", curve["k"], curve["cosine"])],
+def _curve(data: Data) -> Figure:
+    found, level = data["curve"], words.level(data)
+    bands = [(found["low"], found["high"], f"{level} interval of each k")]
+    if found["band_low"] is not None:
+        bands.insert(0, (found["band_low"], found["band_high"], f"{level} band, all k together (wider)"))
+    established = any(found["established"])
+    return angle_over_k(
+        found["k"],
+        found["cosine"],
         bands,
-        [Upright(curve["k_star"], f"k* = {curve['k_star']}")] if found else [],
-        x_label="k",
-        y_label="cosine",
-        x_log=True,
-        levels=[Level(threshold, f"threshold {threshold:g}")],
-        y_range=(-1.0, 1.0),
         title="Angle over k",
         alt=f"Cosine over k. {words.k_star(data)} {words.verdict(data)[0]}",
+        note="Vermillion points: a conflict is established there." if established else "",
+        threshold=data["settings"]["threshold"],
+        k_star=found["k_star"] if established else None,
+        established=found["established"],
     )
 
 
-def _kernel(data: Data) -> Markup:
+def _kernel(data: Data, texts: dict[int, str]) -> Figure:
     places = data["kernel"]["places"]
     negative = words.with_interval(data["kernel"]["negative_pairs"])
     return heat_map(
         _matrix(data["kernel"]["below"]),
+        [texts[place] for place in places],
         title="Similarity kernel ⟨∇p(x), ∇p(x′)⟩",
         alt=f"Heat map of {len(places)} prompts by the same from easy to hard. Negative pairs: {negative}.",
-        label="prompt, easy to hard",
+        side="prompt, easy to hard",
+        note="Point at a cell to read its two prompts.",
     )
 
 
@@ -101,47 +149,40 @@ def _matrix(below: list[list[float]]) -> Tensor:
     return matrix
 
 
-def _spread(data: Data, known: list[Data]) -> Markup:
+def _spread(data: Data, known: list[Data]) -> Figure:
     k, weight = data["settings"]["ks"][-1], data["at_k"][-1]["mean_weight"]["value"]
-    weighted = [p["weighted_agreement"]["value"] / weight if weight else None for p in known]
     without = [0.0] * (len(data["prompts"]) - len(known))  # no gradient estimate but zero: they belong to the means
-    return histogram(
-        [
-            Distribution("a(x)", [*(p["agreement"]["value"] for p in known), *without]),
-            Distribution(f"w_{k}(x) a(x) / E[w_{k}]", [*weighted, *without]),
-        ],
-        [Upright(0.0, _NEUTRAL)],
-        x_label="agreement with the other prompts",
-        y_label="share of prompts",
-        title="Agreement before and after reweighting",
-        alt=f"Histograms of agreement before and after reweighting by pass@{k}.",
-    )
-
-
-def _agreements(known: list[Data]) -> Markup:
-    agreement = [p["agreement"]["value"] for p in known]
-    labels = [
-        f"{words.excerpt(p['text'], 60)}: p-hat {words.value(p['pass_rate'], 2)}, a {words.scientific(p['agreement'])}"
-        for p in known
+    before = [*(p["agreement"]["value"] for p in known), *without]
+    after = [*(p["weighted_agreement"]["value"] / weight if weight else 0.0 for p in known), *without]
+    common = {"type": "histogram", "histnorm": "probability", "bingroup": 1, "opacity": 0.55}
+    names = ("a(x)", f"w_{k}(x) a(x) / E[w_{k}]")
+    traces = [
+        common | {"x": values, "name": name, "marker": {"color": colour}}
+        for values, name, colour in zip((before, after), names, (BLUE, VERMILLION), strict=True)
     ]
-    return scatter(
-        [Points("prompt", [p["pass_rate"]["value"] for p in known], agreement, labels)],
-        levels=[Level(0.0, _NEUTRAL)],
-        x_label="p-hat, share of right samples",
-        y_label="agreement a(x)",
-        x_range=(0.0, 1.0),
-        title="Agreement of each prompt",
-        alt=f"Agreement over p-hat, {sum(a < 0 for a in agreement)} of {len(known)} prompts below zero.",
+    means = [sum(v / len(values) for v in values) for values in (before, after)]
+    alt = f"Histograms of agreement. Mean {write_number(means[0])} before reweighting by pass@{k}, "
+    alt += f"{write_number(means[1])} after."
+    return Figure("Agreement before and after reweighting", alt, traces, _plain("agreement", "share of prompts"))
+
+
+def _agreements(known: list[Data], texts: dict[int, str]) -> Figure:
+    agreement = [p["agreement"]["value"] for p in known]
+    names = [f"{label(texts[p['place']], 60)}: a {words.scientific(p['agreement'])}" for p in known]
+    points: dict[str, Any] = {"type": "scatter", "mode": "markers", "y": agreement, "text": names}
+    points |= {"x": [p["pass_rate"]["value"] for p in known], "marker": {"color": BLUE, "size": 7, "opacity": 0.6}}
+    points |= {"hovertemplate": "%{text}<br>p-hat %{x:.2f}<extra></extra>"}
+    alt = f"Agreement over p-hat, {sum(a < 0 for a in agreement)} of {len(known)} prompts below zero."
+    return Figure(
+        "Agreement of each prompt", alt, [points], _plain("p-hat, share of correct samples", "agreement a(x)")
     )
 
 
-def _weights(data: Data, known: list[Data]) -> Markup:
-    k = data["settings"]["ks"][-1]
-    return scatter(
-        [Points("prompt", [p["pass_rate"]["value"] for p in known], [p["weight"]["value"] for p in known])],
-        x_label="p-hat, share of right samples",
-        y_label=f"weight w_{k}",
-        x_range=(0.0, 1.0),
-        title="Weight of each prompt",
-        alt=f"Weight of pass@{k} over p-hat: large where the model is seldom right.",
-    )
+def _plain(x_title: str, y_title: str) -> dict[str, Any]:
+    return {
+        "margin": {"l": 56, "r": 12, "t": 10, "b": 44},
+        "barmode": "overlay",
+        "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
+        "xaxis": {"title": {"text": label(x_title)}},
+        "yaxis": {"title": {"text": label(y_title)}},
+    }

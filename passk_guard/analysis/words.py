@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from passk_guard.planning import prompts_needed, read_noise, refreshes_for_signal
-from passk_guard.reporting.html.axes import write_number
+from passk_guard.reporting.html.text import told_apart, write_number
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import plain_text
 
@@ -118,9 +118,29 @@ def hurt(prompt: Data, texts: Mapping[int, str], length: int = 40, most: int = 3
 
 
 def most_negative(data: Data, count: int) -> list[Data]:
-    """The prompts with the largest shares of the conflict, largest first."""
+    """The prompts that pull most against the others, first; none where there is no conflict to share."""
+    if data["at_k"][-1]["status"] == "clear":
+        return []
     against = [p for p in data["prompts"] if (p["share"]["value"] or 0.0) > 0]
     return sorted(against, key=lambda p: -p["share"]["value"])[:count]
+
+
+def predicted(data: Data) -> list[Data]:
+    """The predictions that say something: none for a checkpoint without a conflict to mend."""
+    return [] if data["at_k"][-1]["status"] == "clear" else data["predictions"]
+
+
+def told(number: Data, digits: int = 2) -> str:
+    """`with_interval` of a cosine; "undetermined" where its interval is all that a cosine can be."""
+    low, high = number["low"], number["high"]
+    anything = low is not None and high is not None and low <= -0.995 and high >= 0.995
+    return UNDETERMINED if anything else with_interval(number, digits)
+
+
+def short_texts(data: Data) -> dict[int, str]:
+    """What tells the prompts apart, by their places."""
+    found = told_apart([p["text"] for p in data["prompts"]])
+    return {p["place"]: text for p, text in zip(data["prompts"], found, strict=True)}
 
 
 def excerpt(text: str, length: int) -> str:
@@ -162,11 +182,12 @@ def _short(number: float) -> str:
 
 @dataclass(frozen=True)
 class TextTable:
-    """Headings and rows of text."""
+    """Headings and rows of text, at most 80 columns wide, and notes beneath."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
 
 
 def print_analysis(analysis: Analysis, file: Any = None) -> None:
@@ -180,6 +201,7 @@ def print_analysis(analysis: Analysis, file: Any = None) -> None:
         GuardError: rich is not installed.
     """
     try:
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -191,12 +213,14 @@ def print_analysis(analysis: Analysis, file: Any = None) -> None:
     console.print(Text(plain_text(_about(data)), style="dim"))
     for content in tables(data):
         # Text and not str: rich reads "[...]" in a str as markup.
-        table = Table(title=Text(content.title), title_justify="left")
+        table = Table(title=Text(content.title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column, cells in zip(content.columns, zip(*content.rows, strict=True), strict=True):
             table.add_column(Text(column), overflow="fold", min_width=_longest_word(cells))
         for row in content.rows:
-            table.add_row(*(Text(plain_text(cell)) for cell in row))
+            table.add_row(*(Text(plain_text(cell).replace(" [", f"{_TIED}[")) for cell in row))
         console.print(table)
+        for note in content.notes:
+            console.print(Text(plain_text(note), style="dim"))
 
 
 def _longest_word(cells: Iterable[str]) -> int:
@@ -224,37 +248,35 @@ def _at_k(data: Data) -> TextTable:
         (
             str(at["k"]),
             with_interval(at["pass_rate"]),
-            "1" if at["k"] == 1 else with_interval(at["mean_weight"], 2),
             "" if at["status"] is None else with_interval(at["cosine"], 2),
             at["status"] or "",
         )
         for at in data["at_k"]
     ]
-    title = f"pass@k and its angle to pass@1, {level(data)} intervals. {k_star(data)}"
-    return TextTable(title, ("k", "pass@k", "E[w_k]", "cos(∇J_k, ∇J_1)", "status"), rows)
+    notes = [f"{level(data)} intervals. {k_star(data)}"]
+    return TextTable("pass@k and its angle to pass@1", ("k", "pass@k", "cos(∇J_k, ∇J_1)", "status"), rows, notes)
 
 
 def _prompts(data: Data) -> TextTable:
-    texts = {p["place"]: p["text"] for p in data["prompts"]}
+    worst = most_negative(data, _PROMPTS)
+    shown = short_texts(data)
     rows = [
         (
-            excerpt(p["text"], 60),
+            excerpt(plain_text(shown[p["place"]]), 28),
             with_interval(p["share"], 2),
             with_interval(p["pass_rate"], 2),
-            with_interval(p["weight"], 2),
             scientific(p["agreement"]),
-            hurt(p, texts, 24, most=1),
         )
-        for p in most_negative(data, _PROMPTS)
+        for p in worst
     ]
-    columns = ("prompt", "share of the conflict", "p-hat", "w_k", "agreement", "hurts most")
-    return TextTable("The most negatively interfering prompts", columns, rows)
+    of = "conflict" if data["at_k"][-1]["status"] == "conflict" else "pull"
+    title = f"Prompts that pull against the others, with their share of the {of}"
+    return TextTable(title, ("prompt", "share", "p-hat", "agreement"), rows)
 
 
 def _mitigations(data: Data) -> TextTable:
-    rows = [
-        (p["name"], p["setting"], with_interval(p["cosine"], 2), with_interval(p["kept"], 2), p["note"])
-        for p in data["predictions"]
-    ]
-    columns = ("mitigation", "setting", "cosine to expect", "pass@k gain kept", "note")
-    return TextTable("What the mitigations would do", columns, rows)
+    found = predicted(data)
+    rows = [(p["name"], p["setting"], told(p["cosine"]), told(p["kept"])) for p in found]
+    columns = ("mitigation", "setting", "cosine to expect", "pass@k gain kept")
+    notes = [f"{p['name']}: {p['note']}" for p in found if p["note"]]
+    return TextTable("What the mitigations would do", columns, rows, notes)

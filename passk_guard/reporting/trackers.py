@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from passk_guard.estimation.records import ConflictCurve, ConflictEstimate, ProbeGram
-from passk_guard.reporting.html.heat_map import NEGATIVE, POSITIVE, UNDEFINED, colour_limit
+from passk_guard.reporting.html.figures import BLUE, GREY, VERMILLION, angle_over_k, colour_limit, heat_map
+from passk_guard.reporting.html.figures import Figure as PageFigure
 from passk_guard.reporting.log_rows import PREFIX
 from passk_guard.utils.text import Once, describe_error
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
-
-_BLUE, _VERMILLION, _GREY = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in (POSITIVE, NEGATIVE, UNDEFINED))
-
 
 Level = Literal["INFO", "WARN", "ERROR"]
 
@@ -79,47 +77,44 @@ def _running(name: str, trackers: Collection[str]) -> Any:
     return None if name == "wandb" and getattr(module, "run", None) is None else module
 
 
-def kernel_figure(kernel: Tensor, rates: Tensor | None = None) -> Figure:
-    """The kernel as a heat map: vermillion below zero, blue above, white at zero, grey where undefined.
+_KERNEL, _CURVE = "Similarity kernel of the prompts", "Angle of pass@k to pass@1"
+_SIDE = "prompt, easy to hard"
 
-    Args:
-        kernel: [m, m], m >= 1.
-        rates: [m] pass rates; rows and columns then run from easy to hard, as in Fig. 2 of arXiv 2602.21189.
-    """
+
+def kernel_figure(kernel: Tensor, title: str) -> Figure:
+    """The kernel, from easy to hard, by matplotlib: vermillion below zero, blue above, grey where undefined."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
-    if rates is not None:
-        order = torch.argsort(rates, descending=True, stable=True).to(kernel.device)
-        kernel = kernel[order][:, order]
     figure = Figure(figsize=(5.0, 4.0), layout="constrained")
     axes, limit = figure.subplots(), colour_limit(kernel)
-    colours = LinearSegmentedColormap.from_list("signed", [_VERMILLION, "white", _BLUE]).with_extremes(bad=_GREY)
+    colours = LinearSegmentedColormap.from_list("signed", [VERMILLION, "white", BLUE]).with_extremes(bad=GREY)
     image = axes.imshow(kernel.detach().cpu().double().numpy(), colours, vmin=-limit, vmax=limit)
-    axes.set(xlabel="prompt" if rates is None else "prompt, easy to hard")
-    figure.colorbar(image)
+    axes.set(xlabel=_SIDE, ylabel=_SIDE, title=title)
+    figure.colorbar(image, label="inner product of two prompts' gradients")
     return figure
 
 
-def curve_figure(curve: ConflictCurve, k_star: int | None) -> Figure:
-    """cos(grad J_k, grad J_1) over k with its band, k*, and vermillion points where a conflict is established."""
+def curve_figure(curve: ConflictCurve, k_star: int | None, title: str) -> Figure:
+    """cos(grad J_k, grad J_1) over k by matplotlib, with band and k*; vermillion where a conflict is established."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.0, 4.0), layout="constrained")
     axes, ks, cosines = figure.subplots(), curve.k.tolist(), curve.cosine.tolist()
-    axes.axhline(0.0, color=_GREY, linewidth=0.8)
-    axes.fill_between(ks, curve.band_low.tolist(), curve.band_high.tolist(), color=_BLUE, alpha=0.2, linewidth=0)
-    axes.plot(ks, cosines, color=_BLUE)
-    axes.scatter(ks, cosines, c=[_VERMILLION if e else "black" for e in curve.established.tolist()], zorder=3)
-    axes.set(xlabel="k", ylabel="cos(pass@1, pass@k)", ylim=(-1.05, 1.05))
+    axes.axhline(0.0, color=GREY, linewidth=0.8)
+    band = axes.fill_between(ks, curve.band_low.tolist(), curve.band_high.tolist(), color=BLUE, alpha=0.2, linewidth=0)
+    band.set_label("band, all k together")
+    axes.plot(ks, cosines, color=BLUE)
+    axes.scatter(ks, cosines, c=[VERMILLION if e else "black" for e in curve.established.tolist()], zorder=3)
+    axes.set(xlabel="k", ylabel="cosine", ylim=(-1.05, 1.05), title=title)
     if k_star is not None:
-        axes.axvline(k_star, color=_GREY, linestyle="--")
-        axes.set_title(f"k* = {k_star}")
+        axes.axvline(k_star, color=GREY, linestyle="--", label=f"k* = {k_star}")
+    axes.legend(loc="upper right", fontsize="small")
     return figure
 
 
 class Images:
-    """Sends two pictures every few refreshes to TensorBoard, wandb and trackio, drawn by matplotlib.
+    """Sends two pictures every few refreshes: to wandb and trackio as figures of plotly, to TensorBoard by matplotlib.
 
     A tracker that fails is logged once, and called again the next time.
 
@@ -144,22 +139,29 @@ class Images:
         trackers = self._trackers()
         if (self._seen - 1) % self._every or not trackers:
             return []
-        pictures: dict[str, Any] = {}
+        kernel, title = estimate.kernel, f"{{}}, step {step}"
+        if probe is not None and len(probe.num_correct) == len(kernel):
+            rates = probe.num_correct.double() / probe.num_samples.clamp(min=1)
+            order = torch.argsort(rates, descending=True, stable=True).to(kernel.device)
+            kernel = kernel[order][:, order]
+        return [name for name, tracker in trackers.items() if self._sent(name, tracker, kernel, estimate, title, step)]
+
+    def _sent(self, name: str, tracker: Any, kernel: Tensor, estimate: Any, title: str, step: int) -> bool:
+        as_plotly = name == "wandb" or hasattr(tracker, "Html")  # trackio shows figures since it has `Html`
         try:
-            pictures = _pictures(estimate, probe)
+            pictures = (_plotly if as_plotly else _pixels)(kernel, estimate, title)
         except ImportError as error:
-            self._warn("pictures of the kernel need matplotlib: pip install 'passk-guard[report]'", error)
+            self._warn('pictures of the kernel need plotly and matplotlib: pip install "passk-guard[report]"', error)
+            return False
         except Exception as error:
             self._warn("the pictures of the kernel could not be drawn", error)
-        return [name for name, tracker in trackers.items() if pictures and self._sent(name, tracker, pictures, step)]
-
-    def _sent(self, name: str, tracker: Any, pictures: dict[str, Any], step: int) -> bool:
+            return False
         try:
             if name == "tensorboard":
-                for title, picture in pictures.items():
-                    tracker.add_image(title, picture, step, dataformats="HWC")
+                for key, picture in pictures.items():
+                    tracker.add_image(key, picture, step, dataformats="HWC")
             else:  # the step as transformers logs it: a step argument would close the row it is still writing
-                images = {title: tracker.Image(picture) for title, picture in pictures.items()}
+                images = pictures if as_plotly else {key: tracker.Image(one) for key, one in pictures.items()}
                 tracker.log({**images, "train/global_step": step})
         except Exception as error:
             self._warn(f"{name} did not take the pictures of the kernel", error)
@@ -177,18 +179,36 @@ class Images:
         return {name: tracker for name, tracker in found.items() if tracker is not None}
 
 
-def _pictures(estimate: ConflictEstimate, probe: ProbeGram | None) -> dict[str, Any]:
+def _plotly(kernel: Tensor, estimate: ConflictEstimate, title: str) -> dict[str, Any]:
+    """Figures of plotly by their names in a tracker."""
+    import plotly.graph_objects as go
+
+    names = [f"prompt {i + 1} of {len(kernel)}" for i in range(len(kernel))]
+    told: dict[str, Any] = {"alt": "", "note": ""}
+    found: dict[str, PageFigure] = {"kernel": heat_map(kernel, names, title=_KERNEL, side=_SIDE, **told)}
+    if (curve := estimate.curve) is not None and curve.k.numel():
+        bands = [(curve.band_low.tolist(), curve.band_high.tolist(), "band, all k together")]
+        told |= {"threshold": estimate.threshold, "k_star": estimate.k_star, "established": curve.established.tolist()}
+        found["k_curve"] = angle_over_k(curve.k.tolist(), curve.cosine.tolist(), bands, title=_CURVE, **told)
+    return {
+        PREFIX + key: go.Figure(one.data, one.layout).update_layout(
+            title=title.format(one.title), margin={"t": 80}, template="plotly_white"
+        )
+        for key, one in found.items()
+    }
+
+
+def _pixels(kernel: Tensor, estimate: ConflictEstimate, title: str) -> dict[str, Any]:
     """[height, width, 3] uint8 NumPy arrays by their names in a tracker."""
     import numpy
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    rates = None if probe is None else probe.num_correct.double() / probe.num_samples.clamp(min=1)
-    figures = {PREFIX + "kernel": kernel_figure(estimate.kernel, rates)}
+    figures = {"kernel": kernel_figure(kernel, title.format(_KERNEL))}
     if estimate.curve is not None and estimate.curve.k.numel():
-        figures[PREFIX + "k_curve"] = curve_figure(estimate.curve, estimate.k_star)
+        figures["k_curve"] = curve_figure(estimate.curve, estimate.k_star, title.format(_CURVE))
     pictures = {}
     for name, figure in figures.items():
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        pictures[name] = numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
+        pictures[PREFIX + name] = numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
     return pictures

@@ -16,7 +16,7 @@ EVIL = "\x1b[31m[bold]<script>alert(1)</script>\x1b]0;title\x07 \u202ednetxet\u2
 
 @pytest.fixture(scope="module")
 def hostile():
-    return synthetic(20, text="[italic]" + EVIL + " {}", name=f"model {EVIL}")
+    return synthetic(20, text="[italic]{}" + EVIL, name=f"model {EVIL}")
 
 
 @pytest.mark.parametrize(

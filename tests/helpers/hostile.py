@@ -22,11 +22,12 @@ HIDING = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]" 
 
 
 class Page(HTMLParser):
-    """Every element and attribute of a page, what it links to, what its script holds, and all other text."""
+    """Every element and attribute of a page, what it links to, what its script and its data blocks hold, other text."""
 
     def __init__(self, markup):
         super().__init__(convert_charrefs=True)
-        self.elements, self.attributes, self.links, self.values, self.script, self.text = [], set(), [], {}, "", ""
+        self.elements, self.attributes, self.links, self.values = [], set(), [], {}
+        self.script, self.blocks, self.text, self._runs = "", [], "", False
         self.feed(markup)
         self.close()
 
@@ -34,10 +35,13 @@ class Page(HTMLParser):
         self.elements.append(name)
         self.attributes |= {key for key, _ in attributes}
         self.values |= dict(attributes)
+        self._runs = name == "script" and "type" not in dict(attributes)
         self.links += [value for key, value in attributes if key in ("href", "src", "action", "srcdoc")]
 
     def handle_data(self, data):
-        if self.lasttag == "script":
+        if self._runs:
             self.script += data
+        elif self.lasttag == "script":
+            self.blocks.append(data)
         else:
             self.text += data

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from passk_guard.reporting.html.charts import Band, Distribution, Points, Series, histogram, line_chart, scatter
 from passk_guard.reporting.html.frame import Upright
 from passk_guard.reporting.html.heat_map import heat_map
+
 from passk_guard.reporting.html.page import TEMPLATES, render_page
 from passk_guard.reporting.run_report import report
 from tests.helpers.browser import Browser, find_chromium

@@ -27,9 +27,9 @@ from tests.helpers.tiny import digit_reward, tiny_model, tiny_tokenizer
 from tests.probe.test_verifier import rollouts
 
 ELEMENTS = """html head meta title style body main h1 h2 h3 p nav ul li a section div dl dt dd table caption thead tbody
-tr th td button details summary figure figcaption svg text line rect path circle desc image script"""
+tr th td button details summary figure figcaption script fieldset legend label input i"""
 ATTRIBUTES = """charset http-equiv content name lang class id href role aria-label aria-hidden tabindex scope type
-data-sort viewbox x y x1 x2 y1 y2 cx cy r d width height text-anchor transform preserveaspectratio"""
+data-sort data-run checked download"""
 
 
 def check(text):
@@ -37,9 +37,9 @@ def check(text):
     page = Page(text)
     assert set(page.elements) <= set(ELEMENTS.split())
     assert page.attributes <= set(ATTRIBUTES.split())
-    assert page.elements.count("script") == 1
     assert page.script.strip() == SCRIPT.strip()
-    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    assert all("<" not in block for block in page.blocks), "a data block could end early"
+    assert all(link.startswith(("#", "data:text/csv;", "data:application/json;")) for link in page.links)
     assert not re.search(HIDING, text)
     assert "default-src 'none'" in text
     return page.text

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import functools
+import gzip
 import hashlib
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from passk_guard.reporting.html.axes import is_number, write_number
-from passk_guard.reporting.html.frame import visible
+from passk_guard.reporting.html.text import is_number, visible, write_number
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.files import write_whole
 
 _FOLDER = files("passk_guard.reporting.html") / "templates"
-STYLE, SCRIPT = (_FOLDER.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "sort.js"))
+STYLE, SCRIPT = (_FOLDER.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
 TEMPLATES = Environment(
     loader=PackageLoader("passk_guard.reporting.html"),
     autoescape=True,
@@ -31,16 +33,25 @@ TEMPLATES.globals["write_number"] = write_number
 TEMPLATES.tests["a_number"] = is_number
 
 
+@functools.cache
+def packed_plotly() -> tuple[Markup, str]:
+    """plotly.js of the installed package, gzipped, as base64; and the digest of the script for the policy.
+
+    The package ships the full bundle alone, 4.8 MB. Packed it takes 1.9 MB of a page, which unpacks it itself.
+
+    Raises:
+        GuardError: plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise GuardError('Expected plotly, which draws the pages. pip install "passk-guard[report]"') from error
+    script = get_plotlyjs()
+    return Markup(base64.b64encode(gzip.compress(script.encode(), 9, mtime=0)).decode()), _digest(script)
+
+
 def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-# Our own style sheet and script by their hashes, images held in the page, and nothing else: text that got past the
-# escaping could not run.
-_POLICY = Markup(
-    f"default-src 'none'; style-src '{_digest(STYLE)}'; script-src '{_digest(SCRIPT)}'; img-src data:; "
-    "base-uri 'none'; form-action 'none'"
-)
 
 
 def render_page(template: str | Template, title: str, *, kind: str, **data: Any) -> str:
@@ -51,20 +62,41 @@ def render_page(template: str | Template, title: str, *, kind: str, **data: Any)
             top.
         title: text, the heading of the page.
         kind: what wrote the page, found again by `page_kind`.
-        data: what the template names. Text is escaped; charts are `Markup`.
+        data: what the template names. Text is escaped; figures are `Figure`.
 
     Returns:
         HTML with LF line ends, ending in one.
+
+    Raises:
+        GuardError: plotly is not installed.
     """
+    plotly, digest = packed_plotly()
+    # Our own script and plotly's by their hashes, images held in the page, and nothing else: text that got past the
+    # escaping could not run. Styles are free, since plotly writes them into the page; none can fetch anything.
+    policy = Markup(
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_digest(SCRIPT)}' '{digest}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
     return TEMPLATES.get_template(template).render(
         data,
         title=title,
         kind_mark=_kind_mark(kind),
-        policy=_POLICY,
+        policy=policy,
         style=Markup(STYLE),
         script=Markup(SCRIPT),
+        plotly=plotly,
         headings=[],
     )
+
+
+def data_link(content: str, media: str) -> Markup:
+    """An address that holds a whole text file, for a link that downloads it."""
+    return Markup(f"data:{media};charset=utf-8;base64,{base64.b64encode(content.encode()).decode()}")
+
+
+def json_link(content: Any) -> Markup:
+    """An address that holds this as JSON text."""
+    return data_link(json.dumps(content), "application/json")
 
 
 def page_kind(text: str, kind: str) -> bool:
@@ -79,8 +111,8 @@ def _kind_mark(kind: str) -> Markup:
 def in_a_frame(page: str) -> Markup:
     """A whole page as one element, for notebooks: its styles and its policy stay inside."""
     return Markup(
-        '<iframe srcdoc="{}" width="100%" height="720" frameborder="0" sandbox="allow-scripts" title="passk_guard">'
-        "</iframe>"
+        '<iframe srcdoc="{}" width="100%" height="720" frameborder="0" sandbox="allow-scripts allow-downloads" '
+        'title="passk_guard"></iframe>'
     ).format(page)
 
 
