@@ -64,7 +64,10 @@ def _curve(data: Data) -> Markup:
     found, level = any(curve["established"]), words.level(data)
     bands = [Band(curve["k"], curve["low"], curve["high"], f"{level} interval of each k")]
     if curve["band_low"] is not None:
-        bands = [Band(curve["k"], curve["band_low"], curve["band_high"], f"{level} band, all k together (wider)"), *bands]
+        bands = [
+            Band(curve["k"], curve["band_low"], curve["band_high"], f"{level} band, all k together (wider)"),
+            *bands,
+        ]
     return line_chart(
         [Series("cos(∇J_k, ∇J_1)", curve["k"], curve["cosine"])],
         bands,
