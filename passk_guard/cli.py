@@ -1,4 +1,4 @@
-"""`passk-guard`: analyse a checkpoint, compare two, report a run, plan its probe, check settings.
+"""`passk-guard`: analyse a checkpoint, compare two, screen prompts, report a run, plan its probe, check settings.
 
 Each command imports what it needs when it runs: `--help` loads neither torch nor transformers nor pydantic. The
 defaults of `analyze` are those of `analysis.Settings` and those of `compare` are the function's, which tests check.
@@ -303,6 +303,52 @@ def _compare(a: Path, b: Path, correct: str, options: dict[str, Any]) -> tuple[A
 def _accept_any_terminal() -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign still gets the table
+
+
+@_command
+def screen(
+    model: Annotated[Path, Argument(metavar="MODEL_DIR", help="A local model, or a PEFT adapter.")],
+    probe: Annotated[Path, Option("--prompts", "--probe", metavar="FILE", help=_PROBE)],
+    correct: Correct,
+    out: Annotated[Path, Option(metavar="FILE", help="JSONL of the kept prompts.")],
+    force: Annotated[bool, Option("--force", help="Replace FILE.")] = False,
+    base: Base = None,
+    progress: Progress = None,
+    num_samples: Annotated[int, Option("--samples", help="Completions of each prompt.")] = 4,
+    prompts: Annotated[int | None, Option("--limit", metavar="M", help=_LIMIT)] = None,
+    temperature: Temperature = 1.0,
+    max_new_tokens: MaxNewTokens = 256,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    correct_threshold: CorrectThreshold = 1.0,
+) -> int:
+    """Keep the prompts that a model solves sometimes.
+
+    A few samples of many prompts, before a probe is chosen: a prompt that is always or never solved says nothing about
+    the gradients. Estimates from the kept prompts speak for prompts like these.
+    """
+    settings = {name: value for name, value in dict(locals()).items() if name not in _FILES}
+    import torch
+    from accelerate import PartialState
+    from transformers.utils import logging
+
+    from passk_guard.analysis.load import import_function, load_model, load_tokenizer
+    from passk_guard.analysis.screen import refuse_existing
+    from passk_guard.analysis.screen import screen as screen_prompts
+
+    refuse_existing(out, force=force)
+    function = import_function(correct)
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    on, tokenizer = load_model(model, base=base).to(state.device), load_tokenizer(model, base=base)
+    logging.set_verbosity_error()
+    found = screen_prompts(on, tokenizer, probe, function, progress=progress, **settings)
+    if state.is_main_process:
+        found.save(out, force=force)
+        print(f"{found.text}\nWritten: {out}")
+    state.wait_for_everyone()
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    return 0
 
 
 @_command

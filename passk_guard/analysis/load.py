@@ -158,10 +158,25 @@ def _adapter(adapter: str | Path) -> Path:
 
 def _directory(path: str | Path, what: str) -> Path:
     place = Path(path)
+    _refuse_gguf(place)
     if not place.is_dir():
         found = "a file" if place.exists() else "nothing"
         raise GuardError(f"Expected the directory of a local {what}; found {found} at {str(path)!r}.")
     return place
+
+
+def _refuse_gguf(place: Path) -> None:
+    """Say how to convert a .gguf file, where the path is one or the directory holds no other weights."""
+    files = sorted(place.glob("*.gguf")) if place.is_dir() else [place] * (place.suffix == ".gguf" and place.is_file())
+    if files and not any(next(place.glob(pattern), None) for pattern in _WEIGHTS):
+        folder, name = str(files[0].parent), files[0].name
+        raise GuardError(
+            f"Expected a model as `save_pretrained` writes it; found {name} in {folder!r}: convert it. With the "
+            f"package gguf, transformers reads it by AutoModelForCausalLM.from_pretrained({folder!r}, "
+            f"gguf_file={name!r}), and the tokenizer alike. Its `save_pretrained` refuses while the config has a "
+            "`quantization_config`: delete that, make a model of the class from the config, load the state dict into "
+            "it, and save both."
+        )
 
 
 def _check_weights(place: Path) -> None:

@@ -80,6 +80,10 @@ class Accumulator(ABC):
     def project(self, name: str, side: str, x: Tensor) -> Tensor:
         """The projection of x [..., n], the "left" or "right" factor of weight `name`."""
 
+    def narrows(self, name: str, side: str) -> bool:
+        """Whether `project` makes a factor of this weight narrower."""
+        return False
+
     @abstractmethod
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add sum_t left_t right_t^T of each group's samples, for projected left [B, T, .] and right [B, T, .]."""

@@ -57,6 +57,10 @@ class KroneckerAccumulator(Accumulator):
     def project(self, name: str, side: str, x: Tensor) -> Tensor:
         return self._side(name, side, x)(x)
 
+    def narrows(self, name: str, side: str) -> bool:
+        which, sizes = ("left", "right").index(side), matrix_shape(self.shapes[name])
+        return split_dim(*sizes, self.rows.shape[1])[which] < sizes[which]
+
     def add_matrix(self, name: str, left: Tensor, right: Tensor) -> None:
         a, b, groups = left.shape[-1], right.shape[-1], self.layout.groups
         if a * b <= self.rows.shape[1] and len({end - start for _, start, end in groups}) == 1:

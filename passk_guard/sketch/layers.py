@@ -109,17 +109,27 @@ class Contribution(ABC):
 
 
 class LinearContribution(Contribution):
-    """dW = sum_t delta_t u_t^T in the weight's layout [out, in]."""
+    """dW = sum_t delta_t u_t^T in the weight's layout [out, in].
+
+    The projection of u is kept where it is narrower than u. That of a LoRA factor is wider: u is kept, which the layers
+    that read the same tensor share, and projected in the backward.
+    """
 
     input_side, output_side = "right", "left"
 
     def keep(self, u: Tensor) -> tuple[Tensor, ...]:
-        return () if self.use.weight is None else (self.accumulator.project(self.use.weight, self.input_side, u),)
+        if (name := self.use.weight) is None:
+            return ()
+        narrower = self.accumulator.narrows(name, self.input_side)
+        return (self.accumulator.project(name, self.input_side, u) if narrower else u,)
 
     def add(self, delta: Tensor, kept: Sequence[Tensor]) -> None:
         if (name := self.use.weight) is not None:
+            factor = kept[0]
+            if not self.accumulator.narrows(name, self.input_side):
+                factor = self.accumulator.project(name, self.input_side, factor)
             projected = self.accumulator.project(name, self.output_side, delta)
-            self.accumulator.add_matrix(name, **{self.input_side: kept[0], self.output_side: projected})
+            self.accumulator.add_matrix(name, **{self.input_side: factor, self.output_side: projected})
         self.add_bias(delta)
 
     @staticmethod

@@ -81,6 +81,24 @@ def test_directories_without_a_model(model, tmp_path):
         load_model(model, base=model)
 
 
+@pytest.mark.parametrize("which", ["folder", "file", "no_config"])
+def test_a_gguf_file_is_to_be_converted(which, tmp_path):
+    place = tmp_path / "tiny.Q4_1.gguf"
+    place.write_bytes(b"GGUF")
+    if which != "no_config":
+        (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(GuardError, match=r"found tiny\.Q4_1\.gguf in .*: convert it.*gguf_file='tiny\.Q4_1\.gguf'"):
+        load_model(place if which == "file" else tmp_path)
+    with pytest.raises(GuardError, match="found nothing at"):
+        load_model(tmp_path / "other.gguf")
+
+
+def test_weights_beside_a_gguf_file_are_taken(tmp_path):
+    folder = save_model(tmp_path / "model")
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    assert load_model(folder).num_parameters()
+
+
 def test_a_model_without_a_tokenizer(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     assert command(tmp_path / "model", write_probe(tmp_path / "probe.jsonl"), tmp_path / "out") == 1
