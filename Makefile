@@ -110,7 +110,7 @@ audit: $(AUDIT)/.installed ## known vulnerabilities of the pinned versions
 # The site needs neither the package nor torch: its pages and docstrings are read as text.
 $(DOCS)/.installed: pyproject.toml constraints.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt zensical mkdocstrings-python
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt zensical mkdocstrings-python ruff
 	touch $@
 
 docs: $(DOCS)/.installed ## the documents site in site/; a link that leads nowhere is an error

@@ -29,9 +29,12 @@ def printed(folder, *command, package=ROOT):
 
 
 def output(folder, package=ROOT):
-    """What the script prints, from an empty folder."""
+    """What the script prints, from an empty folder; TRL's rows of numbers are left out."""
     (Path(folder) / SCRIPT.name).write_text(SCRIPT.read_text())
-    return printed(folder, SCRIPT.name, package=package)
+    lines = printed(folder, SCRIPT.name, package=package)
+    rows = [line for line in lines if line.startswith("{")]
+    assert "'passk_guard/pass_at_4_total': " in "".join(rows)
+    return [line for line in lines if line not in rows]
 
 
 def kept(language, page=PAGE):
