@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
 OLDEST := .venv-oldest
 AUDIT := .venv-audit
+DOCS := .venv-docs
 
 # One thread a process: tests run in parallel, and several start processes. What DeepSpeed builds stays in the environment:
 # two versions would overwrite each other's, and wait without end for a lock that a killed process left.
@@ -15,7 +16,7 @@ PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest
 BY_FILE := -n 2 --dist loadfile
 
 .PHONY: help venv oldest demo benchmark bench-peers toy test wheel test-slow test-distributed test-resume test-soak fuzz \
-  browser test-browser test-oldest test-oldest-distributed audit lint format clean
+  browser test-browser test-oldest test-oldest-distributed audit docs lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -106,6 +107,20 @@ $(AUDIT)/.installed: Makefile
 audit: $(AUDIT)/.installed ## known vulnerabilities of the pinned versions
 	$(PYTHON) .ci/audit.py $(AUDIT)/bin/pip-audit constraints.txt
 
+# The site needs neither the package nor torch: its pages and docstrings are read as text.
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt zensical mkdocstrings-python ruff
+	touch $@
+
+docs: $(DOCS)/.installed ## the documents site in site/; a link that leads nowhere is an error
+	mkdir -p docs/project
+	for page in CHANGELOG CONTRIBUTING SECURITY; do \
+	  sed -e 's#](docs/#](../#g' -e 's#](SECURITY.md)#](security.md)#g' $$page.md \
+	    > docs/project/$$(echo $$page | tr A-Z a-z).md; \
+	done
+	$(DOCS)/bin/zensical build --clean --strict
+
 lint: $(INSTALLED) ## ruff, mypy, the order of imports, and packages that fit together
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -118,4 +133,4 @@ format: $(INSTALLED) ## ruff's fixes and format
 	$(BIN)/ruff format
 
 clean: ## remove environments, runs and caches
-	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) $(DOCS) site docs/project .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

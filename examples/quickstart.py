@@ -1,4 +1,4 @@
-"""GRPO with one line that watches it. Nothing is downloaded; a CPU takes half a minute."""
+"""GRPO on pass@4, and one line that watches it. Nothing is downloaded; a CPU takes half a minute."""
 
 import random
 
@@ -22,11 +22,10 @@ def correct(completions, answer, **_):
     return [float(right[-1] in text) for text, right in zip(completions, answer, strict=True)]
 
 
-# 80 steps are few: `probe_prompts` and `overhead` make room for six refreshes. A long run needs neither.
 small = {"max_steps": 80, "logging_steps": 40, "per_device_train_batch_size": 128, "max_completion_length": 4}
 quiet = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
-args = GRPOConfig("out", learning_rate=5e-4, **small, **quiet)
+args = GRPOConfig("out", learning_rate=5e-4, scale_rewards="none", loss_type="dr_grpo", **small, **quiet)
 trainer = GRPOTrainer(model, correct, args, Dataset.from_list(sums[:200]), processing_class=tokenizer)
-settings = {"k": 4, "num_samples": 8, "probe_prompts": 64, "overhead": 0.3}
-passk_guard.watch(trainer, probe=sums[200:], correct=correct, **settings)
-trainer.train()
+passk_guard.watch(trainer, sums[200:], correct, k=4, num_samples=8, probe_prompts=64, overhead=0.3)
+with passk_guard.PassKObjective(trainer, k=4):
+    trainer.train()

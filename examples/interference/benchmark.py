@@ -4,7 +4,8 @@
 
 Runs what is not yet in `runs/benchmark/results.jsonl`, as many side by side as there are cores, and then prints the
 tables and draws the picture from that file; with `--report` it only does the latter. Interrupted, it loses the runs
-in progress and nothing else. `--results benchmarks/interference.jsonl --report` shows the runs behind the README.
+in progress and nothing else. `--results benchmarks/interference.jsonl --report` shows the runs behind
+docs/results/mitigations.md.
 
 Each seed has its own warm start, training prompts, probe prompts and sampling. Defaults were chosen on the seeds 10, 11
 and 100, which are not among those reported. All of it takes about 7 core-hours; `--quick` runs two arms for ten steps

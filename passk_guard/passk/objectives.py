@@ -310,8 +310,8 @@ def named_weighting(spec: str) -> Weighting:
 
     Args:
         spec: a name, then after a colon its parameters as `key=value` with commas between. The first key may be left
-            out. One of: grpo[:epsilon=E], dr_grpo, rloo, maxrl, passk:K[,floor=F][,cap=C], mixture:k=K,share=S
-            (share of pass@1), verl_grpo_passk, passk_training:K, rs_grpo:beta=B.
+            out. One of: `grpo[:epsilon=E]`, `dr_grpo`, `rloo`, `maxrl`, `passk:K[,floor=F][,cap=C]`,
+            `mixture:k=K,share=S` (share of pass@1), `verl_grpo_passk`, `passk_training:K`, `rs_grpo:beta=B`.
 
     Raises:
         GuardError: an unknown name or parameter, one that is missing, given twice or not a number, or a value that
