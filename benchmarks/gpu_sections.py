@@ -70,7 +70,7 @@ def projection(asked: Asked, emit: Emit) -> None:
     """Steps of a plain Trainer with and without projection, in turn."""
     from benchmarks import gpu_shapes, projection_cost
 
-    shape, tokens, steps = ("tiny", 16, 12) if asked.tiny else ("1.5b", 512, 24)
+    shape, tokens, steps = ("tiny", 16, 8) if asked.tiny else ("1.5b", 512, 24)
     model: Any = gpu_shapes.build_model(gpu_shapes.SHAPES[shape], asked.device, torch.bfloat16, "sdpa")
     model.config.pad_token_id, model.generation_config.pad_token_id = 0, 0
     options = {"use_cpu": True} if asked.device == "cpu" else {}

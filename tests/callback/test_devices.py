@@ -9,8 +9,12 @@ from tests.helpers.devices import CUDA
 from tests.helpers.tiny import tiny_grpo_trainer, tiny_model
 
 FLASH = pytest.mark.skipif(not is_flash_attn_2_available(), reason="no flash attention")
-ATTENTION = ["eager", "sdpa", pytest.param("flash_attention_2", marks=FLASH)]
-CHECKPOINTING = [None, {"use_reentrant": True}, {"use_reentrant": False}]
+ATTENTION = [("eager", []), ("sdpa", []), ("flash_attention_2", [FLASH])]
+CHECKPOINTING = {"kept": None, "reentrant": {"use_reentrant": True}, "non_reentrant": {"use_reentrant": False}}
+CASES = [pytest.param("cpu", "sdpa", "non_reentrant", marks=pytest.mark.slow)]
+CASES += [
+    pytest.param("cuda", name, kept, marks=[*CUDA.marks, *marks]) for name, marks in ATTENTION for kept in CHECKPOINTING
+]
 
 
 def run(folder, device, guarded, attention, checkpointing):
@@ -33,12 +37,11 @@ def run(folder, device, guarded, attention, checkpointing):
     return weights, rows, guard
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING, ids=["kept", "reentrant", "non_reentrant"])
-@pytest.mark.parametrize("attention", ATTENTION)
-def test_observing_in_bf16_is_bit_for_bit(attention, checkpointing, device, tmp_path):
-    without, rows, _ = run(tmp_path / "without", device, False, attention, checkpointing)
-    weights, guarded_rows, guard = run(tmp_path / "with", device, True, attention, checkpointing)
+@pytest.mark.parametrize(("device", "attention", "checkpointing"), CASES)
+def test_observing_in_bf16_is_bit_for_bit(device, attention, checkpointing, tmp_path):
+    kept = CHECKPOINTING[checkpointing]
+    without, rows, _ = run(tmp_path / "without", device, False, attention, kept)
+    weights, guarded_rows, guard = run(tmp_path / "with", device, True, attention, kept)
     assert guard.memory.failures == 0
     assert guard.memory.account.refreshes == 3
     assert rows == guarded_rows
