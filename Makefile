@@ -50,6 +50,16 @@ $(PEERS)/.installed: benchmarks/peers/requirements.txt benchmarks/peers/no_depen
 bench-peers: $(PEERS)/.installed ## speed and memory beside other libraries
 	PYTHONPATH=. $(PEERS)/bin/python -m benchmarks.peers
 
+# Without an environment of its own: it may run where there is no network. GPU_PYTHON is one that has torch with CUDA.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+GPU_OUT ?= benchmarks/gpu.jsonl
+gpu: ## what only a GPU can show: nine minutes of one, no network (benchmarks/gpu.py)
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT)
+
+GPU_PYTHON_VERSION ?= 3.12
+gpu-files: $(INSTALLED) ## what `make gpu` may lack on a machine without a network, as files in gpu_files/
+	$(BIN)/python -m benchmarks.gpu_files --python $(GPU_PYTHON_VERSION)
+
 test: $(INSTALLED) ## the quick tests
 	$(PYTEST) -n 2
 

@@ -1,261 +1,194 @@
-"""Sketching at the sizes people train: random weights in the shape of Qwen2.5 0.5B, 1.5B and 7B, nothing downloaded.
+"""What only a GPU can show, in one go of at most nine minutes: `make gpu`.
 
-    python -m benchmarks.gpu --shape 0.5b 1.5b 7b --width 1024 2048 4096
-    python -m benchmarks.gpu --device cpu --shape tiny --width 64     # the same code anywhere, in seconds
+    python -m benchmarks.gpu [--out FILE] [--only tests sketch ...] [--minutes 9]
+    python -m benchmarks.gpu --device cpu --tiny      # the same code anywhere, at sizes that show nothing
 
-For each shape, width and choice of gradient checkpointing, in bf16 and interleaved: the time of Kronecker sketching
-as a ratio to one plain forward and backward on the same tokens, and the most memory each needs on top of the model.
-Then, once a shape: k_eff = 1/(rms error of pairwise cosines)^2 against exact gradients, and how far bf16 moves the
-cosines, exact ones and sketched ones, from those of the same weights in fp32. Exact gradients come from autograd,
-one sample at a time, the one it is compared with kept in the host's memory.
+Nothing is downloaded. It needs torch with CUDA, transformers, accelerate and this checkout; whatever else `make
+gpu-files` has put into `gpu_files/` is unpacked first, so that it can be imported (trl, datasets, deepspeed, a model's
+file). Each result is one line of JSON, printed and written to FILE at once: a stop loses nothing. The sections:
 
-Weights are random, and then moved by a few steps of sign descent (which needs no state) on tokens with Zipf
-frequencies: score vectors of untrained models resemble each other too little for k_eff to mean much.
+    tests        `pytest -m gpu`: a line for each test
+    sketch       sketching and rescoring over a forward and backward, memory, k_eff, at 0.5B, 1.5B and 7B shapes
+    projection   training steps with and without projection, at the 1.5B shape
+    example      a GRPO run unguarded and observed at overhead=0.10: seconds of a step, and what the guard found
 
-Exits with status 1 if sketching costs more than 0.80 of a forward and backward for a model of 1B parameters or more
-on a GPU. What does not fit in memory is said, and the run goes on.
+Every section runs in a process of its own, with a limit in seconds. One that fails or runs out of its time leaves a
+line with `error`, and the next one goes on. The exit status is 1 when a section has failed, a test among them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen2Config
-from transformers.utils import is_flash_attn_2_available
 
-from benchmarks.sketch_speed import build_batch, measure, peak_bytes, plain, zipf_text
-from passk_guard.sketch import ScoreSketcher
+from benchmarks.gpu_files import FOLDER, unpack
 
-TARGET = 0.80
-"""Of a forward and backward, from 1B parameters on."""
+Emit = Callable[[dict[str, Any]], None]
+SECONDS = {"tests": 90, "sketch": 110, "projection": 40, "example": 300}
+"""The limit of each section, in the order they run in; their sum is what nine minutes hold."""
+
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "deepspeed")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of a Qwen2 model."""
+class Asked:
+    """The command line of a section: its device, whether at tiny sizes, and the seconds it has."""
 
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    tied: bool
+    device: str
+    tiny: bool
+    seconds: float
 
 
-SHAPES = {
-    "tiny": Shape(64, 160, 2, 4, 2, 2048, True),
-    "0.5b": Shape(896, 4864, 24, 14, 2, 151_936, True),
-    "1.5b": Shape(1536, 8960, 28, 12, 2, 151_936, True),
-    "7b": Shape(3584, 18_944, 28, 28, 4, 152_064, False),
-}
+def section(name: str, asked: Asked, emit: Emit) -> None:
+    """Run one section in this process. Each result is handed to `emit` as soon as it is there."""
+    from benchmarks import gpu_sections
+
+    getattr(gpu_sections, name)(asked, emit)
 
 
-def build_model(shape: Shape, device: str, dtype: torch.dtype, attention: str) -> nn.Module:
-    """A model of that shape with random weights, made on the device."""
-    config = Qwen2Config(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=32_768,
-        rope_theta=1_000_000.0,
-        tie_word_embeddings=shape.tied,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    model.tie_weights()  # transformers 5.0 leaves this out on the meta device
-    return model.train()
+def relay(command: Sequence[str], seconds: float, emit: Emit, env: dict[str, str] | None = None) -> str | None:
+    """Run a command that prints lines of JSON, and pass each one on as it comes.
 
+    At the end of its time the command and all that it has started are killed.
 
-def sign_descent(model: nn.Module, steps: int, vocabulary: int, device: str, rate: float = 3e-4) -> None:
-    """Move every weight by `rate` against the sign of its gradient, `steps` times."""
-    for _ in range(steps):
-        input_ids = zipf_text(4, 128, vocabulary).to(device)
-        model(input_ids=input_ids, labels=input_ids).loss.backward()
-        with torch.no_grad():
-            for p in model.parameters():
-                p.sub_(p.grad.sign(), alpha=rate)
-        model.zero_grad(set_to_none=True)
-
-
-def exact_cosines(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cosines [pairs] of the score vectors, float64, by autograd; gradients are recomputed rather than kept."""
-    parameters, count = list(model.parameters()), len(batch["slots"])
-
-    def gradients(sample: int) -> list[Tensor]:
-        one = {name: tensor[sample : sample + 1] for name, tensor in batch.items()}
-        plain(model, one, "completion", keep=True)
-        found = [p.grad for p in parameters if p.grad is not None]
-        model.zero_grad(set_to_none=True)
-        return found
-
-    def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
-        return sum(
-            float(torch.linalg.vecdot(x.to(y.device).flatten().float(), y.flatten().float()))
-            for x, y in zip(xs, ys, strict=True)
+    Returns:
+        Why it failed, with the end of its other output; None where it did not.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as other:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=other, text=True, env=env, start_new_session=True
         )
+        late = threading.Event()
 
-    gram = torch.zeros(count, count, dtype=torch.float64)
-    for first in range(count):
-        held = [gradient.cpu() for gradient in gradients(first)]
-        gram[first, first] = dot(held, held)
-        for second in range(first + 1, count):
-            gram[first, second] = dot(held, gradients(second))
-    return cosines_of(gram)
+        def stop() -> None:
+            late.set()
+            os.killpg(process.pid, signal.SIGKILL)
 
-
-def cosines_of(gram: Tensor) -> Tensor:
-    """Cosines [pairs] from the upper triangle of a Gram matrix."""
-    norms, pairs = gram.diagonal().sqrt(), torch.triu_indices(len(gram), len(gram), 1)
-    return gram[pairs[0], pairs[1]] / (norms[pairs[0]] * norms[pairs[1]])
-
-
-def sketched_cosines(sketcher: ScoreSketcher, batch: dict[str, Tensor], seeds: int) -> Tensor:
-    """Cosines [seeds, pairs] of the sketched score vectors, float64."""
-    rows = []
-    for seed in range(seeds):
-        sketcher.reseed(seed)
-        sketch = sketcher.sketch(**batch, num_slots=len(batch["slots"])).double().cpu()
-        rows.append(cosines_of(sketch @ sketch.T))
-    return torch.stack(rows)
-
-
-def largest_cosine_shift(found: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference between two sets of cosines."""
-    return float((found - reference).abs().max())
-
-
-def attempt(run: Callable[[], Any]) -> Any:
-    """What `run` returns, or None where it did not fit in memory."""
-    try:
-        return run()
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                try:
+                    emit(dict(json.loads(line)))
+                except (ValueError, TypeError):
+                    other.write(line)
+            status = process.wait()
+        finally:
+            timer.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if late.is_set():
+            return f"stopped after {seconds:.0f} s"
+        if status == 0:
+            return None
+        other.seek(0)
+        last = [line.rstrip() for line in other.read()[-4000:].splitlines() if line.strip()]
+        return f"exit status {status}: " + " | ".join(last[-6:])[-800:]
 
 
-def speed(model: Any, shape: Shape, width: int, checkpointing: bool, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and bytes of a plain pass and of the sketch, on `samples` x `width` tokens."""
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_disable()
-    batch = build_batch(args.samples, width, width // 8, shape.vocabulary, 2, args.device)
-    sketcher = ScoreSketcher(model, dim=args.dim)
-    runs: dict[str, Callable[[], object]] = {
-        "plain": lambda: plain(model, batch, "train"),
-        "completion": lambda: plain(model, batch, "completion"),
-        "kronecker": lambda: sketcher.sketch(**batch, num_slots=2),
-    }
-    fitting = {name: peak for name in runs if (peak := attempt(lambda n=name: peak_bytes(runs[n], args.device)))}
-    seconds = measure({name: runs[name] for name in fitting}, args.repeats, args.device) if fitting else {}
-    return {"width": width, "checkpointing": checkpointing, "seconds": seconds, "peak_bytes": fitting}
+def environment(device: str) -> dict[str, Any]:
+    """The device and the versions of the stack; None for what is not installed."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    found: dict[str, Any] = {"device": "cpu", "python": sys.version.split()[0]}
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
+    return found | {name: installed(name) for name in LIBRARIES}
 
 
-def accuracy(model: Any, shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
-    """k_eff in the model's dtype, and how far that dtype moves cosines from fp32. Turns `model` into fp32."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    sign_descent(model, args.train_steps, shape.vocabulary, args.device)
-    width = min(args.width)
-    batch = build_batch(args.pairs_of, width, width // 8, shape.vocabulary, args.pairs_of, args.device)
-    low, low_sketched = exact_cosines(model, batch), sketched_cosines(ScoreSketcher(model, args.dim), batch, args.seeds)
-    model.set_attn_implementation("sdpa")  # flash attention knows no fp32
-    model.float()
-    exact, sketched = exact_cosines(model, batch), sketched_cosines(ScoreSketcher(model, args.dim), batch, args.seeds)
-    return {
-        "cosines": exact.tolist(),
-        "k_eff": 1 / float((low_sketched - exact).square().mean()),
-        "k_eff_fp32": 1 / float((sketched - exact).square().mean()),
-        "exact_cosine_shift": largest_cosine_shift(low, exact),
-        "sketched_cosine_shift": largest_cosine_shift(low_sketched, sketched),
-    }
-
-
-def report(name: str, row: dict[str, Any]) -> str:
-    """One line on a row of `speed`."""
-    cells = []
-    for run in ("plain", "completion", "kronecker"):
-        if run not in row["seconds"]:
-            cells.append(f"{run}: out of memory")
+def run(asked: argparse.Namespace, emit: Emit, environ: dict[str, str]) -> int:
+    """All sections in turn; how many have failed."""
+    deadline, failed = time.monotonic() + 60 * asked.minutes, 0
+    for name in asked.only:
+        began = time.monotonic()
+        left = min(SECONDS[name], deadline - began)
+        if left < 5:
+            emit({"section": name, "error": "no time was left", "seconds": 0.0})
+            failed += 1
             continue
-        seconds = row["seconds"]
-        ratios = [seconds[run] / seconds[base] for base in ("plain", "completion") if base in seconds]
-        listed = "/".join(f"{ratio:.2f}" for ratio in ratios)
-        cells.append(f"{run} {seconds[run] * 1e3:.0f} ms ({listed}) {row['peak_bytes'][run] / 2**30:.2f} GiB")
-    how = "checkpointed" if row["checkpointing"] else "all kept"
-    return f"{name:5s} {row['width']:5d} tokens a sample, {how:12s}  " + "   ".join(cells)
+        command = [sys.executable, "-m", "benchmarks.gpu", "--device", asked.device, "--section", name]
+        command += ["--seconds", f"{left:.0f}"] + ["--tiny"] * asked.tiny
+        bad: list[str] = []
 
+        def tagged(row: dict[str, Any], name: str = name, bad: list[str] = bad) -> None:
+            if "error" in row:
+                bad.append(str(row["error"]))
+            emit({"section": name} | row)
 
-def too_slow(parameters: int, row: dict[str, Any]) -> bool:
-    """Whether a row misses the target, where one is set."""
-    seconds = row["seconds"]
-    if parameters < 1e9 or not {"plain", "kronecker"} <= seconds.keys():
-        return False
-    return seconds["kronecker"] / seconds["plain"] > TARGET
+        error = relay(command, left, tagged, environ)
+        end: dict[str, Any] = {"section": name, "seconds": round(time.monotonic() - began, 1)}
+        emit(end | ({"error": error} if error else {"done": True, "errors": len(bad)}))
+        failed += bool(error or bad)
+    return failed
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["0.5b", "1.5b", "7b"])
-    parser.add_argument("--width", nargs="+", type=int, default=[1024, 2048, 4096], help="tokens a sample")
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--attention", default=None, help="default: flash_attention_2 where installed, else sdpa")
-    parser.add_argument("--dim", type=int, default=16384)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--train-steps", type=int, default=10)
-    parser.add_argument("--pairs-of", type=int, default=4, help="samples whose pairs give k_eff; 0: leave it out")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--json", type=Path, default=None, help="write the figures here too")
-    args = parser.parse_args(argv)
-    if args.attention is None:
-        flash = args.device != "cpu" and is_flash_attn_2_available()
-        args.attention = "flash_attention_2" if flash else "sdpa"
-    return args
+    parser.add_argument("--only", nargs="+", choices=list(SECONDS), default=list(SECONDS))
+    parser.add_argument("--out", type=Path, default=None, help="the lines are added to this file, too")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of all sections together")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
+    parser.add_argument("--files", type=Path, default=FOLDER, help="what `make gpu-files` has prepared")
+    parser.add_argument("--section", choices=list(SECONDS), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(argv)
-    device = torch.cuda.get_device_name() if args.device != "cpu" else "cpu"
-    print(f"{device}, {args.dtype}, {args.attention}; ratios to plain / plain with the head on completion tokens")
-    found, slow = [], False
-    for name in args.shape:
-        shape = SHAPES[name]
-        model = build_model(shape, args.device, getattr(torch, args.dtype), args.attention)
-        parameters = sum(p.numel() for p in model.parameters())
-        rows = []
-        for width in args.width:
-            for checkpointing in (False, True):
-                rows.append(speed(model, shape, width, checkpointing, args))
-                print(report(name, rows[-1]), flush=True)
-        slow = slow or (args.device != "cpu" and any(too_slow(parameters, row) for row in rows))
-        close = attempt(lambda m=model, s=shape: accuracy(m, s, args)) if args.pairs_of else None
-        if close is not None:
-            print(
-                f"{name:5s} {parameters:,} parameters: k_eff {close['k_eff']:,.0f} at {args.dim} "
-                f"(fp32 {close['k_eff_fp32']:,.0f}); {args.dtype} moves cosines by at most "
-                f"{close['exact_cosine_shift']:.4f} exact, {close['sketched_cosine_shift']:.4f} sketched"
-            )
-        elif args.pairs_of:
-            print(f"{name:5s} {parameters:,} parameters: exact gradients did not fit in memory")
-        found.append({"shape": name, **asdict(shape), "parameters": parameters, "speed": rows, "accuracy": close})
-        del model
-    if args.json is not None:
-        args.json.write_text(json.dumps({"device": device, "dtype": args.dtype, "shapes": found}, indent=1))
-    return int(slow)
+    asked = arguments(argv)
+    if asked.device != "cpu" and not torch.cuda.is_available():
+        print("Expected a CUDA device; torch found none. Pass --device cpu --tiny to try the code.", file=sys.stderr)
+        return 2
+    if asked.section:
+        # What libraries print goes to standard error; standard output has the results alone.
+        lines = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        section(
+            asked.section,
+            Asked(asked.device, asked.tiny, asked.seconds),
+            lambda row: print(json.dumps(row), file=lines, flush=True),
+        )
+        return 0
+
+    def emit(row: dict[str, Any]) -> None:
+        line = json.dumps(row)
+        print(line, flush=True)
+        if asked.out is not None:
+            asked.out.parent.mkdir(parents=True, exist_ok=True)
+            with asked.out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    site = unpack(asked.files)
+    environ = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"  # ninja, for deepspeed
+    if site is not None:
+        sys.path.append(str(site))
+        environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [environ.get("PYTHONPATH")]), str(site)])
+    emit({"section": "environment"} | environment(asked.device))
+    return int(run(asked, emit, environ) > 0)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
@@ -30,6 +31,12 @@ from passk_guard import GuardConfig, PassKGuardCallback
 from tests.helpers.tiny import probe_rows, tiny_tokenizer
 
 VOCAB, TOKENS, BATCH = 8192, 128, 8
+
+
+def finish_kernels() -> None:
+    """Wait for what a GPU has been given to do, so that the clock counts it where it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Alternate(TrainerCallback):
@@ -44,24 +51,26 @@ class Alternate(TrainerCallback):
     def listen(self) -> None:
         """Time what the guard does before each step."""
         steps = self.guard._mitigator.steps
-        turn = steps._turn
+        project = steps._project
 
         def timed(protected):
             before, began = steps._sums.get("mitigated", 0.0), time.process_time()
-            turn(protected)
+            project(protected)
             self.inside.append(time.process_time() - began)
             self.bound.append(steps._sums["mitigated"] > before)
 
-        steps._turn = timed
+        steps._project = timed
 
     def on_step_begin(self, args, state, control, **_):
         self.guarded = state.global_step % 2 == 1
         self.guard._mitigator.steps.open = self.guarded
         if state.global_step == 4:
             self.listen()
+        finish_kernels()
         self.began = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **_):
+        finish_kernels()
         if state.global_step > 4:  # warm-up
             self.seconds[self.guarded].append(time.perf_counter() - self.began[0])
             self.cpu[self.guarded].append(time.process_time() - self.began[1])
@@ -71,7 +80,8 @@ def half_right(completions, **_):
     return [float(i % 2) for i in range(len(completions))]
 
 
-def build(folder: str, stage: int | None, steps: int) -> Trainer:
+def small_model() -> torch.nn.Module:
+    """6.5M parameters with random weights."""
     config = Qwen2Config(
         vocab_size=VOCAB,
         hidden_size=256,
@@ -84,18 +94,24 @@ def build(folder: str, stage: int | None, steps: int) -> Trainer:
         eos_token_id=1,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(2, VOCAB, (BATCH * steps, TOKENS), generator=generator).tolist()
-    engine = {"use_cpu": True}
-    if stage is not None:
-        engine = {
-            "deepspeed": {
-                "zero_optimization": {"stage": stage},
-                "train_micro_batch_size_per_gpu": BATCH,
-                "gradient_clipping": 1.0,
-            }
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """The TrainingArguments of a ZeRO stage."""
+    return {
+        "deepspeed": {
+            "zero_optimization": {"stage": stage},
+            "train_micro_batch_size_per_gpu": BATCH,
+            "gradient_clipping": 1.0,
         }
+    }
+
+
+def build(folder: str, model: Any, steps: int, tokens: int = TOKENS, **engine: Any) -> Trainer:
+    """A trainer on random tokens; `engine` are further TrainingArguments."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(2, model.config.vocab_size, (BATCH * steps, tokens), generator=generator).tolist()
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=steps,
@@ -112,24 +128,28 @@ def build(folder: str, stage: int | None, steps: int) -> Trainer:
 
 
 def measure(engine: str, steps: int) -> dict[str, float]:
-    stage = int(engine[4:]) if engine.startswith("zero") else None
-    settings = {"k": 4, "num_samples": 8, "probe_prompts": 16, "refresh_steps": 10**6, "probe_max_new_tokens": 16}
+    options = zero(int(engine[4:])) if engine.startswith("zero") else {"use_cpu": True}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(folder, stage, steps)
-        config = GuardConfig(mitigation="project", gate="always", **settings)
-        guard = PassKGuardCallback(trainer, probe_rows(), half_right, config)
-        trainer.add_callback(guard)
-        clock = Alternate(guard)
-        trainer.add_callback(clock)
-        kept = {}
+        return measured(build(folder, small_model(), steps, **options))
 
-        class Weigh(TrainerCallback):
-            def on_step_end(self, args, state, control, **_):
-                parts = guard._mitigator.steps.protected
-                kept["bytes"] = sum(part.numel() * part.element_size() for part in parts)
 
-        trainer.add_callback(Weigh())
-        trainer.train()
+def measured(trainer: Trainer) -> dict[str, float]:
+    """Train, every other step guarded, and compare the two kinds of step."""
+    settings = {"k": 4, "num_samples": 8, "probe_prompts": 16, "refresh_steps": 10**6, "probe_max_new_tokens": 16}
+    config = GuardConfig(mitigation="project", gate="always", **settings)
+    guard = PassKGuardCallback(trainer, probe_rows(), half_right, config)
+    trainer.add_callback(guard)
+    clock = Alternate(guard)
+    trainer.add_callback(clock)
+    kept = {}
+
+    class Weigh(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            parts = guard._mitigator.steps.protected
+            kept["bytes"] = sum(part.numel() * part.element_size() for part in parts)
+
+    trainer.add_callback(Weigh())
+    trainer.train()
     plain = statistics.median(clock.seconds[False])
     probe = next(r["passk_guard/probe_seconds"] for r in trainer.state.log_history if "passk_guard/probe_seconds" in r)
     return {

@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu_shapes
 from benchmarks.sketch_speed import peak_bytes
 from passk_guard.sketch import ScoreSketcher
+from tests.helpers.devices import DEVICES
 from tests.helpers.tiny import tiny_model
 from tests.sketch.oracle import oracle_sketch, ragged_batch, relative_error
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 VOCAB = 2000
 
 
@@ -66,14 +65,14 @@ def test_the_closed_form_of_the_head_needs_less_memory(device, monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_benchmark_of_large_models_runs(device, tmp_path):
     options = f"--shape tiny --width 32 --repeats 1 --seeds 2 --pairs-of 3 --train-steps 2 --device {device}"
-    assert gpu.main([*options.split(), "--json", str(tmp_path / "found.json")]) == 0
-    (found,) = json.loads((tmp_path / "found.json").read_text())["shapes"]
-    assert [row["checkpointing"] for row in found["speed"]] == [False, True]
-    for row in found["speed"]:
-        assert set(row["seconds"]) == set(row["peak_bytes"]) == {"plain", "completion", "kronecker"}
+    assert gpu_shapes.main([*options.split(), "--json", str(tmp_path / "found.json")]) == 0
+    *speed, last = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [row["checkpointing"] for row in speed] == [False, True]
+    for row in speed:
+        assert set(row["seconds"]) == set(row["peak_bytes"]) == set(row["ratios"]) == set(gpu_shapes.RUNS)
         assert min(row["seconds"].values()) > 0
         assert min(row["peak_bytes"].values()) > 0
-    close = found["accuracy"]
+    close = last["accuracy"]
     assert len(close["cosines"]) == 3
     assert close["k_eff"] > 500
     assert 0 < close["exact_cosine_shift"] < 0.05
@@ -88,19 +87,19 @@ def test_the_benchmarks_exact_cosines_are_those_of_the_oracle():
     rows = torch.nn.functional.normalize(oracle_sketch(model, batch, 3).double(), dim=1)
     pairs = torch.triu_indices(3, 3, 1)
     torch.testing.assert_close(
-        gpu.exact_cosines(model, batch), (rows @ rows.T)[pairs[0], pairs[1]], atol=1e-5, rtol=1e-5
+        gpu_shapes.exact_cosines(model, batch), (rows @ rows.T)[pairs[0], pairs[1]], atol=1e-5, rtol=1e-5
     )
 
 
 def test_the_target_is_set_for_large_models_only():
     row = {"seconds": {"plain": 1.0, "kronecker": 0.81}}
-    assert gpu.too_slow(1_500_000_000, row)
-    assert not gpu.too_slow(500_000_000, row)
-    assert not gpu.too_slow(1_500_000_000, {"seconds": {"plain": 1.0, "kronecker": 0.79}})
-    assert not gpu.too_slow(1_500_000_000, {"seconds": {"kronecker": 0.81}})  # the plain pass did not fit
+    assert gpu_shapes.too_slow(1_500_000_000, row)
+    assert not gpu_shapes.too_slow(500_000_000, row)
+    assert not gpu_shapes.too_slow(1_500_000_000, {"seconds": {"plain": 1.0, "kronecker": 0.79}})
+    assert not gpu_shapes.too_slow(1_500_000_000, {"seconds": {"kronecker": 0.81}})  # the plain pass did not fit
 
 
 def test_shapes_have_the_sizes_of_their_names():
     for name, count in (("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("7b", 7_615_616_512)):
-        model = gpu.build_model(gpu.SHAPES[name], "meta", torch.bfloat16, "sdpa")
+        model = gpu_shapes.build_model(gpu_shapes.SHAPES[name], "meta", torch.bfloat16, "sdpa")
         assert sum(p.numel() for p in model.parameters()) == count
