@@ -21,7 +21,7 @@ from examples.interference.arms import ARMS, SETTINGS, Arm
 from examples.interference.train import train
 from examples.interference.warm_start import warm_start
 
-EVALUATE_EVERY = 20
+EVALUATE_EVERY = 5
 
 
 def run(
@@ -35,7 +35,7 @@ def run(
         overrides: GRPOConfig fields on top of the setting's.
 
     Returns:
-        A plain record: setting, arm, seed, steps, k, seconds; `trajectory` of exact pass rates every 20 steps, the
+        A plain record: setting, arm, seed, steps, k, seconds; `trajectory` of exact pass rates every 5 steps, the
         first before training and the last after it; and what the guard did, from its journal.
     """
     torch.set_num_threads(1)  # two runs side by side use two cores better than one run does
@@ -55,6 +55,7 @@ def run(
             k=setting.k,
             seed=seed,
             evaluate_every=EVALUATE_EVERY,
+            cosine=False,
             prepare=prepare,
             objective=arm.objective,
             mixture=setting.mixture,
@@ -85,6 +86,8 @@ def _what_the_guard_did(events: list[dict[str, Any]]) -> dict[str, Any]:
         "failed_refresh": sum(e["event"] == "failed_refresh" for e in events),
         "cosine": [e.get("cosine") for e in refreshes],
         "floor": [e.get("floor") for e in refreshes],
+        "multiplier": [e.get("hold_multiplier") for e in refreshes],
+        "above_level": [e.get("hold_above_level") for e in refreshes],
         "reliability": [e.get("protected_reliability") for e in refreshes],
         "steps_measured": len(turned),
         "steps_turned": sum(turned),

@@ -17,7 +17,7 @@ from examples.interference.arms import ARMS, CORE, SETTINGS
 
 Record = dict[str, Any]
 _RESAMPLES = 10_000
-_MARKERS = "os^DvP*X<>"
+_MARKERS = "os^DvP*X<>hd"
 _COLOURS = (
     "#000000",
     "#0072B2",
@@ -29,6 +29,7 @@ _COLOURS = (
     "#7F7F7F",
     "#8C6D31",
     "#4B0082",
+    "#A6761D",
 )
 
 
@@ -132,8 +133,8 @@ def draw(path: Path, records: Sequence[Record]) -> None:
                     many.mean,
                     xerr=[[one.mean - one.low], [one.high - one.mean]],
                     yerr=[[many.mean - many.low], [many.high - many.mean]],
-                    fmt=_MARKERS[i],
-                    color=_COLOURS[i],
+                    fmt=_MARKERS[i % len(_MARKERS)],
+                    color=_COLOURS[i % len(_COLOURS)],
                     markersize=8 if arm in CORE else 6,
                     capsize=2,
                     label=ARMS[arm].label,

@@ -8,7 +8,7 @@ per step, after a window of h steps
 $$ I \leftarrow [I + \kappa k_i h e]_0^{5}, \qquad \lambda = [I + \kappa (k_p e - k_d v)]_0^{5}. $$
 
 $\kappa \le 1$ keeps the loop stable where steps are large: two windows whose $\lambda$ differed say how much pass@1
-moves in a window for each unit of $\lambda$, and $\kappa k_p$ stays below 0.6 over that. Needs torch alone.
+moves in a window for each unit of $\lambda$, and $\kappa k_p$ is at most 0.6 over that. Needs torch alone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from passk_guard.utils.errors import GuardError
 
 _STABLE = 0.6  # of the change that undoes a shortfall within one window
 _MOVED = 0.1  # a difference of lambda that is large enough to measure its effect by
+_STRONGEST = 0.3  # effect of lambda that is believed: pass@1 may have fallen by itself
 _FORGET = 0.8  # of the largest effect seen, a window
 _SMOOTH = 0.5  # share of the newest window in the rate
 _PATIENCE = 1  # missed checks before lambda decays
@@ -153,11 +154,12 @@ class HoldController:
         """The largest effect of lambda seen of late, less what noise alone would show."""
         if state.change is None or state.multiplier_then is None:
             return state.effect
-        moved = abs(state.multiplier - state.multiplier_then)
-        if moved <= _MOVED:
+        moved = state.multiplier - state.multiplier_then
+        if abs(moved) <= _MOVED:
             return state.effect
-        found = (abs(measured.change - state.change) - 2 * measured.change_se) / moved
-        return max(_FORGET * state.effect, found, 0.0)
+        differs = math.copysign(1.0, moved) * (measured.change - state.change)  # below 0 where something else did it
+        found = (differs - 3 * measured.change_se) / abs(moved)
+        return min(_STRONGEST, max(_FORGET * state.effect, found, 0.0))
 
     def _within(self, value: float) -> float:
         return min(self.largest, max(0.0, value))
