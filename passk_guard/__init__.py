@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from passk_guard.estimation.estimate import estimate_conflict, estimate_pooled
     from passk_guard.estimation.evidence import run_p_value
     from passk_guard.estimation.records import ConflictEstimate, ProbeGram
-    from passk_guard.mitigation import combine, project_gradient, smooth_floor, solve_floor
+    from passk_guard.mitigation import HoldController, combine, project_gradient, smooth_floor, solve_floor
     from passk_guard.mitigation.objective import PassKObjective
     from passk_guard.passk import Weighting, named_weighting
     from passk_guard.passk.closed_forms import pass_at_k, passk_advantages, passk_weight, population_conflict
@@ -38,7 +38,7 @@ _PLACES = {
     "estimation.estimate": ("estimate_conflict", "estimate_pooled"),
     "estimation.evidence": ("run_p_value",),
     "estimation.records": ("ConflictEstimate", "ProbeGram"),
-    "mitigation": ("combine", "project_gradient", "smooth_floor", "solve_floor"),
+    "mitigation": ("HoldController", "combine", "project_gradient", "smooth_floor", "solve_floor"),
     "mitigation.objective": ("PassKObjective",),
     "passk": ("Weighting", "named_weighting"),
     "passk.closed_forms": ("pass_at_k", "passk_advantages", "passk_weight", "population_conflict"),
@@ -61,6 +61,7 @@ __all__ = [
     "GenerateSampler",
     "GuardConfig",
     "GuardError",
+    "HoldController",
     "PassKGuardCallback",
     "PassKObjective",
     "ProbeGram",

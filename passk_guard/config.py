@@ -126,12 +126,19 @@ class GuardConfig:
     cooldown: AtLeast1 = _setting(
         3, "Consecutive refreshes without an established conflict after which CONFLICT is cleared."
     )
-    mitigation: Literal["off", "project", "reweight", "both", "auto"] = _setting(
+    mitigation: Literal["off", "hold", "project", "reweight", "both", "auto"] = _setting(
         "off",
-        "What is done about a conflict. off: nothing. project: before clipping and the optimizer, change the training "
-        "gradient g as little as possible so that <g, p> >= gamma |g||p|, with |g| as before and p the probe's pass@1 "
-        "gradient. reweight: solve for a floor under the prompt weights of the PassKObjective, and change no gradient. "
-        "both: do both. auto: reweight if a PassKObjective is installed, else project.",
+        "What is done about a conflict. off: nothing. hold: add lambda times the pass@1 advantages to those of "
+        "training, with lambda set by the measured change of pass@1, so that pass@1 keeps its level. project: before "
+        "clipping and the optimizer, change the training gradient g as little as possible so that <g, p> >= gamma "
+        "|g||p|, with |g| as before and p the probe's pass@1 gradient. reweight: solve for a floor under the prompt "
+        "weights of the PassKObjective, and change no gradient. "
+        "both: do both. auto: hold where the trainer computes advantages and the change of pass@1 is measured, else "
+        "reweight if a PassKObjective is installed, else project.",
+    )
+    hold_tolerance: Share = _setting(0.0, "Loss of pass@1 below its level that hold accepts, such as 0.01.")
+    hold_level: Annotated[Real, Field(gt=0, lt=1)] | None = _setting(
+        None, "Level of pass@1 on the probe that hold keeps, such as 0.6. None keeps that at the start."
     )
     gamma: Share = _setting(
         0.2,
@@ -264,10 +271,15 @@ class GuardConfig:
                 "Expected source='held_out' for instruments='change'; found 'training_batch'. Its completions steer "
                 "the updates that they would have to measure: pass held-out prompts as `probe`."
             )
-        if self.instruments == "change" and self.mitigation != "off":
+        if self.instruments == "change" and self.mitigation not in ("off", "hold"):
             raise ValueError(
-                f"Expected mitigation='off' for instruments='change'; found {self.mitigation!r}. A floor and a "
-                "protected direction come from the angle's samples: use instruments='both'."
+                f"Expected mitigation='off' or 'hold' for instruments='change'; found {self.mitigation!r}. A floor and "
+                "a protected direction come from the angle's samples: use instruments='both'."
+            )
+        if self.mitigation == "hold" and (self.source == "training_batch" or self.instruments == "angle"):
+            raise ValueError(
+                "Expected source='held_out' and instruments='both' or 'change' for mitigation='hold', which follows "
+                f"the measured change of pass@1; found {self.source!r} and {self.instruments!r}."
             )
         if self.on_loss == "stop" and self.max_loss is None:
             raise ValueError(

@@ -218,6 +218,7 @@ _ALWAYS = {"mitigation": "project", "gate": "always"}
 ARMS = {
     "none": Arm("no guard"),
     "project": Arm("project, gamma 0.2", {"mitigation": "project"}),
+    "hold": Arm("hold pass@1", {"mitigation": "hold"}),
     "reweight": Arm("reweight, floor solved", {"mitigation": "reweight"}),
     "floor": Arm("fixed floor 0.5", objective=partial(_bounded, low=0.5)),
     "pcgrad": Arm("project, gamma 0 (PCGrad, A-GEM)", {"mitigation": "project", "gamma": 0.0}),
@@ -237,5 +238,5 @@ ARMS = {
     "per_module": Arm("PCGrad in each module", _ALWAYS | {"instruments": "angle"}, callback=by(PerModuleStep)),
     "pass_at_1": Arm("train on J_1", objective=_on_pass_at_1),
 }
-CORE = ("none", "project", "reweight", "floor")
+CORE = ("none", "hold", "project", "reweight", "floor")
 """The arms that every setting is run with, on more seeds than the others."""

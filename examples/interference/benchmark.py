@@ -90,7 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, help="default: all")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 8 for the four main arms, 3 or 4 elsewhere")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 8 for the main arms, 3 or 4 elsewhere")
     parser.add_argument("--results", type=Path, help="JSON lines; default runs/benchmark/results.jsonl")
     parser.add_argument("--picture", type=Path, help="PNG; default beside the results")
     parser.add_argument("--cache", type=Path, default=Path("runs/warm_start"), help="where warm starts are kept")

@@ -17,7 +17,7 @@ from examples.interference.arms import ARMS, CORE, SETTINGS
 
 Record = dict[str, Any]
 _RESAMPLES = 10_000
-_MARKERS = "os^DvP*X<>hdp"
+_MARKERS = "os^DvP*X<>hdp8"
 _COLOURS = (
     "#000000",
     "#0072B2",
@@ -29,6 +29,7 @@ _COLOURS = (
     "#7F7F7F",
     "#8C6D31",
     "#4B0082",
+    "#A6761D",
 )
 
 

@@ -183,7 +183,12 @@ class PassKGuardCallback(TrainerCallback):
         self._max_tokens = chosen or choose_tokens(model, self._ranks, direction=direction)
         self.memory = replace(self.memory, pass_tokens=self._max_tokens)
         self._mitigator = Mitigator(
-            self._trainer, self.config, self._ranks, self._warn, lambda: self._attachment.stands
+            self._trainer,
+            self.config,
+            self._ranks,
+            self._warn,
+            lambda: self._attachment.stands,
+            self._verifier.function,
         )
         if folder is not None:
             self._mitigator.resume(folder, self.memory)
@@ -292,6 +297,7 @@ class PassKGuardCallback(TrainerCallback):
                     until_it_fits(self._ranks, lambda: self._ranks.together(sample_once), self._sample_fewer)
                 memory = self.memory.with_step(step) if found is None else found.memory
                 if self._change.enabled and sampled:  # kept samples go on with the window that they have
+                    memory = self._mitigator.follow(memory, window)
                     before = memory.change if window is None else window.memory
                     memory = memory.with_change(self._opened(rescorer, sampled[0], keys, before, step))
         except Exception as error:  # of any kind: the probe may not stop training
@@ -438,7 +444,10 @@ class PassKGuardCallback(TrainerCallback):
     def _report_window(self, window: WindowResult, control: Any, seconds: float) -> None:
         """Report what the updates did; end the training where the user asked for it."""
         details = window.details(self._change.prompt)
-        metrics = window.metrics | {"probe_seconds": seconds, "probe_share": self.memory.account.share}
+        metrics = window.metrics | self._mitigator.refresh_metrics(self.memory)
+        metrics |= {"probe_seconds": seconds, "probe_share": self.memory.account.share}
+        if self.memory.hold is not None:
+            details["hold_cause"] = self.memory.hold.cause
         self._reporter.window(window.ended, metrics, remark=window.reason, **details)
         if window.verdict.changed:
             action = self._mitigator.action(self.memory)
@@ -454,7 +463,7 @@ class PassKGuardCallback(TrainerCallback):
         """Report a failed refresh; nothing is projected until the next one succeeds."""
         self._keeper.drop()
         self._mitigator.leave_unguarded()
-        self.memory = self.memory.with_failure(step)
+        self.memory = self._mitigator.missed(self.memory.with_failure(step))
         self._reporter.failed_refresh(
             step,
             reason,
@@ -492,7 +501,8 @@ class PassKGuardCallback(TrainerCallback):
         try:
             sketcher.require_coverage()  # it depends on the model's code alone, so that all ranks agree
         except GuardError as error:
-            if not self._change.enabled or self.config.instruments != "both" or self.config.mitigation != "off":
+            steers = self.config.mitigation not in ("off", "hold")
+            if not self._change.enabled or self.config.instruments != "both" or steers:
                 raise
             self._sketcher = None
             self._warn(f"the angle is not measured in this run, the change of pass@1 and pass@k is. {error}")

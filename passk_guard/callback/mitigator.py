@@ -1,13 +1,15 @@
-"""What the guard does about a conflict: it moves the floor under the advantages, projects the gradient, or nothing."""
+"""What the guard does about a conflict: it holds pass@1, moves the floor, projects the gradient, or nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from passk_guard.callback.realised import WindowResult
 from passk_guard.callback.state import Memory
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.estimate import in_conflict
@@ -16,6 +18,7 @@ from passk_guard.mitigation import FloorState
 from passk_guard.mitigation.engines import choose_engine
 from passk_guard.mitigation.floor_guard import FloorGuard, choose_mitigation, installed_objective
 from passk_guard.mitigation.gradient_guard import StepGuard
+from passk_guard.mitigation.hold_guard import HoldGuard, held_column
 from passk_guard.mitigation.protected_direction import direction_noise, pass1_loss
 from passk_guard.probe.refresh import Refresh
 from passk_guard.utils.isolation import without_dropout
@@ -30,15 +33,17 @@ class NoMitigation:
 
     Attributes:
         bound: whether it belongs to a train().
-        remark: how "auto" was decided, if it was.
+        remark: how "auto" was decided, if it was, and what is done beyond the plain case.
         steps: projects gradients before optimizer steps; None where nothing does.
         floor: moves the floor of the objective; None where nothing does.
+        hold: moves the multiplier of the pass@1 advantages; None where nothing does.
     """
 
     bound: bool = False
     remark: str | None = None
     steps: StepGuard | None = None
     floor: FloorGuard | None = None
+    hold: HoldGuard | None = None
 
     def resume(self, checkpoint: Path, memory: Memory) -> None:
         """Go on from a checkpoint, and warn of what was lost."""
@@ -49,6 +54,14 @@ class NoMitigation:
         Raises:
             FailedRefresh: the direction could not be taken; the same on every rank.
         """
+        return memory
+
+    def follow(self, memory: Memory, window: WindowResult | None) -> Memory:
+        """Move the multiplier after fresh samples; `window` is the one that they end, None where none was open."""
+        return memory
+
+    def missed(self, memory: Memory) -> Memory:
+        """The memory after a failed refresh; without communication, as it may have failed on one rank alone."""
         return memory
 
     def measured(self, count: int) -> torch.Tensor:
@@ -92,6 +105,7 @@ class Mitigator(NoMitigation):
         ranks: the processes of the run.
         warn: called once with each reason why something no longer works.
         wanted: called before each step: whether the guard still is on the trainer.
+        correct: the function that means *correct*.
 
     Raises:
         GuardError: a mitigation this trainer, its engine or its objective does not allow, and what to do.
@@ -106,11 +120,16 @@ class Mitigator(NoMitigation):
         ranks: Ranks,
         warn: Callable[[str], None],
         wanted: Callable[[], bool] = lambda: True,
+        correct: Any = None,
     ) -> None:
         self._trainer, self._config, self._ranks, self._warn = trainer, config, ranks, warn
-        reweights = config.mitigation in ("reweight", "both", "auto")
+        reweights = config.mitigation in ("hold", "reweight", "both", "auto")
         objective = installed_objective(trainer, config.k) if reweights else None
-        chosen, self.remark = choose_mitigation(config.mitigation, objective, config.source)
+        holds = self._measures and (objective is not None or held_column(trainer, correct) is not None)
+        chosen, self.remark = choose_mitigation(config.mitigation, objective, config.source, holds=holds)
+        if chosen == "hold":
+            self.hold = HoldGuard(trainer, objective, config, correct)
+            self.remark = "; ".join(filter(None, (self.remark, self.hold.remark))) or None
         if chosen in ("reweight", "both") and objective is not None:
             self.floor = FloorGuard(objective, config, ranks)
         if chosen in ("project", "both"):
@@ -140,12 +159,34 @@ class Mitigator(NoMitigation):
                 loss, noise = pass1_loss(refresh, self._ranks.count, steering), direction_noise(refresh, steering)
                 with without_dropout(self._trainer.model_wrapped):
                     self.steps.harvest(loss, refresh.batches, noise, same_samples=refresh.probe.reused)
+        if self.hold is not None:
+            self.hold.steering = None
+            if memory.hold is None and not refresh.probe.reused:
+                return replace(memory, hold=self.hold.begin(refresh))
         if self.floor is None:
             return memory
         floor = self.floor.learn(memory.floor, memory.pooled(self._config.pool_refreshes))
         return memory if refresh.probe.reused else memory.with_floor(floor)
 
+    def follow(self, memory: Memory, window: WindowResult | None) -> Memory:
+        if self.hold is None:
+            return memory
+        if memory.hold is None:
+            return replace(memory, hold=self.hold.begin(None))
+        if window is None:  # the first sample, or one after a sample that could not be scored
+            return memory if self.hold.steering is not None else self.missed(memory)
+        # No level of the newest sample, which measures what follows.
+        fused, steps = window.memory.fused.pass_at_1, window.ended - window.began
+        return replace(memory, hold=self.hold.step(memory.hold, fused, window.estimate, steps))
+
+    def missed(self, memory: Memory) -> Memory:
+        if self.hold is None or memory.hold is None:
+            return memory
+        return replace(memory, hold=self.hold.controller.step(memory.hold, None))
+
     def measured(self, count: int) -> torch.Tensor:
+        if self.hold is not None and self.hold.steering is not None:
+            return ~self.hold.steering
         if self.steps is None:
             return super().measured(count)
         each = self._config.instruments != "angle"
@@ -154,11 +195,17 @@ class Mitigator(NoMitigation):
     def apply(self, memory: Memory) -> None:
         if self.floor is not None:
             self.floor.apply(self._in_force(memory))
+        if self.hold is not None:
+            self.hold.apply(memory.hold)
 
     def _in_force(self, memory: Memory) -> FloorState:
         """Where the realised change is measured, the floor of the refresh before: no sample steers its own window."""
-        measured = self._config.instruments != "angle" and self._config.source == "held_out"
-        return memory.floor_before if measured else memory.floor
+        return memory.floor_before if self._measures else memory.floor
+
+    @property
+    def _measures(self) -> bool:
+        """Whether the realised change is."""
+        return self._config.instruments != "angle" and self._config.source == "held_out"
 
     def _steering(self, refresh: Refresh) -> torch.Tensor:
         """[m] bool: prompts that the protected direction is taken from, none of whose change is measured."""
@@ -170,6 +217,8 @@ class Mitigator(NoMitigation):
 
     def refresh_metrics(self, memory: Memory) -> dict[str, float | None]:
         metrics = self.floor.metrics(self._in_force(memory)) if self.floor is not None else {}
+        if self.hold is not None:
+            metrics |= self.hold.metrics(memory.hold, memory.change.fused.pass_at_1)
         if self.steps is not None:
             metrics["protected_reliability"] = self.steps.reliability if self.steps.open else None
         return metrics
@@ -182,12 +231,14 @@ class Mitigator(NoMitigation):
             self.steps.save(checkpoint)
 
     def remove(self) -> None:
-        for part in (self.steps, self.floor):
+        for part in (self.steps, self.floor, self.hold):
             if part is not None:
                 part.remove()
 
     def action(self, memory: Memory) -> str:
         parts = [f"project (gamma {self._config.gamma:g})"] if self.steps is not None else []
+        if self.hold is not None:
+            parts.append(self.hold.action(memory.hold))
         if self.floor is not None:
             parts.append(f"reweight (floor {self.floor.metrics(self._in_force(memory))['floor']:.2f})")
         return " and ".join(parts) or super().action(memory)

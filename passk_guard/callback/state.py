@@ -17,7 +17,7 @@ from passk_guard.estimation.evidence import Check, RunEvidence
 from passk_guard.estimation.gram import checked_probe
 from passk_guard.estimation.records import ProbeGram, Status
 from passk_guard.estimation.verdict import DecisionState
-from passk_guard.mitigation import FloorState
+from passk_guard.mitigation import FloorState, HoldState
 from passk_guard.reporting.journal import RUN
 from passk_guard.utils.files import save_whole
 
@@ -42,6 +42,7 @@ class Memory:
         account: work of the run and of its probe.
         run: identity of the run; empty in checkpoints of the first versions.
         pass_tokens: most tokens of one pass of the probe, which a resumed run keeps to; 0: not chosen yet.
+        hold: of the multiplier that holds pass@1; None before the first refresh, and where nothing does.
     """
 
     decision: DecisionState = field(default_factory=DecisionState)
@@ -56,6 +57,7 @@ class Memory:
     account: Account = field(default_factory=Account)
     run: str = ""
     pass_tokens: int = 0
+    hold: HoldState | None = None
 
     @property
     def status(self) -> float:
@@ -143,6 +145,17 @@ class _Floor(BaseModel):
     precision: _AtLeast0 = 0.0
 
 
+class _Hold(BaseModel):
+    multiplier: _AtLeast0
+    trusted: _AtLeast0
+    rate: _Number
+    change: _Number | None
+    multiplier_then: _AtLeast0 | None
+    effect: _AtLeast0
+    missed: _Count
+    cause: StrictStr
+
+
 class _Account(BaseModel):
     run: _Count
     probe: _Count
@@ -196,6 +209,7 @@ class _Checkpoint(BaseModel):
     account: _Account | None = None
     run: Annotated[StrictStr, Field(pattern=RUN)] = ""
     pass_tokens: _Count = 0
+    hold: _Hold | None = None
 
     @model_validator(mode="after")
     def _refreshes_in_order(self) -> _Checkpoint:
@@ -219,4 +233,5 @@ class _Checkpoint(BaseModel):
             account=Account(since=max(0, self.step)) if self.account is None else Account(**vars(self.account)),
             run=self.run,
             pass_tokens=self.pass_tokens,
+            hold=None if self.hold is None else HoldState(**vars(self.hold)),
         )

@@ -96,11 +96,19 @@ def installed_objective(trainer: Any, k: int) -> PassKObjective | None:
     return None if objective is None or objective.threshold is None else objective
 
 
-def choose_mitigation(mitigation: str, objective: PassKObjective | None, source: str) -> tuple[str, str | None]:
+def choose_mitigation(
+    mitigation: str, objective: PassKObjective | None, source: str, *, holds: bool
+) -> tuple[str, str | None]:
     """The mitigation of a run, and how "auto" was decided.
 
+    Args:
+        mitigation: as set.
+        objective: of the trainer.
+        source: of the probe's completions.
+        holds: whether pass@1 can be held: it is measured, and there are advantages that A_1 can be added to.
+
     Raises:
-        GuardError: there is no objective to reweight, or "auto" can neither reweight nor project.
+        GuardError: there is no objective to reweight, or "auto" can neither hold, reweight nor project.
     """
     if mitigation in ("reweight", "both") and objective is None:
         raise GuardError(
@@ -109,6 +117,8 @@ def choose_mitigation(mitigation: str, objective: PassKObjective | None, source:
         )
     if mitigation != "auto":
         return mitigation, None
+    if holds:
+        return "hold", "auto: hold, since this trainer computes advantages and the change of pass@1 is measured"
     if objective is not None:
         return "reweight", "auto: reweight, since a PassKObjective computes the advantages of this trainer"
     if source == "training_batch":

@@ -21,7 +21,92 @@ logger = logging.getLogger(__name__)
 _INSTALLED = "_passk_guard_objective"
 
 
-class PassKObjective:
+class _Advantages:
+    """Patches a TRL trainer where its advantages are made.
+
+    Args:
+        trainer: GRPOTrainer or RLOOTrainer.
+        column: of the reward function that means *correct*.
+        adds: whether `advantages` are added to the trainer's own, which they replace otherwise.
+    """
+
+    needs = BatchTap.needs
+
+    def __init__(self, trainer: Any, column: int, *, adds: bool) -> None:
+        self._trainer, self._column, self._adds = trainer, column, adds
+        self._rewards: Tensor | None = None
+        owner = type(self).__name__
+        self._patches = [
+            MethodPatch(trainer, "_calculate_rewards", self._keep_rewards, owner=owner),
+            MethodPatch(trainer, "_generate_and_score_completions", self._change_advantages, owner=owner),
+        ]
+
+    def advantages(self, rewards: Tensor, num_generations: int) -> Tensor:
+        """[B] of a batch; rewards [B] of the column, groups of `num_generations` in a row; NaN: none."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Give the trainer its advantages back."""
+        for patch in self._patches:
+            patch.remove()
+
+    def _install(self) -> None:
+        for patch in self._patches:
+            patch.install()
+
+    def _keep_rewards(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def calculate_rewards(*args: Any, **kwargs: Any) -> Tensor:
+            rewards = original(*args, **kwargs)
+            self._rewards = rewards[:, self._column].detach()  # gathered: all ranks, in order
+            return rewards
+
+        return calculate_rewards
+
+    def _change_advantages(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate_and_score(inputs: Any) -> Any:
+            output = original(inputs)
+            if not self._trainer.model.training or self._rewards is None:
+                return output
+            everyone = self.advantages(self._rewards, self._trainer.num_generations)
+            local = output["advantages"]
+            start = self._trainer.accelerator.process_index * local.shape[0]
+            mine = everyone[start : start + local.shape[0]].to(local)
+            output["advantages"] = local + mine if self._adds else mine
+            _correct_completion_log(self._trainer, everyone, adds=self._adds)
+            return output
+
+        return generate_and_score
+
+
+class HeldAdvantages(_Advantages):
+    r"""Adds $\lambda A_1$ to the advantages of a TRL trainer, whatever they are.
+
+    Args:
+        trainer: GRPOTrainer or RLOOTrainer.
+        column: of the reward function that means *correct*.
+        threshold: rewards at or above it count as correct.
+
+    Attributes:
+        hold: lambda, 0 at first.
+    """
+
+    def __init__(self, trainer: Any, column: int, threshold: float) -> None:
+        super().__init__(trainer, column, adds=True)
+        self.threshold, self.hold = threshold, 0.0
+
+    def install(self) -> HeldAdvantages:
+        """Add to the advantages from here on."""
+        self._install()
+        return self
+
+    def advantages(self, rewards: Tensor, num_generations: int) -> Tensor:
+        """[B] float32 lambda A_1 of a batch; 0 where there is no reward."""
+        grouped = rewards.view(-1, num_generations)
+        right = (grouped >= self.threshold).float()
+        return self.hold * passk_advantages(right, 1, mask=~torch.isnan(grouped)).view(-1)
+
+
+class PassKObjective(_Advantages):
     r"""Replaces the advantages of a TRL GRPOTrainer or RLOOTrainer by pass@k advantages.
 
     Each completion gets $A_i = f(W_i)(r_i - b_i)$ of `passk_advantages`: leave-one-out weight and baseline over the
@@ -32,7 +117,7 @@ class PassKObjective:
 
     With `threshold=None` rewards are taken as they are, partial credit included, and the objective is max@k, the
     expected best reward of k samples (`max_at_k_advantages`; PKPO, arXiv 2505.15201). The guard still watches pass@k,
-    of the rewards from its `correct_threshold` on, and has no floor to move: use mitigation="project".
+    of the rewards from its `correct_threshold` on, and has no floor to move: use mitigation="hold" or "project".
 
     Use as a context manager around `trainer.train()`, or `install()` and `remove()`.
 
@@ -44,13 +129,15 @@ class PassKObjective:
         floor, cap: clip the prompt weight to [floor, cap]; may be changed between steps. A cap alone logs a warning.
             Not with `threshold=None`: max@k has no prompt weight.
 
+    Attributes:
+        hold: multiplier of the pass@1 advantages that are added (of the mean reward where `threshold` is None), 0 at
+            first; `mitigation="hold"` moves it.
+
     Raises:
         GuardError: the trainer computes no advantages, num_generations < k, the reward function is unknown or not
             named where there are several, bounds without a threshold, or settings that would rescale the advantages:
             `scale_rewards` other than "none" (GRPO) or `normalize_advantages` (RLOO).
     """
-
-    needs = BatchTap.needs
 
     def __init__(
         self,
@@ -64,14 +151,8 @@ class PassKObjective:
     ) -> None:
         _check_trainer(trainer, k)
         _check_bounds(floor, cap, threshold)
-        self.k, self.threshold, self.floor, self.cap = k, threshold, floor, cap
-        self._trainer = trainer
-        self._column = _reward_column(trainer, correct)
-        self._rewards: Tensor | None = None
-        self._patches = [
-            MethodPatch(trainer, "_calculate_rewards", self._keep_rewards, owner="PassKObjective"),
-            MethodPatch(trainer, "_generate_and_score_completions", self._replace_advantages, owner="PassKObjective"),
-        ]
+        self.k, self.threshold, self.floor, self.cap, self.hold = k, threshold, floor, cap, 0.0
+        super().__init__(trainer, _reward_column(trainer, correct), adds=False)
 
     @property
     def correct(self) -> Callable[..., Any]:
@@ -84,15 +165,13 @@ class PassKObjective:
         for callback in self._trainer.callback_handler.callbacks:
             if getattr(callback, "waits", False) is True:  # a guard in `callbacks=[...]`, which nobody told its trainer
                 callback.bind(self._trainer)
-        for patch in self._patches:
-            patch.install()
+        self._install()
         setattr(self._trainer, _INSTALLED, self)
         return self
 
     def remove(self) -> None:
         """Give the trainer its advantages back."""
-        for patch in self._patches:
-            patch.remove()
+        super().remove()
         if self.of(self._trainer) is self:
             delattr(self._trainer, _INSTALLED)
 
@@ -122,31 +201,11 @@ class PassKObjective:
         # A group with fewer than k rewards has no unbiased estimate and must not stop the run.
         scored &= scored.sum(1, keepdim=True) >= self.k
         if self.threshold is None:
-            return max_at_k_advantages(grouped, self.k, mask=scored).view(-1)
+            own = max_at_k_advantages(grouped, self.k, mask=scored)
+            return (own + self.hold * max_at_k_advantages(grouped, 1, mask=scored) if self.hold else own).view(-1)
         right = (grouped >= self.threshold) & scored
-        return passk_advantages(right.float(), self.k, mask=scored, floor=self.floor, cap=self.cap).view(-1)
-
-    def _keep_rewards(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def calculate_rewards(*args: Any, **kwargs: Any) -> Tensor:
-            rewards = original(*args, **kwargs)
-            self._rewards = rewards[:, self._column].detach()  # gathered: all ranks, in order
-            return rewards
-
-        return calculate_rewards
-
-    def _replace_advantages(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def generate_and_score(inputs: Any) -> Any:
-            output = original(inputs)
-            if not self._trainer.model.training or self._rewards is None:
-                return output
-            everyone = self.advantages(self._rewards, self._trainer.num_generations)
-            local = output["advantages"]
-            start = self._trainer.accelerator.process_index * local.shape[0]
-            output["advantages"] = everyone[start : start + local.shape[0]].to(local)
-            _correct_completion_log(self._trainer, everyone)
-            return output
-
-        return generate_and_score
+        bounds = {"floor": self.floor, "cap": self.cap}
+        return passk_advantages(right.float(), self.k, mask=scored, hold=self.hold, **bounds).view(-1)
 
 
 def too_few_samples(name: str, k: int) -> str:
@@ -157,14 +216,13 @@ def too_few_samples(name: str, k: int) -> str:
     )
 
 
-def _correct_completion_log(trainer: Any, advantages: Tensor) -> None:
+def _correct_completion_log(trainer: Any, advantages: Tensor, *, adds: bool) -> None:
     """Show the advantages that are used in the table of completions, where TRL has put its own by now."""
     log = getattr(trainer, "_logs", {}).get("advantages")
     if log is None or len(log) < advantages.numel():
         return
-    for _ in range(advantages.numel()):
-        log.pop()
-    log.extend(advantages.tolist())
+    own = [log.pop() for _ in range(advantages.numel())][::-1]
+    log.extend([a + b for a, b in zip(own, advantages.tolist(), strict=True)] if adds else advantages.tolist())
 
 
 def _check_bounds(floor: float | None, cap: float | None, threshold: float | None) -> None:

@@ -124,6 +124,7 @@ def passk_advantages(
     mask: Tensor | None = None,
     floor: float | None = None,
     cap: float | None = None,
+    hold: float = 0.0,
 ) -> Tensor:
     r"""Advantages whose policy gradient is the pass@k gradient.
 
@@ -136,12 +137,14 @@ def passk_advantages(
         mask: [m, n] bool, False where a sample has no verdict. Its advantage is 0, and n counts the samples of its
             prompt that are left, over which the mean is taken. A prompt without any gets zeros.
         floor, cap: clip the weight to [floor, cap]; None for no bound.
+        hold: multiplier of the pass@1 advantages that are added, `HoldController`'s: $A_k + \lambda A_1$.
 
     Returns:
         [m, n] tensor: correct's dtype where it is floating, else torch's default float.
 
     Raises:
-        GuardError: k larger than the samples of a prompt, values other than 0/1, or shapes that do not fit.
+        GuardError: k larger than the samples of a prompt, values other than 0/1, a negative `hold`, or shapes that
+            do not fit.
     """
     if not isinstance(correct, Tensor) or correct.is_complex() or correct.ndim != 2:
         found = tuple(correct.shape) if isinstance(correct, Tensor) else type(correct).__name__
@@ -157,7 +160,12 @@ def passk_advantages(
     floor, cap = (None if v is None else as_real(v, name) for v, name in ((floor, "floor"), (cap, "cap")))
     if math.isnan(floor or 0.0) or not (cap is None or max(floor or 0.0, 0.0) <= cap):
         raise GuardError(f"Expected a number `floor` <= `cap`, and `cap` >= 0; found {floor=}, {cap=}.")
+    if not 0 <= as_real(hold, "hold") < math.inf:
+        raise GuardError(f"Expected `hold` >= 0 and finite, a multiplier of the pass@1 advantages; found {hold}.")
     positive, negative = sample_coefficients(num_samples, num_correct, k, floor=floor, cap=cap)
+    if hold:
+        positive_1, negative_1 = sample_coefficients(num_samples, num_correct, 1)
+        positive, negative = positive + hold * positive_1, negative + hold * negative_1
     advantages = torch.where(right, positive[:, None], negative[:, None]) * num_samples[:, None]
     dtype = correct.dtype if correct.is_floating_point() else torch.get_default_dtype()
     return torch.where(valid, advantages, 0.0).to(dtype)
