@@ -117,7 +117,7 @@ class PassKObjective(_Advantages):
 
     With `threshold=None` rewards are taken as they are, partial credit included, and the objective is max@k, the
     expected best reward of k samples (`max_at_k_advantages`; PKPO, arXiv 2505.15201). The guard still watches pass@k,
-    of the rewards from its `correct_threshold` on, and has no floor to move: use mitigation="hold" or "project".
+    of the rewards from its `correct_threshold` on. There is no floor to move: use mitigation="hold" or "project".
 
     Use as a context manager around `trainer.train()`, or `install()` and `remove()`.
 
@@ -202,7 +202,9 @@ class PassKObjective(_Advantages):
         scored &= scored.sum(1, keepdim=True) >= self.k
         if self.threshold is None:
             own = max_at_k_advantages(grouped, self.k, mask=scored)
-            return (own + self.hold * max_at_k_advantages(grouped, 1, mask=scored) if self.hold else own).view(-1)
+            if self.hold:
+                own = own + self.hold * max_at_k_advantages(grouped, 1, mask=scored)
+            return own.view(-1)
         right = (grouped >= self.threshold) & scored
         bounds = {"floor": self.floor, "cap": self.cap}
         return passk_advantages(right.float(), self.k, mask=scored, hold=self.hold, **bounds).view(-1)
