@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from examples import prompt_weights
 from examples.interference import arms, choose_mixture, comparison, noiseless
 from examples.interference.arms import ARMS, CORE, SETTINGS, PerModuleStep, ShortestStep, SoftStep, mixed
 from examples.interference.benchmark import SEEDS, plan, run_missing
@@ -132,6 +133,15 @@ def test_arms_without_noise(arm, untrained, monkeypatch):
     assert found["trajectory"][1]["pass_at_8"] > found["trajectory"][0]["pass_at_8"]
     assert set(found) == set(record()) | {"seconds"}
     json.dumps(found)
+
+
+def test_the_tables_of_the_document_are_what_the_commands_print(capsys):
+    prompt_weights.main([])
+    lines = capsys.readouterr().out.splitlines()
+    root = Path(__file__).parents[2]
+    lines += noiseless.table(comparison.read(root / "benchmarks" / "noiseless.jsonl"))
+    document = (root / "docs" / "rivals.md").read_text().splitlines()
+    assert [line for line in lines if line not in document] == []
 
 
 class Trainer:
