@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from passk_guard.change import missed_in_words
 from passk_guard.reporting.html.figures import (
     COLOURS,
     DASHES,
@@ -224,7 +225,8 @@ def _change(drawn: _Drawn, k: int) -> Panel:
         traces.append(
             drawn.dots(i, f"pass@{k} in window", steps, changes, errors if len(errors) == len(changes) else [])
         )
-    return Panel(f"Change of pass@{k}, per window and in total", traces, [(0.0, "")])
+    missed = missed_in_words(max(run.missed for run in drawn.runs))
+    return Panel(f"Change of pass@{k}, per window and in total{missed}", traces, [(0.0, "")])
 
 
 def _cosine(drawn: _Drawn) -> Panel:

@@ -41,9 +41,7 @@ def test_every_figure_is_one_of_plotly_with_a_text_alternative(page):
     for figure in figures:
         go.Figure(figure)
     (kernel,) = (trace for figure in figures for trace in figure["data"] if trace["type"] == "heatmap")
-    assert re.fullmatch(
-        r"1: What is the sum of the first \d+ odd numbers, and why\?|1: …\d+ odd.*|1: …\d+…", kernel["y"][0]
-    )
+    assert re.fullmatch(r"1: …\d+ odd numbers, and why\?|1: …\d+…", kernel["y"][0])
 
 
 def test_a_clear_one_reads_as_one():
