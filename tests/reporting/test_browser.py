@@ -61,7 +61,7 @@ def pages(tmp_path_factory):
     made = {
         "parts": (render_page(TEMPLATE, TITLE, kind="test", pictures=pictures, rows=rows, text=HOSTILE[:50]), 3),
         "runs": (report(a, b).html, 3),
-        "analysis": (analysis_page(synthetic(60, text=HOSTILE[:80] + "{}", name=HOSTILE[:40]).to_dict()), 5),
+        "analysis": (analysis_page(synthetic(60, text=HOSTILE[:80] + "{}", name=HOSTILE[:40]).to_dict()), 4),
         "comparison": (_compared().html, 2),
     }
     for name, (page, _) in made.items():

@@ -13,7 +13,7 @@ import pytest
 from passk_guard.reporting.html.page import page_kind
 from passk_guard.reporting.journal import read_journal
 from passk_guard.reporting.run import FAILED, NO_REFRESH, RECOMMENDED, Run
-from passk_guard.reporting.run_charts import main_figure, mitigation_figure, who_pays
+from passk_guard.reporting.run_charts import further_figure, main_figure, who_pays
 from passk_guard.reporting.run_report import KIND, report
 from passk_guard.utils.errors import GuardError
 from tests.helpers.hostile import Page
@@ -60,7 +60,7 @@ def test_the_alerts_are_changes_of_verdict_and_failed_refreshes(folder, tmp_path
 
 def test_a_page_of_one_run(folder):
     page = report(folder).html
-    expected = ["Over training", "Verdicts and alerts", "Interference", "Failed refreshes", "All refreshes and windows"]
+    expected = ["Over training", "Verdicts and alerts", "Further numbers", "All refreshes and windows"]
     assert headings(page) == expected
     text = Page(page).text
     assert "pass@1 from 0.6 to 0.448, between 0.448 and 0.6" in text
@@ -72,11 +72,10 @@ def test_a_page_of_one_run(folder):
 def test_mitigation_and_settings_where_there_are_any(tmp_path):
     folder = write_run(tmp_path / "guarded", guarded=True, settings={"k": 8, "gamma": 0.2})
     page = report(folder).html
-    assert "Mitigation" in headings(page)
     assert "Settings" in headings(page)
-    titles = panels(mitigation_figure([Run("r", read_journal(folder))]))
-    assert [title.split()[0] for title in titles] == ["Floor", "Cosine", "Share", "Coefficient"]
-    assert "It took 2 ms a step" in page
+    titles = panels(further_figure([Run("r", read_journal(folder))]))
+    assert [title.split()[0] for title in titles] == ["Cosine", "Share", "Coefficient", "k*:", "Mean", "Share"]
+    assert "The mitigation took 2 ms a step" in page
 
 
 def test_two_runs_over_each_other(folder, tmp_path):
@@ -89,7 +88,7 @@ def test_two_runs_over_each_other(folder, tmp_path):
     assert names >= {"pass@1, observed", "pass@1, guarded", "pass@8, guarded", "cosine, observed", "angle, guarded"}
     assert {trace["meta"]["run"] for trace in figure["data"]} == {0, 1}
     assert page.count('data-run="') == 2
-    assert page.count("<caption>Refreshes of ") == 2
+    assert page.count("<caption>Refreshes and windows of ") == 2
     assert Page(report(folder, other, folder).html).text.count("Try mitigation=") == 6, "any number of runs"
     deep = [write_run(tmp_path / x / "run", refreshes=3) for x in "ab"]
     assert "a/run and b/run" in report(*deep).html
@@ -280,7 +279,7 @@ def test_the_panels_of_a_run(tmp_path):
     assert by_name["change"]["text"] == ["LOSING", "LOSING"]
     pays = who_pays([run])
     assert [trace["y"] for trace in pays.data][-2:] == [[pytest.approx(-0.2)], [0.2]]
-    assert panels(mitigation_figure([run])) == ["Floor under the prompt weights", "lambda of the hold"]
+    assert panels(figure)[-2:] == ["Floor under the prompt weights", "lambda of the hold"]
 
 
 def test_the_downloads_hold_the_numbers_and_no_formula(folder):
