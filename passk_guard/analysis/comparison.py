@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from passk_guard.analysis.page import COMPARISON_KIND, comparison_page
-from passk_guard.reporting.html.page import in_a_frame, save_page
+from passk_guard.analysis.words import aligned
+from passk_guard.reporting.html.page import Paged
 from passk_guard.utils.text import plain_text
 
 VERSION = 1
@@ -18,7 +18,7 @@ _COLUMNS = ("k", "A", "B", "B - A", "band", "standard error")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Paged):
     """pass@k of checkpoint B less that of A, as means over prompts.
 
     Attributes:
@@ -38,6 +38,7 @@ class Comparison:
             largest of many differences: a part of each is chance.
     """
 
+    kind = COMPARISON_KIND
     a: str
     b: str
     ks: tuple[int, ...]
@@ -63,9 +64,7 @@ class Comparison:
 
     def text(self) -> str:
         """The verdict and a table of fixed width."""
-        rows = [_COLUMNS, *self._rows()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+        table = aligned([_COLUMNS, *self._rows()], str.rjust)
         return "\n".join([self.verdict, *self._about(), "", *table])
 
     def markdown(self) -> str:
@@ -85,23 +84,8 @@ class Comparison:
 
     @property
     def html(self) -> str:
-        """The self-contained page.
-
-        Raises:
-            GuardError: plotly is not installed.
-        """
+        """The self-contained page."""
         return comparison_page(self)
-
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the page; only a comparison is written over unless `force`.
-
-        Raises:
-            GuardError: another file is there, or it cannot be written, or plotly is not installed.
-        """
-        return save_page(self.html, path, kind=COMPARISON_KIND, force=force)
-
-    def _repr_html_(self) -> str:
-        return in_a_frame(self.html)
 
     @property
     def verdict(self) -> str:

@@ -11,18 +11,8 @@ from torch import Tensor
 from passk_guard.analysis import words
 from passk_guard.analysis.store import PAGE_KIND
 from passk_guard.analysis.words import Data
-from passk_guard.reporting.html.figures import (
-    BLUE,
-    GREY,
-    VERMILLION,
-    Figure,
-    angle_over_k,
-    band,
-    curve,
-    heat_map,
-    over_k,
-)
-from passk_guard.reporting.html.page import json_link, render_page
+from passk_guard.reporting.html import figures as fig
+from passk_guard.reporting.html.page import data_link, render_page
 from passk_guard.reporting.html.text import label, told_apart, write_number
 
 if TYPE_CHECKING:
@@ -37,9 +27,6 @@ def analysis_page(data: Data) -> str:
 
     Args:
         data: `Analysis.to_dict()`, or what `analysis.json` holds.
-
-    Raises:
-        GuardError: plotly is not installed.
     """
     known = [p for p in data["prompts"] if p["agreement"]["value"] is not None]
     texts = words.short_texts(data)
@@ -53,20 +40,16 @@ def analysis_page(data: Data) -> str:
         rates=_rates(data),
         curve=_curve(data) if data["curve"] is not None else None,
         kernel=_kernel(data, texts) if len(data["kernel"]["places"]) > 1 else None,
-        agreement=[_spread(data, known), _agreements(known, texts)] if known else [],
+        agreement=_agreements(known, texts) if known else None,
         worst=words.most_negative(data, _SHOWN),
         least=sorted(known, key=lambda p: p["agreement"]["value"])[:_SHOWN],
         texts=texts,
-        download=json_link({name: value for name, value in data.items() if name != "kernel"}),  # grows with m squared
+        download=data_link({name: value for name, value in data.items() if name != "kernel"}),  # grows with m squared
     )
 
 
 def comparison_page(found: Comparison) -> str:
-    """The whole page as text.
-
-    Raises:
-        GuardError: plotly is not installed.
-    """
+    """The whole page as text."""
     prompts = told_apart([text for text, _, _ in (*found.lost, *found.gained)])
     return render_page(
         "comparison.html.j2",
@@ -75,47 +58,46 @@ def comparison_page(found: Comparison) -> str:
         found=found,
         figures_of=_compared(found),
         rows=list(zip(found.lost + found.gained, prompts, strict=True)),
-        download=json_link(found.to_dict()),
+        download=data_link(found.to_dict()),
     )
 
 
-def _compared(found: Comparison) -> list[Figure]:
+def _compared(found: Comparison) -> list[fig.Figure]:
     ks = list(found.ks)
     rates = [
-        curve("A", ks, found.pass_a, BLUE, meta={"run": 0}),
-        curve("B", ks, found.pass_b, VERMILLION, "dash", meta={"run": 1}),
+        fig.curve("A", ks, found.pass_a, fig.BLUE, meta={"run": 0}),
+        fig.curve("B", ks, found.pass_b, fig.VERMILLION, "dash", meta={"run": 1}),
     ]
     told = "; ".join(f"k = {k}: {write_number(d, 0.001)}" for k, d in zip(ks, found.difference, strict=True))
     level = f"{100 * found.confidence:g}%"
     wide = [
-        band(ks, found.low, found.high, BLUE, showlegend=True, name=f"{level} band, all k together"),
-        curve("B − A", ks, found.difference, BLUE, showlegend=False),
+        fig.band(ks, found.low, found.high, fig.BLUE, showlegend=True, name=f"{level} band, all k together"),
+        fig.curve("B − A", ks, found.difference, fig.BLUE, showlegend=False),
     ]
-    zero = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": 0, "y1": 0, "line": {"color": GREY}}
     return [
-        Figure("pass@k of A and of B", f"pass@k of both over k. {found.verdict}", rates, over_k(ks, "pass@k")),
-        Figure("Difference B − A", told, wide, over_k(ks, "difference of pass@k") | {"shapes": [zero]}),
+        fig.Figure("pass@k of A and of B", f"pass@k of both over k. {found.verdict}", rates, fig.over_k(ks, "pass@k")),
+        fig.Figure("Difference B − A", told, wide, fig.over_k(ks, "difference of pass@k")),
     ]
 
 
-def _rates(data: Data) -> Figure:
+def _rates(data: Data) -> fig.Figure:
     ks, rates = [at["k"] for at in data["at_k"]], [at["pass_rate"] for at in data["at_k"]]
     values = ", ".join(f"pass@{k} {words.with_interval(r)}" for k, r in zip(ks, rates, strict=True))
     low, high = [r["low"] for r in rates], [r["high"] for r in rates]
     traces = [
-        band(ks, low, high, BLUE, showlegend=True, name=f"{words.level(data)} interval of each k"),
-        curve("pass@k", ks, [r["value"] for r in rates], BLUE, showlegend=False),
+        fig.band(ks, low, high, fig.BLUE, showlegend=True, name=f"{words.level(data)} interval of each k"),
+        fig.curve("pass@k", ks, [r["value"] for r in rates], fig.BLUE, showlegend=False),
     ]
-    return Figure("pass@k", f"Pass rate over k: {values}.", traces, over_k(ks, "pass@k"))
+    return fig.Figure("pass@k", f"Pass rate over k: {values}.", traces, fig.over_k(ks, "pass@k"))
 
 
-def _curve(data: Data) -> Figure:
+def _curve(data: Data) -> fig.Figure:
     found, level = data["curve"], words.level(data)
     bands = [(found["low"], found["high"], f"{level} interval of each k")]
     if found["band_low"] is not None:
         bands.insert(0, (found["band_low"], found["band_high"], f"{level} band, all k together (wider)"))
     established = any(found["established"])
-    return angle_over_k(
+    return fig.angle_over_k(
         found["k"],
         found["cosine"],
         bands,
@@ -128,10 +110,10 @@ def _curve(data: Data) -> Figure:
     )
 
 
-def _kernel(data: Data, texts: dict[int, str]) -> Figure:
+def _kernel(data: Data, texts: dict[int, str]) -> fig.Figure:
     places = data["kernel"]["places"]
     negative = words.with_interval(data["kernel"]["negative_pairs"])
-    return heat_map(
+    return fig.heat_map(
         _matrix(data["kernel"]["below"]),
         [texts[place] for place in places],
         title="Similarity kernel ⟨∇p(x), ∇p(x′)⟩",
@@ -149,40 +131,13 @@ def _matrix(below: list[list[float]]) -> Tensor:
     return matrix
 
 
-def _spread(data: Data, known: list[Data]) -> Figure:
-    k, weight = data["settings"]["ks"][-1], data["at_k"][-1]["mean_weight"]["value"]
-    without = [0.0] * (len(data["prompts"]) - len(known))  # no gradient estimate but zero: they belong to the means
-    before = [*(p["agreement"]["value"] for p in known), *without]
-    after = [*(p["weighted_agreement"]["value"] / weight if weight else 0.0 for p in known), *without]
-    common = {"type": "histogram", "histnorm": "probability", "bingroup": 1, "opacity": 0.55}
-    names = ("a(x)", f"w_{k}(x) a(x) / E[w_{k}]")
-    traces = [
-        common | {"x": values, "name": name, "marker": {"color": colour}}
-        for values, name, colour in zip((before, after), names, (BLUE, VERMILLION), strict=True)
-    ]
-    means = [sum(v / len(values) for v in values) for values in (before, after)]
-    alt = f"Histograms of agreement. Mean {write_number(means[0])} before reweighting by pass@{k}, "
-    alt += f"{write_number(means[1])} after."
-    return Figure("Agreement before and after reweighting", alt, traces, _plain("agreement", "share of prompts"))
-
-
-def _agreements(known: list[Data], texts: dict[int, str]) -> Figure:
+def _agreements(known: list[Data], texts: dict[int, str]) -> fig.Figure:
     agreement = [p["agreement"]["value"] for p in known]
     names = [f"{label(texts[p['place']], 60)}: a {words.scientific(p['agreement'])}" for p in known]
     points: dict[str, Any] = {"type": "scatter", "mode": "markers", "y": agreement, "text": names}
-    points |= {"x": [p["pass_rate"]["value"] for p in known], "marker": {"color": BLUE, "size": 7, "opacity": 0.6}}
+    points |= {"x": [p["pass_rate"]["value"] for p in known], "marker": {"color": fig.BLUE, "size": 7, "opacity": 0.6}}
     points |= {"hovertemplate": "%{text}<br>p-hat %{x:.2f}<extra></extra>"}
     alt = f"Agreement over p-hat, {sum(a < 0 for a in agreement)} of {len(known)} prompts below zero."
-    return Figure(
-        "Agreement of each prompt", alt, [points], _plain("p-hat, share of correct samples", "agreement a(x)")
+    return fig.Figure(
+        "Agreement of each prompt", alt, [points], fig.plain("p-hat, share of correct samples", "agreement a(x)")
     )
-
-
-def _plain(x_title: str, y_title: str) -> dict[str, Any]:
-    return {
-        "margin": {"l": 56, "r": 12, "t": 10, "b": 44},
-        "barmode": "overlay",
-        "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
-        "xaxis": {"title": {"text": label(x_title)}},
-        "yaxis": {"title": {"text": label(y_title)}},
-    }

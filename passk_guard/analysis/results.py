@@ -302,7 +302,8 @@ class Analysis:
         """Write `analysis.json` and `analysis.html` into a folder, each whole or not at all.
 
         Raises:
-            GuardError: the folder holds other files or an analysis of other settings, and `force` is not set.
+            GuardError: the folder holds other files or an analysis of other settings, and `force` is not set; or
+                plotly, which the page needs, is not installed.
         """
         folder = Path(folder)
         check_folder(folder, self.model["fingerprint"], self.settings, force=force)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from passk_guard.planning import prompts_needed, read_noise, refreshes_for_signal
 from passk_guard.reporting.html.text import told_apart, write_number
-from passk_guard.utils.errors import GuardError
 from passk_guard.utils.text import plain_text
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 UNDETERMINED = "undetermined"
 _TIED = "\u00a0"  # keeps an interval on one line of a narrow column
 _PROMPTS = 10
-_STYLES = {"bad": "bold red", "good": "green", "": "yellow"}
 Data = Mapping[str, Any]
 
 
@@ -191,41 +190,22 @@ class TextTable:
 
 
 def print_analysis(analysis: Analysis, file: Any = None) -> None:
-    """Print the verdict and the tables with rich.
-
-    Args:
-        analysis: of one checkpoint.
-        file: a text stream; standard output by default.
-
-    Raises:
-        GuardError: rich is not installed.
-    """
-    try:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError as error:
-        raise GuardError("Expected rich, to print tables. pip install 'passk-guard[report]'") from error
-    console, data = Console(file=file, highlight=False), analysis.to_dict()
-    sentence, kind = verdict(data)
-    console.print(Text(plain_text(sentence), style=_STYLES[kind]))
-    console.print(Text(plain_text(_about(data)), style="dim"))
-    for content in tables(data):
-        # Text and not str: rich reads "[...]" in a str as markup.
-        table = Table(title=Text(content.title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for column, cells in zip(content.columns, zip(*content.rows, strict=True), strict=True):
-            table.add_column(Text(column), overflow="fold", min_width=_longest_word(cells))
-        for row in content.rows:
-            table.add_row(*(Text(plain_text(cell).replace(" [", f"{_TIED}[")) for cell in row))
-        console.print(table)
-        for note in content.notes:
-            console.print(Text(plain_text(note), style="dim"))
+    """Print the verdict and the tables of one checkpoint, to a text stream or to standard output."""
+    data = analysis.to_dict()
+    for sentence in (verdict(data)[0], _about(data)):
+        print(fill(plain_text(sentence), 80), file=file)
+    for table in tables(data):
+        print(f"\n{table.title}", file=file)
+        for line in aligned([table.columns, *([plain_text(cell) for cell in row] for row in table.rows)]):
+            print(" ", line, file=file)
+        for note in table.notes:
+            print(fill(plain_text(note), 80), file=file)
 
 
-def _longest_word(cells: Iterable[str]) -> int:
-    """Room for a status on one line; longer words may be folded."""
-    return min(12, max(len(word) for cell in cells for word in plain_text(cell).split(" ")))
+def aligned(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str] = str.ljust) -> list[str]:
+    """The rows as lines with columns of fixed width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(justify(cell, w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def tables(data: Data) -> Iterator[TextTable]:

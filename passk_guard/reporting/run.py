@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 from passk_guard.change import missed_in_words
@@ -39,9 +41,14 @@ class Run:
         """Step of each of the refreshes."""
         return [event["step"] for event in self.refreshes]
 
-    def column(self, name: str) -> Column:
-        """A number of each of the refreshes."""
-        return [number(event.get(name)) for event in self.refreshes]
+    @property
+    def ends(self) -> list[int]:
+        """Step at the end of each of the windows."""
+        return [event["step"] for event in self.windows]
+
+    def column(self, name: str, kind: str = "refresh") -> Column:
+        """A number of each of the refreshes, or of each of the windows of the realised change (kind "change")."""
+        return [number(event.get(name)) for event in (self.windows if kind == "change" else self.refreshes)]
 
     def columns(self, name: str, *kinds: str) -> tuple[list[int], Column]:
         """Steps and values of a number that events of these kinds may hold."""
@@ -166,7 +173,7 @@ class Run:
         known = [(rate, error) for rate, error in pairs if rate is not None and error is not None]
         if len(known) < 2:
             return None
-        value, reach = known[-1][0] - known[0][0], quantile(self.confidence) * abs(known[0][1] + 1j * known[-1][1])
+        value, reach = known[-1][0] - known[0][0], quantile(self.confidence) * math.hypot(known[0][1], known[-1][1])
         return value, value - reach, value + reach
 
     @property
@@ -192,8 +199,8 @@ class Run:
         worst = min(last, key=lambda name: last[name], default="")
         losses = -sum(min(total, 0.0) for total in last.values())
         who = f", mostly on {worst} prompts" if worst and -last[worst] > losses / 2 > 0 else ""
-        steps, highs = self.columns("pass_at_1_total_ci_high", "change")
-        since = next((step for step, high in zip(steps, highs, strict=True) if high is not None and high < 0), None)
+        highs = zip(self.windows, self.column("pass_at_1_total_ci_high", "change"), strict=True)
+        since = next((event["step"] for event, high in highs if high is not None and high < 0), None)
         return who + (f", established from step {since} on" if since is not None else "")
 
     @property
@@ -244,8 +251,6 @@ def state_of(event: Event) -> str:
 
 def quantile(confidence: float) -> float:
     """Of the normal distribution, for a two-sided interval."""
-    from statistics import NormalDist
-
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from passk_guard.reporting.html.page import data_link, in_a_frame, json_link, render_page, save_page
+from passk_guard.reporting.html.page import Paged, data_link, render_page
 from passk_guard.reporting.html.text import told_apart
 from passk_guard.reporting.journal import RunJournal, read_journal
 from passk_guard.reporting.run import Run, interval_in_words, names_of, number, state_of
-from passk_guard.reporting.run_charts import interference_figure, main_figure, mitigation_figure, who_pays
+from passk_guard.reporting.run_charts import further_figure, main_figure, who_pays
 
 KIND = "run report"
 PAGE_NAME = "passk_guard.html"
@@ -31,20 +31,19 @@ def run_page(runs: Sequence[Run]) -> str:
             (
                 run,
                 data_link(run.csv, "text/csv"),
-                json_link({"settings": run.journal.settings, "events": run.journal.events}),
+                data_link({"settings": run.journal.settings, "events": run.journal.events}),
             )
             for run in runs
         ],
         main=main_figure(runs),
         who_pays=who_pays(runs),
-        mitigation=mitigation_figure(runs),
-        interference=interference_figure(runs),
+        further=further_figure(runs),
         step_costs=[(run.name, costs) for run in runs if (costs := run.numbers("mitigation_seconds", "steps"))],
     )
 
 
 @dataclass(frozen=True)
-class RunReport:
+class RunReport(Paged):
     """What `report` found: one run, or several to compare. A notebook shows it as a page.
 
     Attributes:
@@ -52,26 +51,12 @@ class RunReport:
     """
 
     journals: Sequence[RunJournal]
+    kind = KIND
 
     @property
     def html(self) -> str:
-        """The self-contained page.
-
-        Raises:
-            GuardError: plotly is not installed.
-        """
+        """The self-contained page."""
         return run_page([Run(n, journal) for n, journal in zip(names_of(self.journals), self.journals, strict=True)])
-
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the page; only a run report is written over unless `force`.
-
-        Raises:
-            GuardError: another file is there, or it cannot be written, or plotly is not installed.
-        """
-        return save_page(self.html, path, kind=KIND, force=force)
-
-    def _repr_html_(self) -> str:
-        return in_a_frame(self.html)
 
 
 def report(run_dir: str | Path, *others: str | Path | None) -> RunReport:

@@ -139,17 +139,13 @@ class Images:
         trackers = self._trackers()
         if (self._seen - 1) % self._every or not trackers:
             return []
-        kernel, title = estimate.kernel, f"{{}}, step {step}"
-        if probe is not None and len(probe.num_correct) == len(kernel):
-            rates = probe.num_correct.double() / probe.num_samples.clamp(min=1)
-            order = torch.argsort(rates, descending=True, stable=True).to(kernel.device)
-            kernel = kernel[order][:, order]
-        return [name for name, tracker in trackers.items() if self._sent(name, tracker, kernel, estimate, title, step)]
+        return [name for name, tracker in trackers.items() if self._sent(name, tracker, estimate, probe, step)]
 
-    def _sent(self, name: str, tracker: Any, kernel: Tensor, estimate: Any, title: str, step: int) -> bool:
+    def _sent(self, name: str, tracker: Any, estimate: ConflictEstimate, probe: ProbeGram | None, step: int) -> bool:
         as_plotly = name == "wandb" or hasattr(tracker, "Html")  # trackio shows figures since it has `Html`
         try:
-            pictures = (_plotly if as_plotly else _pixels)(kernel, estimate, title)
+            kernel = _easy_to_hard(estimate.kernel, probe)
+            pictures = (_plotly if as_plotly else _pixels)(kernel, estimate, f"{{}}, step {step}")
         except ImportError as error:
             self._warn('pictures of the kernel need plotly and matplotlib: pip install "passk-guard[report]"', error)
             return False
@@ -177,6 +173,15 @@ class Images:
         found = {"tensorboard": _tensorboard(self._trainer)}
         found |= {name: _running(name, names) for name in ("wandb", "trackio")}
         return {name: tracker for name, tracker in found.items() if tracker is not None}
+
+
+def _easy_to_hard(kernel: Tensor, probe: ProbeGram | None) -> Tensor:
+    """Rows and columns by falling pass rate, as in Fig. 2 of arXiv 2602.21189."""
+    if probe is None:
+        return kernel
+    rates = probe.num_correct.double() / probe.num_samples.clamp(min=1)
+    order = torch.argsort(rates, descending=True, stable=True).to(kernel.device)
+    return kernel[order][:, order]
 
 
 def _plotly(kernel: Tensor, estimate: ConflictEstimate, title: str) -> dict[str, Any]:

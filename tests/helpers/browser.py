@@ -108,7 +108,7 @@ class Browser:
         """One key, down and up, as the keyboard sends it."""
         for kind in ("keyDown", "keyUp"):
             more = {"text": text} if text and kind == "keyDown" else {}
-            number = {"Tab": 9, "Enter": 13, " ": 32}[key]
+            number = {"Tab": 9, "Enter": 13, " ": 32, "ArrowRight": 39}[key]
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=code, windowsVirtualKeyCode=number, **more)
 
     def complaints(self):

@@ -1,14 +1,19 @@
 """The page of a run says what its journal says."""
 
+import base64
+import csv
+import io
 import json
 import re
 from itertools import pairwise
 
+import plotly.graph_objects as go
 import pytest
 
 from passk_guard.reporting.html.page import page_kind
 from passk_guard.reporting.journal import read_journal
-from passk_guard.reporting.run_charts import NO_REFRESH, Run
+from passk_guard.reporting.run import FAILED, NO_REFRESH, RECOMMENDED, Run
+from passk_guard.reporting.run_charts import further_figure, main_figure, who_pays
 from passk_guard.reporting.run_report import KIND, report
 from passk_guard.utils.errors import GuardError
 from tests.helpers.hostile import Page
@@ -39,10 +44,10 @@ def test_the_columns_are_those_of_the_journal(folder):
 
 def test_the_verdicts_cover_the_run_without_overlap(folder):
     spans = Run("r", read_journal(folder)).spans
-    assert [s.start for s in spans] == [5 * i for i in range(20)]
-    assert all(a.end == b.start for a, b in pairwise(spans))
-    states = ["undetermined"] * 3 + ["conflict"] * 6 + ["failed refresh"] * 4 + ["conflict"] * 3 + ["clear"] * 4
-    assert [s.state for s in spans] == states
+    assert [start for start, _, _ in spans] == [5 * i for i in range(20)]
+    assert all(a[1] == b[0] for a, b in pairwise(spans))
+    states = ["undetermined"] * 3 + ["conflict"] * 6 + [FAILED] * 4 + ["conflict"] * 3 + ["clear"] * 4
+    assert [state for _, _, state in spans] == states
 
 
 def test_the_alerts_are_changes_of_verdict_and_failed_refreshes(folder, tmp_path):
@@ -55,23 +60,22 @@ def test_the_alerts_are_changes_of_verdict_and_failed_refreshes(folder, tmp_path
 
 def test_a_page_of_one_run(folder):
     page = report(folder).html
-    expected = ["Pass rates and cosine", "Verdicts and alerts", "Interference", "Failed refreshes", "All refreshes"]
+    expected = ["Over training", "Verdicts and alerts", "Further numbers", "All refreshes and windows"]
     assert headings(page) == expected
-    assert page.count('role="img"') == 6, "rates, cosine, verdicts, k*, agreement, negative pairs"
     text = Page(page).text
-    assert "0.600 → 0.448" in text
-    assert "0.30 [0.05, 0.50]" in text
-    assert "Refreshes by state. verdict: 9 conflict, 4 clear, 3 undetermined, 4 failed refresh" in text
+    assert "pass@1 from 0.6 to 0.448, between 0.448 and 0.6" in text
+    assert "CONFLICT from step 15 to 75." in text
+    assert f"Try mitigation='{RECOMMENDED}'." in text
     assert text.count("every reward call failed") >= 4
 
 
 def test_mitigation_and_settings_where_there_are_any(tmp_path):
     folder = write_run(tmp_path / "guarded", guarded=True, settings={"k": 8, "gamma": 0.2})
     page = report(folder).html
-    assert "Mitigation" in headings(page)
     assert "Settings" in headings(page)
-    assert page.count('role="img"') == 6 + 4, "train cosine, share changed, coefficient, floor"
-    assert "It took 2 ms a step" in page
+    titles = panels(further_figure([Run("r", read_journal(folder))]))
+    assert [title.split()[0] for title in titles] == ["Cosine", "Share", "Coefficient", "k*:", "Mean", "Share"]
+    assert "The mitigation took 2 ms a step" in page
 
 
 def test_two_runs_over_each_other(folder, tmp_path):
@@ -79,12 +83,16 @@ def test_two_runs_over_each_other(folder, tmp_path):
     found = report(folder, other)
     page = found.html
     assert "<title>passk_guard: observed and guarded</title>" in page
-    for name in ("pass@1, observed", "pass@1, guarded", "pass@8, guarded", "cosine, observed", "verdict, guarded"):
-        assert f"{name}<" in page
-    assert page.count("<caption>Refreshes of ") == 2
+    figure = json.loads(Page(page).blocks[0])
+    names = {trace.get("name") for trace in figure["data"]}
+    assert names >= {"pass@1, observed", "pass@1, guarded", "pass@8, guarded", "cosine, observed", "angle, guarded"}
+    assert {trace["meta"]["run"] for trace in figure["data"]} == {0, 1}
+    assert page.count('data-run="') == 2
+    assert page.count("<caption>Refreshes and windows of ") == 2
+    assert Page(report(folder, other, folder).html).text.count("Try mitigation=") == 6, "any number of runs"
     deep = [write_run(tmp_path / x / "run", refreshes=3) for x in "ab"]
     assert "a/run and b/run" in report(*deep).html
-    assert "observed (A) and observed (B)" in report(folder, folder).html
+    assert "observed (1) and observed (2)" in report(folder, folder).html
 
 
 def test_the_page_names_what_is_missing(folder):
@@ -109,7 +117,6 @@ def test_a_field_of_another_type_is_no_number(value, folder):
     journal.write_text(journal.read_text() + json.dumps(event) + "\n")
     run = Run("r", read_journal(folder))
     assert run.column("cosine")[-1] is run.column("pass_at_1")[-1] is None
-    assert run.verdict == "undetermined"
     assert "much" not in Page(report(folder).html).text
 
 
@@ -159,7 +166,7 @@ def test_the_journal_of_a_real_run(tmp_path):
     page = report(tmp_path).html
     rates = [e["pass_at_1"] for e in read_journal(tmp_path).of("refresh")]
     assert len(rates) == 3
-    assert f"{rates[0]:.3f} → {rates[-1]:.3f}" in Page(page).text
+    assert f"pass@1 from {rates[0]:.4g} to {rates[-1]:.4g}" in Page(page).text
 
 
 def window(since, step, change, **fields):
@@ -183,14 +190,106 @@ def test_the_page_says_what_the_updates_did(folder):
     assert [event["step"] for event in run.windows] == [5, 10]
     assert run.movers("lost") == [(10, "another", -0.4), (5, "an <easy> one", -0.3)]
     assert run.movers("gained") == [(5, "a hard one", 0.2)]
-    assert run.by_solve_rate == [("hard", 0.02), ("medium", 0.0), ("easy", pytest.approx(-0.03))]
+    ends = {name: totals[-1] for name, totals in run.by_group.items()}
+    assert ends == {"hard": 0.02, "medium": 0.0, "easy": pytest.approx(-0.03)}
     assert [(step, kind) for step, kind, _ in run.alerts] == [(10, "LOSING")]
     page = report(folder).html
-    assert "What the updates did" in headings(page)
-    total = "Change of pass@8 since the start (2 windows missed)"
-    for text in ("an &lt;easy&gt; one", "Who pays", total, "LOSING pass@1"):
+    assert "Who pays" in headings(page)
+    for text in ("an &lt;easy&gt; one", "(2 windows missed)", "LOSING pass@1"):
         assert text in page
 
 
 def test_a_run_without_windows_has_no_such_section(folder):
-    assert "What the updates did" not in headings(report(folder).html)
+    assert "Who pays" not in headings(report(folder).html)
+
+
+def total(value, low, high, **fields):
+    ends = {"pass_at_1_total": value, "pass_at_1_total_ci_low": low, "pass_at_1_total_ci_high": high}
+    more = {"pass_at_8_total": 0.15, "pass_at_8_total_ci_low": 0.1, "pass_at_8_total_ci_high": 0.2}
+    return ends | more | fields
+
+
+def headline(tmp_path, *events, settings=None):
+    journal = tmp_path / "passk_guard.jsonl"
+    lines = [{"event": "start", "step": 0, "settings": settings or {}}, *events]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Run("r", read_journal(tmp_path)).headline
+
+
+def test_the_run_in_a_sentence(tmp_path):
+    """The worst of the run and not its last, by whom and since when, with intervals, and what to do."""
+    refreshes = [
+        {"event": "refresh", "step": s, "verdict": v, "pass_at_8": 0.5} for s, v in ((0, "conflict"), (9, "clear"))
+    ]
+    windows = [window(0, 5, -0.05, **total(-0.05, -0.08, -0.02)), window(5, 10, -0.03, **total(-0.08, -0.11, -0.05))]
+    windows.append(window(10, 15, 0.0, **total(-0.08, -0.11, -0.05), outcome="undetermined"))
+    sentence, kind = headline(tmp_path, *refreshes, *windows)
+    assert kind == "bad"
+    assert sentence == (
+        "pass@1 fell by 0.08 [0.05, 0.11], mostly on easy prompts, established from step 5 on; "
+        "pass@8 rose by 0.15 [0.10, 0.20]. LOSING from step 5 to 10. CONFLICT at step 0. "
+        f"Try mitigation='{RECOMMENDED}'."
+    )
+    sentence, _ = headline(tmp_path, *refreshes[:1], settings={"mitigation": "project"})
+    assert sentence == "CONFLICT at step 0. With mitigation='project'."
+    sentence, kind = headline(tmp_path, refreshes[1], window(0, 10, 0.0, **total(0.0, -0.01, 0.01), outcome="holding"))
+    assert kind == "good"
+    assert sentence.startswith("pass@1 did not measurably change: +0.00 [−0.01,\u00a0+0.01]; pass@8 rose")
+    assert sentence.endswith(". CLEAR: no conflict.")
+    rates = {"pass_at_1_se": 0.03, "pass_at_8": 0.5, "verdict": "undetermined", "confidence": 0.95}
+    measured = [{"event": "refresh", "step": s, "pass_at_1": p} | rates for s, p in ((0, 0.6), (9, 0.4))]
+    sentence, kind = headline(tmp_path, *measured)
+    assert kind == ""
+    assert sentence == "pass@1 fell by 0.20 [0.12, 0.28]. UNDETERMINED: the probe cannot tell yet."
+
+
+def panels(figure):
+    return [note["text"][3:-4] for note in figure.layout["annotations"] if note["text"].startswith("<b>")]
+
+
+def test_the_panels_of_a_run(tmp_path):
+    events = [
+        {
+            "event": "refresh",
+            "step": 0,
+            "reason": "no <b>signal</b>",
+            "hold_lambda": 0.1,
+            "pass_at_8": 0.5,
+            "floor": 0.2,
+        },
+        window(0, 5, -0.1, pass_at_1=0.5, pass_at_1_se=0.01, losing_p_value=0.01, **total(-0.1, -0.2, -0.05)),
+        window(5, 9, -0.1, pass_at_1=0.4, pass_at_1_se=0.01, losing_p_value=0.0, groups={"<i>": {"pass_at_1": 0.2}}),
+    ]
+    headline(tmp_path, *events)
+    run = Run("r", read_journal(tmp_path))
+    figure = main_figure([run])
+    go.Figure(figure.data, figure.layout)
+    expected = [
+        "Verdicts: of the angle, and of the change",
+        "pass@1",
+        "pass@8",
+        "Change of pass@1, per window and in total",
+    ]
+    assert panels(figure)[:4] == expected
+    texts = [note["text"] for note in figure.layout["annotations"]]
+    assert "Not determined at any refresh: no &lt;b&gt;signal&lt;/b&gt;" in texts, "an empty plot says why"
+    by_name = {trace.get("name"): trace for trace in figure.data}
+    assert by_name["pass@1 fused"]["y"] == [0.5, 0.4]
+    assert by_name["p of losing"]["y"] == [0.01, None], "no place for 0 on a logarithmic axis"
+    assert by_name["change"]["text"] == ["LOSING", "LOSING"]
+    pays = who_pays([run])
+    assert [trace["y"] for trace in pays.data][-2:] == [[pytest.approx(-0.2)], [0.2]]
+    assert panels(figure)[-2:] == ["Floor under the prompt weights", "lambda of the hold"]
+
+
+def test_the_downloads_hold_the_numbers_and_no_formula(folder):
+    addresses = [link for link in Page(report(folder).html).links if link.startswith("data:")]
+    table, whole = (base64.b64decode(address.split(",")[1]).decode() for address in addresses)
+    rows = list(csv.DictReader(io.StringIO(table)))
+    assert [float(row["pass_at_1"]) for row in rows if row["pass_at_1"]] == read_run(folder, "pass_at_1")
+    assert not any(cell.startswith(("=", "+", "@")) for row in rows for cell in row.values())
+    assert len(json.loads(whole)["events"]) == len(rows)
+
+
+def read_run(folder, name):
+    return [value for value in Run("r", read_journal(folder)).column(name) if value is not None]

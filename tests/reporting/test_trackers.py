@@ -1,10 +1,12 @@
 """Alerts and pictures, and the trackers they go to."""
 
+import base64
 import logging
 import sys
 import types
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 import torch
 from matplotlib.colors import to_hex
@@ -31,26 +33,23 @@ def estimate(kernel=None, **fields):
     return ConflictEstimate(**common, **counts, kernel=kernel, curve=curve([1.0, -0.5]), k_star=1, **fields)
 
 
-def test_cells_of_the_kernel_run_from_easy_to_hard():
+def test_the_kernel_and_the_curve_by_matplotlib():
     kernel = torch.tensor([[1.0, 2.0, -3.0], [2.0, 0.0, 4.0], [-3.0, 4.0, 1.0]])
-    rates = torch.tensor([0.2, 0.9, 0.5])  # prompts 1, 2, 0
-    for figure, order in ((kernel_figure(kernel), [0, 1, 2]), (kernel_figure(kernel, rates), [1, 2, 0])):
-        (image,) = figure.axes[0].images
-        assert image.get_array().tolist() == kernel[order][:, order].tolist()
-        low, high = image.get_clim()
-        assert -low == high == 4.0
+    axes = kernel_figure(kernel, "Kernel, step 5").axes[0]
+    (image,) = axes.images
+    assert image.get_array().tolist() == kernel.tolist()
+    assert image.get_clim() == (-4.0, 4.0)
     assert [to_hex(image.cmap(share)) for share in (0.0, 1.0)] == [VERMILLION, BLUE]
     assert min(image.cmap(0.5)) > 0.99, "no interference is no colour"
-
-
-def test_the_curve_passes_through_its_points():
-    axes = curve_figure(curve([1.0, 0.0, -1.0], [False, False, True]), 2).axes[0]
+    assert axes.get_title() == "Kernel, step 5"
+    assert axes.get_xlabel() == axes.get_ylabel() == "prompt, easy to hard"
+    axes = curve_figure(curve([1.0, 0.0, -1.0], [False, False, True]), 2, "t").axes[0]
     _, line, k_star = axes.lines
     assert line.get_xydata().tolist() == [[1, 1], [2, 0], [3, -1]]
     assert list(k_star.get_xdata()) == [2, 2]
     colours = [to_hex(colour) for colour in axes.collections[1].get_facecolors()]
     assert colours == ["#000000", "#000000", VERMILLION], "established"
-    gone = curve_figure(curve([NAN, NAN]), None).axes[0]
+    gone = curve_figure(curve([NAN, NAN]), None, "t").axes[0]
     assert np.isnan(gone.lines[1].get_ydata()).all()
     assert len(gone.lines) == 2, "no k*"
 
@@ -88,6 +87,7 @@ def test_nothing_is_drawn_without_a_tracker(monkeypatch):
         raise AssertionError("drawn for nobody")
 
     monkeypatch.setattr("passk_guard.reporting.trackers.kernel_figure", fails)
+    monkeypatch.setattr("passk_guard.reporting.trackers.heat_map", fails)
     assert Images(trainer(), every=1).refresh(0, estimate()) == []
     assert Images(trainer(Writer()), every=0).refresh(0, estimate()) == []
     assert Images(trainer(Writer()), every=1).refresh(0, estimate(torch.empty(0, 0))) == []
@@ -136,6 +136,17 @@ def test_alerts_that_fail_are_logged(monkeypatch, caplog):
     assert send_alert("t", "x", ["wandb"]) == [], "a run that has not begun"
 
 
+def test_prompts_run_from_easy_to_hard(monkeypatch):
+    wandb = []
+    monkeypatch.setitem(sys.modules, "wandb", module(wandb, run=object()))
+    kernel = torch.tensor([[1.0, 2.0, -3.0], [2.0, 0.0, 4.0], [-3.0, 4.0, 1.0]])
+    probe = ProbeGram(torch.zeros(6, 6), torch.tensor([10, 10, 10]), torch.tensor([2, 9, 5]))  # prompts 1, 2, 0
+    Images(trainer(report_to=["wandb"]), every=1).refresh(5, estimate(kernel), probe)
+    cells = wandb[0]["passk_guard/kernel"].to_plotly_json()["data"][0]["z"]
+    values = np.frombuffer(base64.b64decode(cells["bdata"]), "f4").reshape(3, 3)
+    assert values.tolist() == kernel[[1, 2, 0]][:, [1, 2, 0]].tolist()
+
+
 def test_trackers_that_the_run_reports_to(monkeypatch):
     wandb, trackio = [], []
     monkeypatch.setitem(sys.modules, "wandb", module(wandb, run=object()))
@@ -144,8 +155,17 @@ def test_trackers_that_the_run_reports_to(monkeypatch):
     assert trackio == []
     assert set(wandb[0]) == {"passk_guard/kernel", "passk_guard/k_curve", "train/global_step"}
     assert wandb[0]["train/global_step"] == 5
-    assert wandb[0]["passk_guard/kernel"].shape == (400, 500, 3)
+    kernel, k_curve = wandb[0]["passk_guard/kernel"], wandb[0]["passk_guard/k_curve"]
+    assert isinstance(kernel, go.Figure)
+    assert kernel.layout.title.text == "Similarity kernel of the prompts, step 5"
+    assert kernel.data[0].y == ("1: prompt 1 of 2", "2: prompt 2 of 2")
+    assert k_curve.layout.title.text == "Angle of pass@k to pass@1, step 5"
+    assert (k_curve.layout.xaxis.title.text, k_curve.layout.yaxis.title.text) == ("k", "cosine")
     assert Images(trainer(report_to=["trackio"]), every=1).refresh(5, estimate()) == ["trackio"]
+    assert trackio[0]["passk_guard/kernel"].shape == (400, 500, 3), "an earlier trackio takes images alone"
+    monkeypatch.setitem(sys.modules, "trackio", module(trackio, Html=object))
+    Images(trainer(report_to=["trackio"]), every=1).refresh(10, estimate())
+    assert isinstance(trackio[1]["passk_guard/kernel"], go.Figure)
     monkeypatch.setitem(sys.modules, "wandb", module(wandb, run=None))
     assert Images(trainer(report_to=["wandb"]), every=1).refresh(5, estimate()) == [], "a run that has not begun"
 
@@ -166,7 +186,7 @@ def test_failures_are_logged_once_and_stop_nothing(monkeypatch, caplog):
         assert images.refresh(3, estimate()) == images.refresh(4, estimate()) == []
     assert caplog.text.count("tensorboard did not take the pictures of the kernel: OSError: disk full") == 1
     assert caplog.text.count("could not be drawn") == 1
-    assert caplog.text.count("need matplotlib: pip install 'passk-guard[report]'") == 1
+    assert caplog.text.count('need plotly and matplotlib: pip install "passk-guard[report]"') == 1
 
 
 def test_pictures_reach_tensorboard_through_the_reporter(tmp_path):

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -183,14 +184,8 @@ def known(values: Column) -> list[float | None]:
 
 def stretches(defined: Sequence[bool]) -> list[range]:
     """Maximal stretches of consecutive True."""
-    found, start = [], None
-    for i, here in enumerate([*defined, False]):
-        if here and start is None:
-            start = i
-        elif not here and start is not None:
-            found.append(range(start, i))
-            start = None
-    return found
+    groups = (list(group) for here, group in groupby(range(len(defined)), lambda i: defined[i]) if here)
+    return [range(group[0], group[-1] + 1) for group in groups]
 
 
 def heat_map(matrix: Tensor, names: Sequence[str], *, title: str, alt: str, side: str, note: str = "") -> Figure:
@@ -298,13 +293,18 @@ def over_k(ks: Sequence[int], y_title: str) -> dict[str, Any]:
     """The layout of a plot over k, on a logarithmic axis labelled at some of these k."""
     most = max(ks, default=1)
     ticks = [k for k in ks if math.log2(k).is_integer()] or list(ks)
-    if not any(k == most for k in ticks) and most > 1.4 * max(ticks):
+    if most > 1.4 * max(ticks, default=1):
         ticks.append(most)
-    names = {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{k:g}" for k in ticks]}
+    layout = plain("k", y_title) | {"hovermode": "x unified"}
+    layout["xaxis"] |= {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": [f"{k:g}" for k in ticks]}
+    return layout
+
+
+def plain(x_title: str, y_title: str) -> dict[str, Any]:
+    """The layout of a single plot."""
     return {
         "margin": {"l": 56, "r": 12, "t": 10, "b": 44},
-        "hovermode": "x unified",
         "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
-        "xaxis": {"type": "log", "title": {"text": "k"}, "zeroline": False} | names,
-        "yaxis": {"title": {"text": label(y_title)}, "zeroline": False},
+        "xaxis": {"title": {"text": label(x_title)}, "zeroline": False},
+        "yaxis": {"title": {"text": label(y_title)}},
     }

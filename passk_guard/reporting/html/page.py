@@ -9,7 +9,7 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
@@ -89,14 +89,10 @@ def render_page(template: str | Template, title: str, *, kind: str, **data: Any)
     )
 
 
-def data_link(content: str, media: str) -> Markup:
-    """An address that holds a whole text file, for a link that downloads it."""
+def data_link(content: Any, media: str = "application/json") -> Markup:
+    """An address that holds a whole file, a text or what becomes JSON, for a link that downloads it."""
+    content = content if isinstance(content, str) else json.dumps(content)
     return Markup(f"data:{media};charset=utf-8;base64,{base64.b64encode(content.encode()).decode()}")
-
-
-def json_link(content: Any) -> Markup:
-    """An address that holds this as JSON text."""
-    return data_link(json.dumps(content), "application/json")
 
 
 def page_kind(text: str, kind: str) -> bool:
@@ -139,6 +135,24 @@ def save_page(page: str, path: str | Path, *, kind: str, force: bool = False) ->
     except OSError as error:
         raise GuardError(f"Cannot write {path}: {error.strerror or error}.") from error
     return path
+
+
+class Paged:
+    """What a page shows, as its `html`: saved to a file, and shown in a frame of a notebook."""
+
+    kind: ClassVar[str]
+    html: Any
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the page; only one of its kind is written over unless `force`.
+
+        Raises:
+            GuardError: another file is there, or it cannot be written, or plotly is not installed.
+        """
+        return save_page(self.html, path, kind=self.kind, force=force)
+
+    def _repr_html_(self) -> str:
+        return in_a_frame(self.html)
 
 
 def _beginning(path: Path) -> str:
