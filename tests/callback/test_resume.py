@@ -89,7 +89,7 @@ def test_where_the_trainer_itself_does_not_resume_exactly(where, tmp_path):
         assert begins == [0, kill.step]
         found[mode] = whole, cut
     (whole, cut), (watched, watched_cut) = found["unguarded"], found["observe"]
-    assert not same_weights(whole, cut), "TRL resumes this exactly now: the README may promise it"
+    assert not same_weights(whole, cut), "TRL resumes this exactly now: the documents may promise it"
     assert same_weights(whole, watched)
     assert same_weights(cut, watched_cut)
     whole, cut = (events(tmp_path / "observe" / folder) for folder in ("whole", "cut"))

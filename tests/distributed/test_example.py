@@ -1,4 +1,4 @@
-"""The DeepSpeed example on two CPU processes, as docs/guides/distributed.md starts it, whole and resumed from its middle."""
+"""The DeepSpeed example on two CPU processes, as the guide starts it, whole and resumed from its middle."""
 
 import json
 import os
