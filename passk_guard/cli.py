@@ -425,7 +425,9 @@ def _demo() -> Callable[[Sequence[str], str], int]:
     root = Path(__file__).parents[1]
     if (root / "examples" / "interference").is_dir():
         sys.path.append(str(root))
-        from examples.interference.demo import main
-    else:
-        from passk_guard._demo.demo import main
-    return main
+        from examples.interference.demo import main as run
+
+        return run
+    from passk_guard._demo.demo import main as run_installed
+
+    return run_installed
