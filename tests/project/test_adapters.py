@@ -39,7 +39,7 @@ def expected(correct):
 
 
 def test_rllm_estimates_each_group_by_itself(snippet, monkeypatch):
-    registry, parts = {}, "rllm.trainer.algorithms.advantage".split(".")
+    registry, parts = {}, ["rllm", "trainer", "algorithms", "advantage"]
     for depth in range(1, len(parts) + 1):
         monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), ModuleType(parts[depth - 1]))
     register = lambda name: lambda function: registry.setdefault(name, function)  # noqa: E731
