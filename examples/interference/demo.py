@@ -1,6 +1,7 @@
 """The demo: GRPO on pass@8 loses pass@1, the guard says so before most of it is lost, and a guarded run keeps it.
 
     python -m examples.interference.demo [--seeds 0 1 2] [--out runs/demo]
+    passk-guard demo                            # the same without a checkout: the wheel has this folder's files
 
 Each seed has its own warm start and its own prompts. Two runs start from it: in `observe` the guard changes nothing, in
 `project` it turns each gradient before the optimizer step. In the folder of the seed:
@@ -17,14 +18,17 @@ thirty, as in a run that somebody is watching. The exit status is 1 when a run d
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -34,11 +38,12 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import GRPOTrainer
 
-from examples.interference import report
-from examples.interference.task import correct, make_prompts
-from examples.interference.train import train
-from examples.interference.warm_start import warm_start, warm_start_dir
 from passk_guard import ProbeSet, watch
+
+from . import report
+from .task import correct, make_prompts
+from .train import train
+from .warm_start import warm_start, warm_start_dir
 
 K, STEPS, LEARNING_RATE, EVALUATE_EVERY = 8, 60, 0.02, 2
 
@@ -110,8 +115,8 @@ def run(arm: str, seed: int, out: Path, model_dir: Path) -> tuple[list[report.Re
     return records, events, summary
 
 
-def compare(seed: int, out: Path, cache: Path, console: Console) -> list[str]:
-    """Both arms of one seed, with their tables and the figure; what the demo failed to show."""
+def compare(seed: int, out: Path, cache: Path, console: Console) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Both arms of one seed, with their tables and the figure: their numbers, and what the demo failed to show."""
     model_dir = warm_start(cache, seed)
     records, events, summary = run("observe", seed, out / "observe", model_dir)
     report.print_table(console, f"seed {seed}, {STEPS} steps of GRPO on pass@{K}, observed", records, summary)
@@ -119,37 +124,42 @@ def compare(seed: int, out: Path, cache: Path, console: Console) -> list[str]:
     guarded, _, guarded_summary = run("project", seed, out / "project", model_dir)
     report.print_table(console, f"seed {seed}, the same with mitigation='project'", guarded, guarded_summary)
     report.draw(out / "demo.png", records, events, K, guarded)
-    return summary.failures() + guarded_summary.guarded_failures()
+    numbers = {"observe": asdict(summary), "project": asdict(guarded_summary)}
+    return numbers, summary.failures() + guarded_summary.guarded_failures()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = argparse.ArgumentParser(prog, description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where results are written")
     parser.add_argument("--cache", type=Path, default=Path("runs/warm_start"), help="where warm starts are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
-    args = parser.parse_args()
+    parser.add_argument("--json", action="store_true", help="numbers alone on standard output, for a program")
+    args = parser.parse_args(argv)
     # The matrices are tiny: a second thread gains a third at best, and on a busy machine the two wait for each other.
     torch.set_num_threads(args.threads)
 
     if not sys.stderr.isatty():
         disable_progress_bar()  # of a model being loaded
 
-    console = Console()
+    console = Console(stderr=args.json)
     todo = sum(not warm_start_dir(args.cache, seed).exists() for seed in args.seeds)
     console.print(
         f"Plan: {todo} warm start(s) of 1-2 minutes (cached in {args.cache}), then for {len(args.seeds)} seed(s) "
         f"{STEPS} GRPO steps on pass@{K} with the guard observing and {STEPS} with it guarding, 1-2 minutes each."
     )
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the stack's own renamed settings
-    started, failures = time.monotonic(), []
+    started, numbers, failures = time.monotonic(), {}, []
     with logging_redirect_tqdm([logging.getLogger("passk_guard")]):
         for seed in args.seeds:
-            missing = compare(seed, args.out / f"seed{seed}", args.cache, console)
+            numbers[seed], missing = compare(seed, args.out / f"seed{seed}", args.cache, console)
             failures += [f"seed {seed}: {reason}" for reason in missing]
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes. Figures, results and TensorBoard: {args.out}")
     arms = " ".join(str(args.out / f"seed{args.seeds[0]}" / arm) for arm in ("observe", "project"))
-    console.print(f"Both runs on one page: .venv/bin/passk-guard report {arms}", soft_wrap=True)
+    command = next((path for path in [".venv/bin/passk-guard"] if Path(path).exists()), "passk-guard")
+    console.print(f"Both runs on one page: {command} report {arms}", soft_wrap=True)
+    if args.json:
+        print(json.dumps({"seeds": numbers, "failures": failures}, indent=2))
     for failure in failures:
         print(f"The demo did not show its claim. {failure}.", file=sys.stderr)
     return 1 if failures else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from examples.interference.task import ALPHABET
+from .task import ALPHABET
 
 PAD, EOS = "<pad>", "<eos>"
 

@@ -19,10 +19,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from examples.interference.exact import Rows, evaluate, gradient_cosine
-from examples.interference.task import MIXTURE, correct, make_prompts
-from examples.interference.warm_start import warm_start
 from passk_guard.mitigation.objective import PassKObjective
+
+from .exact import Rows, evaluate, gradient_cosine
+from .task import MIXTURE, correct, make_prompts
+from .warm_start import warm_start
 
 PROMPTS_PER_STEP, SAMPLES_PER_PROMPT = 32, 16
 

@@ -17,10 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from examples.interference.exact import encode
-from examples.interference.model import make_model
-from examples.interference.task import supervised_example
-from examples.interference.tokenizer import make_tokenizer
+from .exact import encode
+from .model import make_model
+from .task import supervised_example
+from .tokenizer import make_tokenizer
 
 
 def supervised_loss(

@@ -56,6 +56,8 @@ class Option:
             budget, more prompts mean fewer refreshes. None where the cadence is unknown.
         seconds: of probing for each training step, in proportion to the prompts; None where unknown.
         share: of the time of a training step without a probe; None where unknown.
+        as_measured: where the signal is not established, `refreshes` if it is what was measured all the same; None
+            where it takes more than `power.MOST_LOOKS`, or where a norm was not even measured to be positive.
     """
 
     prompts: int
@@ -65,6 +67,7 @@ class Option:
     steps: int | None
     seconds: float | None
     share: float | None
+    as_measured: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class Plan:
     def prompts(self) -> int:
         """Prompts of a refresh in the run."""
         return round(self.noise.prompts)
+
+    @property
+    def own(self) -> Option:
+        """The option of the run's own size."""
+        return next(option for option in self.options if option.prompts == self.prompts)
 
     @property
     def own_cosine(self) -> float:
@@ -181,7 +189,8 @@ def make_plan(
             return looks_until_called(look, decision_rule(config), power, confidence=config.confidence, pool=pooled)
 
         if signal.size is None:
-            return Option(m, None, within(signal.most) if signal.most > 0 else None, None, None, seconds, share)
+            least, seen = (within(size) if size > 0 else None for size in (signal.most, measured_size(noise)))
+            return Option(m, None, least, None, None, seconds, share, seen)
         found = within(signal.size)
         low, high = (within(signal.size * math.exp(sign * signal.error)) for sign in (1, -1))
         steps = None
@@ -195,6 +204,11 @@ def make_plan(
         single = {n: fewest_prompts(noise, size, cosine, power, refreshes=n, **limits) for n in sorted({1, pooled})}
     options = [option(m) for m in sorted({*prompts, own})]
     return Plan(config, cosine, power, noise, signal, options, single, cost)
+
+
+def measured_size(noise: Noise) -> float:
+    """|grad J_1||grad J_k| as measured, established or not; 0 where one of the squared norms is not positive."""
+    return math.sqrt(math.prod(max(0.0, norm) for norm in noise.value[1:].tolist()))
 
 
 def refreshes_for_signal(noise: Noise) -> int | None:

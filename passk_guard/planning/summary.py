@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from passk_guard.config import GuardConfig
 from passk_guard.estimation.power import MOST_LOOKS, MOST_PROMPTS, average_noise, measure_noise
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.planning.plan import Cost, Option, Plan, make_plan
+from passk_guard.planning.plan import Cost, Option, Plan, make_plan, measured_size
 
 
 def plan_line(plan: Plan) -> str:
     """One line for the log of a run: the power on its size of probe, and on twice the prompts."""
+    own = plan.own
     if plan.signal.size is None:
-        return f"no power can be stated: {no_signal(plan)}"
-    own = next(option for option in plan.options if option.prompts == plan.prompts)
+        return f"no power can be stated: {no_signal(plan)}{_as_measured(plan)}"
     more = plan.options[-1]
     line = (
         f"at the noise measured so far, a cosine of {plan.cosine:+.2f} would be called CONFLICT {_within(own)} with "
@@ -40,6 +40,17 @@ def no_signal(plan: Plan) -> str:
     return (
         f"{worst} = {float(noise.value[norms[worst]]):.2g} ± {noise.error(norms[worst]):.2g} is not established over "
         f"{_many(noise.refreshes, 'refresh')}; {prompts_with_a_gradient(plan)}; {help_}"
+    )
+
+
+def _as_measured(plan: Plan) -> str:
+    """What a plan from the signal as measured would say, beside the least that it can be; empty without either."""
+    own = plan.own
+    if measured_size(plan.noise) == 0 or own.fewest is None:
+        return ""
+    return (
+        f"; if the signal is what was measured, a cosine of {plan.cosine:+.2f} would be called CONFLICT in "
+        f"{_count(own.as_measured)} refreshes, at the very least in {own.fewest}"
     )
 
 
@@ -70,7 +81,10 @@ def describe_plan(plan: Plan, where: str) -> Iterator[str]:
     if plan.signal.size is None:
         yield f"No power can be stated: {no_signal(plan)}."
         yield ""
-        yield f"At the very least, for a cosine of {plan.cosine:+.2f} with {plan.power:.0%} power ({rule}):"
+        yield (
+            f"Refreshes for a cosine of {plan.cosine:+.2f} with {plan.power:.0%} power ({rule}), if the signal is what "
+            "was measured, and at the very least:"
+        )
     else:
         yield (
             f"A cosine of {plan.cosine:+.2f} from the start of a run on is called CONFLICT with {plan.power:.0%} power "
@@ -106,7 +120,8 @@ def _table(plan: Plan) -> Iterator[str]:
         steps = "-" if option.steps is None else str(option.steps)
         found, span = _count(option.refreshes), _range(option)
         if plan.signal.size is None:
-            found, span = "-", "" if option.fewest is None else f"{option.fewest} or more"
+            found = "-" if measured_size(plan.noise) == 0 else _count(option.as_measured)
+            span = "" if option.fewest is None else f"{option.fewest} or more"
         yield f"{mark} {option.prompts:>8}  {found:>10}  {span:>14}  {steps:>7}  {seconds:>18}  {share:>9}"
 
 

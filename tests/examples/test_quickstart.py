@@ -61,7 +61,10 @@ def test_the_page_has_what_the_wheel_prints(tmp_path):
     wheel, folder = tmp_path / "wheel", tmp_path / "run"
     folder.mkdir()
     printed(tmp_path, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(wheel), str(ROOT))
-    assert files(wheel / "passk_guard") == files(ROOT / "passk_guard")
+    demo = {path for path in files(wheel / "passk_guard") if path.parts[0] == "_demo"}
+    assert files(wheel / "passk_guard") - demo == files(ROOT / "passk_guard")
+    found = printed(folder, "-c", "from passk_guard.cli import _demo; print(_demo().__module__)", package=wheel)
+    assert found[-1:] == ["passk_guard._demo.demo"], "`passk-guard demo` needs no checkout"
     found = printed(folder, "-c", "import passk_guard; print(passk_guard.__file__)", package=wheel)
     assert found == [str(wheel / "passk_guard" / "__init__.py")]
     assert without_numbers(output(folder, wheel)) == without_numbers(kept("text"))

@@ -13,9 +13,10 @@ from passk_guard.analysis import Analysis
 from passk_guard.analysis.store import JSON_NAME
 from passk_guard.callback.state import Memory
 from passk_guard.cli import main
-from passk_guard.estimation.power import Noise, average_noise, measure_noise
-from passk_guard.planning import Cost, make_plan, outlook
+from passk_guard.estimation.power import Noise, average_noise, look_of, looks_until_called, measure_noise
+from passk_guard.planning import Cost, decision_rule, make_plan, outlook
 from passk_guard.planning.inputs import past_of, read_noise
+from passk_guard.planning.summary import describe_plan, plan_line
 from passk_guard.reporting import Journal
 from passk_guard.reporting.journal import read_journal
 from passk_guard.reporting.reporter import Pace
@@ -137,15 +138,36 @@ def test_one_estimate_pools_as_many_draws_as_the_run_will(serves, pool):
 
 
 def test_without_a_signal_there_is_no_number(run_dir, capsys):
-    status, out, _ = call(capsys, run_dir(probes(2, m=16, noise=1.0)))
+    folder = run_dir(probes(2, m=16, noise=1.0))
+    status, out, _ = call(capsys, folder)
     assert status == 0
     assert "No power can be stated: |grad J_" in out
     assert "is not established over 2 refreshes" in out
-    assert "At the very least" in out
-    assert "or more" in out
-    found = json.loads(call(capsys, run_dir(probes(2, m=16, noise=1.0)), "--json")[1])
+    found = json.loads(call(capsys, folder, "--json")[1])
     assert found["signal"]["size"] is None
     assert all(option["refreshes"] is None and option["steps"] is None for option in found["options"])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_signal_that_is_not_established_gives_a_figure_beside_the_least(sign):
+    """The oracle: looks until called at the signal as measured. A norm that is negative gives the least alone."""
+    noise, config = average_noise([measure_noise(p, 8) for p in probes(2)]), GuardConfig(refresh_steps=5)
+    half = torch.tensor([0.0, 1.5 * sign * noise.error(1), 1.5 * noise.error(2)], dtype=torch.float64)
+    noise = replace(noise, value=half)
+    plan = make_plan(noise, config, cosine=-0.8, prompts=(128, 512))
+    rows = [line[1:].split() for line in describe_plan(plan, "here") if line[2:].strip()[:1].isdigit()]
+    for option, row in zip(plan.options, rows, strict=True):
+        assert option.refreshes is option.most is None
+        seen = None
+        if sign > 0:
+            look = look_of(noise, math.sqrt(half[1] * half[2]), -0.8, option.prompts)
+            seen = looks_until_called(look, decision_rule(config), 0.9)
+            assert seen >= option.fewest
+        assert option.as_measured == seen
+        assert row[:4] == [str(option.prompts), str(seen or "-"), str(option.fewest), "or"]
+    words = f"in {plan.own.as_measured} refreshes, at the very least in {plan.own.fewest}"
+    assert (words in plan_line(plan)) == (sign > 0)
+    assert sign < 0 or plan.own.as_measured > plan.own.fewest
 
 
 def test_prompts_that_are_always_solved_are_named():
