@@ -347,11 +347,15 @@ class PassKGuardCallback(TrainerCallback):
     def _sample(self, source: HeldOut, number: int) -> tuple[Rollouts, Outcomes]:
         """This rank's completions of refresh `number`, checked and scored."""
         shown = wanted(self.config.progress_bar, self._ranks, quiet=self._trainer.args.disable_tqdm)
-        with sampling_bar(source.sampler, shown):
-            rollouts = source.rollouts(number, self._ranks.index, self._ranks.count)
-        self._meter.charge_sampling(rollouts)
-        check_rollouts(rollouts, **limits_of(self._trainer.accelerator.unwrap_model(self._trainer.model)))
-        return rollouts, self._verifier.score(rollouts, trainer_state=self._trainer.state)
+        try:
+            with sampling_bar(source.sampler, shown):
+                rollouts = source.rollouts(number, self._ranks.index, self._ranks.count)
+            self._meter.charge_sampling(rollouts)
+            check_rollouts(rollouts, **limits_of(self._trainer.accelerator.unwrap_model(self._trainer.model)))
+            outcomes = self._verifier.score(rollouts, trainer_state=self._trainer.state)
+        finally:
+            getattr(source.sampler, "finish", lambda: None)()
+        return replace(rollouts, columns={}), outcomes
 
     def _on_training_batch(self, rollouts: Rollouts, rewards: torch.Tensor) -> None:
         """Refresh from a batch that the trainer has generated, which it need not do on every step."""

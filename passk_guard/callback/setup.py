@@ -113,7 +113,8 @@ def held_out_source(
             "dataset, or GuardConfig(source='training_batch') to reuse the training batch."
         )
     prompts = ProbeSet.of(probe)
-    prompts.require_columns(verifier.required_columns)
+    if getattr(trainer, "rollout_func", None) is None:  # which gives reward functions columns of its own
+        prompts.require_columns(verifier.required_columns)
     _refuse_overlap(prompts, trainer, config.allow_overlap)
     if sampler is None:
         _refuse_another_kind(prompts, trainer.train_dataset)
@@ -136,6 +137,7 @@ def _own_sampler(prompts: ProbeSet, trainer: Any, config: GuardConfig) -> Sample
         max_new_tokens=config.probe_max_new_tokens,
         batch_size=config.probe_batch_size,
         trainer=trainer,
+        tool_timeout=config.verifier_timeout,
     )
     try:
         sampler.check_lengths(prompts.rows)

@@ -15,6 +15,8 @@ from passk_guard.config import GuardConfig
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.mitigation.objective import PassKObjective
 from passk_guard.probe.prompts import HeldOut
+from passk_guard.probe.samplers import TRLSampler
+from passk_guard.probe.samplers.trajectories import what_acts
 from passk_guard.probe.verifier import Verifier
 from passk_guard.reporting import Reporter
 from passk_guard.reporting.reporter import quietly
@@ -50,7 +52,9 @@ class Voice:
         trainer, config = self._trainer, self._config
         self._source = source
         self._first, self._partial, self._paced = memory.step < 0, True, memory.account.refreshes > 1
-        run = cost_of_a_refresh(trainer, source, config), passes, trains_on(trainer, config, self._verifier)
+        run = [cost_of_a_refresh(trainer, source, config), passes, trains_on(trainer, config, self._verifier)]
+        acts = what_acts(trainer) if source is not None and isinstance(source.sampler, TRLSampler) else None
+        run += [acts] if acts is not None else []
         action, remark = mitigator.action(memory), mitigator.remark
         self._reporter.say(speech.start(config, source, coverage, action, remark, run))
         # Where the budget sizes a refresh, its size is known only now.

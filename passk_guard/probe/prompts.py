@@ -361,6 +361,7 @@ class HeldOut:
             num_prompts=len(chosen),
             temperature=self.sampler.temperature,
             policy_masks=samples.policy_masks,
+            columns=samples.columns,
         )
 
 

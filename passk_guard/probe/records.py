@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,7 @@ class Rollouts:
         policy_masks: for each completion token 1 where the policy sampled it, 0 where something else put it there: a
             tool's result, an environment's answer, an injected turn. The probability of a completion is the product
             over the tokens with 1. None: the policy sampled all.
+        columns: arguments of the reward function beside the columns of the rows, one value a sample, passed as it is.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -39,6 +40,7 @@ class Rollouts:
     num_prompts: int
     temperature: float = 1.0
     policy_masks: Sequence[Sequence[int]] | None = None
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_index)

@@ -21,7 +21,7 @@ from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.text import brief, describe_error, one_line
 
 RewardFunction = Callable[..., Any]
-_STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_STANDARD = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 _NOT_COLUMNS = ("prompt", "completion", "completion_ids")
 _NO_LIST = (str, bytes, Mapping, Set)  # none of them holds one reward a completion, in order
 
@@ -151,6 +151,7 @@ class Verifier:
         rows = [copy.deepcopy(dict(rollouts.rows[i])) for i in picked]
         names = dict.fromkeys(name for row in rows for name in row if name not in _NOT_COLUMNS)
         arguments: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
+        arguments |= {name: [values[i] for i in picked] for name, values in rollouts.columns.items()}
         arguments |= {
             "prompts": [row["prompt"] for row in rows],
             "completions": [copy.deepcopy(rollouts.completions[i]) for i in picked],

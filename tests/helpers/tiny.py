@@ -128,12 +128,14 @@ def tiny_trainer(
     train_dataset: Any = None,
     callbacks: Sequence[Any] | None = None,
     peft_config: Any = None,
+    extra: dict[str, Any] | None = None,
     **args: Any,
 ) -> Any:
     """Build a trainer of two prompts times four completions a step, four new tokens each.
 
     Args:
         train_dataset: a `datasets.Dataset`; by default `tiny_rows(32)`.
+        extra: more arguments of the trainer.
         args: fields of the trainer's config, over the small defaults here.
     """
     from datasets import Dataset
@@ -161,6 +163,7 @@ def tiny_trainer(
         processing_class=tiny_tokenizer() if tokenizer is None else tokenizer,
         callbacks=list(callbacks or []),
         peft_config=peft_config,
+        **(extra or {}),
     )
 
 

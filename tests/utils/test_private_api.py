@@ -23,6 +23,7 @@ from passk_guard.mitigation.engines.deepspeed.base import DeepSpeedGradient
 from passk_guard.mitigation.engines.deepspeed.stages import Bf16, Zero3, Zero3Offload, Zero12, Zero12Offload
 from passk_guard.mitigation.engines.native import NativeEngine, ShardedEngine
 from passk_guard.probe.samplers import BatchTap, TRLSampler
+from passk_guard.probe.samplers.trajectories import Trajectories
 from passk_guard.sketch.coverage import SHARDED_NEEDS
 from passk_guard.utils import isolation, private_api
 from passk_guard.utils.errors import GuardError
@@ -128,6 +129,13 @@ def a_part(make):
     return scene
 
 
+def with_a_tool(folder):
+    trainer = tiny_grpo_trainer(folder)
+    trainer.tools = [print]
+    trainer._standalone_tools, trainer._multi_environment = [print], False  # which an earlier TRL lacks
+    return trainer, lambda: TRLSampler(trainer)
+
+
 def objective_installed(folder):
     trainer = tiny_grpo_trainer(folder, scale_rewards="none")
     guard = guarded(trainer)
@@ -209,6 +217,7 @@ SCENES = [
     (TRLSampler.needs, lambda folder: a_train(folder, tiny_rloo_trainer)),
     (TRLSampler.needs, a_part(TRLSampler)),
     (TRLSampler.needs, a_part(guarded)),  # and not another sampler in silence
+    (Trajectories.needs, with_a_tool),
     (BatchTap.needs, lambda folder: a_train(folder, source="training_batch")),
     (BatchTap.needs, a_part(lambda trainer: BatchTap(trainer, print))),
     (PassKObjective.needs, a_part(lambda trainer: PassKObjective(trainer, k=2))),

@@ -13,19 +13,27 @@ __all__ = ["BatchTap", "GenerateSampler", "Sampler", "Samples", "TRLSampler", "c
 
 
 def choose_sampler(
-    model: Any, tokenizer: Any, *, temperature: float, max_new_tokens: int, batch_size: int, trainer: Any = None
+    model: Any,
+    tokenizer: Any,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+    trainer: Any = None,
+    tool_timeout: float | None = None,
 ) -> Sampler:
     """Choose a TRL trainer's own generation, which has its own settings, or else `model.generate` with these.
 
     Args:
         model, tokenizer, temperature, max_new_tokens, batch_size: as for `GenerateSampler`.
         trainer: of the model, where it is in training.
+        tool_timeout: as for `TRLSampler`.
 
     Raises:
         GuardError: as the samplers, or no tokenizer.
     """
     if trainer is not None and (is_trl(trainer) or hasattr(trainer, "_generate_single_turn")):
-        return TRLSampler(trainer)
+        return TRLSampler(trainer, tool_timeout=tool_timeout)
     if tokenizer is None:
         raise GuardError("Expected a trainer with a tokenizer to sample with; pass `processing_class` to the trainer.")
     return GenerateSampler(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from passk_guard.utils.errors import GuardError
@@ -21,12 +21,15 @@ class Samples:
             conversational prompt a list of messages, such as one of the assistant.
         policy_masks: m * n lists with 1 for each token that the policy sampled and 0 for each that was put between, as
             of a tool; None where it sampled all.
+        columns: what the reward function gets besides the columns of the row, one value a sample and as it is:
+            the environments, what a rollout function returned.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     completions: list[Any]
     policy_masks: list[list[int]] | None = None
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.completion_ids)
@@ -37,7 +40,8 @@ class Sampler(Protocol):
     """Samples completions from the policy.
 
     A sampler may also have `sample_fewer() -> bool`, which is called on every rank when memory ran out on one. It
-    lowers the number of completions generated at once and returns True, or False if it is the lowest already.
+    lowers the number of completions generated at once and returns True, or False if it is the lowest already. It may
+    have `finish()`, which is called when the completions are scored, and ends what they needed.
     """
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from passk_guard.probe.records import Rollouts
+from passk_guard.probe.samplers.trajectories import takes_turns
 from passk_guard.utils.errors import FailedRefresh, GuardError
 from passk_guard.utils.patching import Method, MethodPatch
 from passk_guard.utils.private_api import is_trl, requires
@@ -26,7 +27,7 @@ class BatchTap:
     logged, once for each reason, and training goes on.
 
     Args:
-        trainer: a GRPOTrainer or RLOOTrainer without tools, environments or a rollout_func.
+        trainer: a GRPOTrainer or RLOOTrainer.
         on_rollouts: called after each generation in train mode with this rank's `Rollouts` of B samples and
             rewards [B, number of reward functions], NaN where a function gave none. `prompt_index` counts over
             all ranks, since a group of completions can straddle two of them.
@@ -48,12 +49,11 @@ class BatchTap:
     )
 
     def __init__(self, trainer: Any, on_rollouts: OnRollouts) -> None:
-        for name in ("tools", "environment_factories", "rollout_func"):
-            if getattr(trainer, name, None):
-                raise GuardError(
-                    f"Expected a trainer without `{name}`, whose completions are all the policy's own; found one "
-                    "with it. Pass held-out prompts as `probe`, with your own `sampler`."
-                )
+        if takes_turns(trainer) and getattr(trainer.args, "mask_truncated_completions", False):
+            raise GuardError(
+                "Expected mask_truncated_completions=False for a training batch with tools or environments as probe; "
+                "found True, which hides what the policy sampled. Pass held-out prompts as `probe`."
+            )
         if is_trl(trainer):
             self.needs.check(trainer)
         self.trainer = trainer
@@ -114,11 +114,12 @@ class BatchTap:
     def _collect(self, inputs: Sequence[Mapping[str, Any]], output: Mapping[str, Any]) -> tuple[Rollouts, Tensor]:
         if self._scored is None:
             raise FailedRefresh(f"{type(self.trainer).__name__} scored this batch without `_calculate_rewards`.")
-        if foreign := [name for name in ("tool_mask", "num_images") if output.get(name) is not None]:
-            raise FailedRefresh(f"the batch holds `{foreign[0]}`; only text that the policy sampled can be scored.")
+        if output.get("num_images") is not None:
+            raise FailedRefresh("the batch holds `num_images`; only text that the policy sampled can be scored.")
         completions, completion_ids, rewards = self._scored
         local, start = len(inputs), self.trainer.accelerator.process_index * len(inputs)
-        group = self.trainer.num_generations
+        group, masks = self.trainer.num_generations, output.get("tool_mask")
+        environments = getattr(self.trainer, "environments", None)
         rollouts = Rollouts(
             rows=list(inputs),
             prompt_index=[(start + i) // group for i in range(local)],
@@ -127,6 +128,10 @@ class BatchTap:
             completions=list(completions),
             num_prompts=len(rewards) // group,
             temperature=float(self.trainer.temperature),
+            policy_masks=None
+            if masks is None
+            else [mask[: len(ids)].tolist() for mask, ids in zip(masks, completion_ids, strict=True)],
+            columns={} if environments is None else {"environments": list(environments)},
         )
         return rollouts, rewards[start : start + local].clone()
 

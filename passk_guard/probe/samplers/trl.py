@@ -11,6 +11,7 @@ from typing import Any
 
 from passk_guard.probe.records import context_length
 from passk_guard.probe.samplers.protocol import Samples, refuse_misfits
+from passk_guard.probe.samplers.trajectories import Trajectories, joined
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.isolation import attributes, sampling_mode
 from passk_guard.utils.private_api import is_trl, requires
@@ -30,10 +31,10 @@ class TRLSampler:
     Args:
         trainer: a GRPOTrainer or RLOOTrainer, on transformers or vLLM generation.
         on_progress: called with (completions done, completions in all) after each call of the engine.
+        tool_timeout: seconds for a call of a tool or the reset of an environment, where the trainer has them.
 
     Raises:
-        GuardError: another trainer; or tools, environments, a rollout_func or continuous batching, whose
-            completions are not one turn of the policy or whose generation changes the model.
+        GuardError: another trainer; or continuous batching, whose generation changes the model.
     """
 
     needs = requires(
@@ -42,16 +43,23 @@ class TRLSampler:
         "held-out probes sampled by a TRL trainer",
         "pass `sampler=GenerateSampler(model, tokenizer, ...)` or your own sampler",
         _tokenize_prompts="prompts as token ids, as in training",
-        _generate="its module tells how completions are parsed",
+        _generate="its module tells how completions are parsed; it makes those of several turns",
         _generate_single_turn="completions, by the trainer's own engine",
         temperature="of the sampling, which the score vectors are taken at",
         use_vllm="vLLM schedules by itself, and has its own limit",
         max_completion_length="what a prompt must leave room for",
     )
 
-    def __init__(self, trainer: Any, *, on_progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+        tool_timeout: float | None = None,
+    ) -> None:
         _refuse(trainer)
         self.trainer = trainer
+        self._trajectories = Trajectories.of(trainer, tool_timeout)
         self.on_progress = on_progress
         self._halvings = 0
         _check_sampling(trainer)
@@ -65,7 +73,10 @@ class TRLSampler:
         """Raise GuardError when a prompt holds images, is empty, or leaves no room for `max_completion_length`."""
         if any(_has_images(row) for row in rows):
             raise GuardError(f"Expected probe prompts of text; found images. {_REMEDY}")
-        ids, _, _ = self.trainer._tokenize_prompts([copy.deepcopy(row["prompt"]) for row in rows])
+        if self._trajectories is not None:
+            ids: Sequence[Sequence[int]] = self._trajectories.tokenize(rows)
+        else:
+            ids, _, _ = self.trainer._tokenize_prompts([copy.deepcopy(row["prompt"]) for row in rows])
         limits = [context_length(self.trainer.accelerator.unwrap_model(self.trainer.model))]
         if self.trainer.use_vllm:
             limits.append(getattr(self.trainer.args, "vllm_max_model_length", None))
@@ -82,6 +93,8 @@ class TRLSampler:
         Returns:
             Samples of m * n entries, prompt-major.
         """
+        if self._trajectories is not None:
+            return self._sample_turns([row for row in rows for _ in range(num_samples)], num_samples, seed)
         prompts = [copy.deepcopy(row["prompt"]) for row in rows for _ in range(num_samples)]
         size = self._completions_per_call(len(prompts))
         prompt_ids: list[list[int]] = []
@@ -94,6 +107,22 @@ class TRLSampler:
                 if self.on_progress is not None:
                     self.on_progress(len(completion_ids), len(prompts))
         return Samples(prompt_ids, completion_ids, self._decode(prompts, prompt_ids, completion_ids))
+
+    def _sample_turns(self, rows: list[Row], num_samples: int, seed: int) -> Samples:
+        """One trajectory of each of these rows."""
+        assert self._trajectories is not None
+        size, parts = self._completions_per_call(len(rows)), list[Samples]()
+        with self._undisturbed(num_samples, seed):
+            for start in range(0, len(rows), size):
+                parts.append(self._trajectories.sample(rows[start : start + size]))
+                if self.on_progress is not None:
+                    self.on_progress(min(start + size, len(rows)), len(rows))
+        return joined(parts)
+
+    def finish(self) -> None:
+        """Close the environments of a refresh."""
+        if self._trajectories is not None:
+            self._trajectories.close()
 
     def _completions_per_call(self, total: int) -> int:
         """What training generates at once, which is known to fit in memory; vLLM schedules by itself."""
@@ -148,9 +177,6 @@ def _refuse(trainer: Any) -> None:
             f"`{missing[0]}`. {_REMEDY}"
         )
     unsupported = {
-        "tools": "tool results are not sampled from the policy",
-        "environment_factories": "an environment makes up the prompts",
-        "rollout_func": "its completions may hold more than one turn of the policy",
         "use_transformers_continuous_batching": "it casts the trained weights in place",
         "use_transformers_paged": "it casts the trained weights in place",  # the same in trl 1.0
     }

@@ -1,0 +1,208 @@
+"""Tools, environments and rollout functions: the probe's trajectories are those of training, and leave no trace."""
+
+import copy
+import json
+import logging
+import time
+
+import pytest
+import torch
+
+import passk_guard
+from passk_guard import PassKGuardCallback
+from passk_guard.probe.samplers import BatchTap, TRLSampler
+from passk_guard.probe.samplers.training_batch import takes_turns
+from passk_guard.utils.errors import FailedRefresh, GuardError
+from tests.helpers.tools import SUPPORTED, chat_probe, double, last_turn, tool_trainer
+
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="this TRL keeps its tools in another way, and is refused")
+SETTINGS = {"k": 2, "num_samples": 4, "probe_prompts": 12, "refresh_steps": 1, "sketch_dim": 512}
+
+
+def text_of(trainer, ids):
+    return trainer.processing_class.decode(ids)
+
+
+def test_a_trajectory_has_the_tools_words_masked(tmp_path, monkeypatch):
+    trainer = tool_trainer(tmp_path, monkeypatch)
+    before = {name: copy.deepcopy(trainer._metrics[name]) for name in trainer._metrics}
+    sampler = TRLSampler(trainer)
+    samples = sampler.sample(chat_probe(6), 8, seed=0)
+    again = sampler.sample(chat_probe(6), 8, seed=0)
+    assert samples == again
+    called = [i for i, messages in enumerate(samples.completions) if len(messages) > 1]
+    assert 3 < len(called) < 48
+    for i, (ids, mask, messages) in enumerate(
+        zip(samples.completion_ids, samples.policy_masks, samples.completions, strict=True)
+    ):
+        own = [text_of(trainer, [t]) for t, m in zip(ids, mask, strict=True) if m]
+        result = text_of(trainer, [t for t, m in zip(ids, mask, strict=True) if not m])
+        said = "".join(m["content"] for m in messages if m["role"] == "assistant")
+        assert "".join(own).replace("<eos>", "").replace("<unk>", "") in said or "<" in "".join(own)
+        assert ("<|system|>double" in result) == (i in called)
+        for message in (m for m in messages if m["role"] == "tool"):
+            assert message["content"] in result.replace("<unk>", "'") or "{" in message["content"]
+    assert {name: dict(trainer._metrics[name]) for name in before} == {name: dict(before[name]) for name in before}
+    assert not {"_sync_tool_dicts", "_async_tool_dicts", "_batch_environments"} & set(vars(trainer))
+
+
+class Counter:
+    """An environment that counts its calls; what it made and closed is kept by class."""
+
+    made, closed = 0, 0
+
+    def __init__(self):
+        type(self).made += 1
+        self.total, self.open = None, True
+
+    def reset(self, **row):
+        self.total = len(str(row["prompt"][0]["content"]))
+        return f" at {self.total}"
+
+    def add(self, digit: int) -> int:
+        """Add a digit.
+
+        Args:
+            digit: to add.
+        """
+        self.total += digit
+        torch.rand(1)
+        return self.total
+
+    def get_reward(self):
+        assert self.open, "read before it was closed"
+        return float(self.total % 2)
+
+    def _close(self):
+        type(self).closed += 1
+        self.open = False
+
+
+@pytest.fixture
+def fresh_counter():
+    Counter.made = Counter.closed = 0
+
+
+def trained(trainer, guard=None):
+    if guard is not None:
+        guard(trainer)
+    trainer.train()
+    rows = [{k: v for k, v in row.items() if k in ("loss", "grad_norm", "reward")} for row in trainer.state.log_history]
+    return rows, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def events(folder, kind):
+    found = map(json.loads, (folder / "passk_guard.jsonl").open())
+    return [event for event in found if event["event"] == kind]
+
+
+def two_turns(prompts, trainer):
+    """A rollout function: one turn of the model, three tokens of the world, and a column for the reward."""
+    ids, _, _ = trainer._tokenize_prompts(prompts)
+    own, _ = trainer._generate_single_turn(ids, None, {}, trainer.num_generations)
+    own = [list(c)[:6] for c in own]
+    world = [9, 10, 11]
+    return {
+        "prompt_ids": ids,
+        "completion_ids": [c + world for c in own],
+        "logprobs": None,
+        "env_mask": [[1] * len(c) + [0] * 3 for c in own],
+        "length": [len(c) for c in own],
+    }
+
+
+def by_length(completions, length, **_):
+    return [float(n % 2) for n in length]
+
+
+@pytest.mark.parametrize("kind", ["tools", "environment", "rollout"])
+@pytest.mark.parametrize("source", ["held_out", "training_batch"])
+def test_observing_changes_nothing_and_measures_both(kind, source, tmp_path, monkeypatch, fresh_counter, caplog):
+    args = {
+        "tools": {},
+        "environment": {"environment_factory": Counter, "reward_funcs": []},
+        "rollout": {"rollout_func": two_turns, "reward_funcs": by_length},
+    }[kind]
+    correct = {"tools": last_turn, "environment": "Counter", "rollout": by_length}[kind]
+    plain = trained(tool_trainer(tmp_path / "plain", monkeypatch, **args))
+    made = Counter.made
+    probe = {"probe": chat_probe(12)} if source == "held_out" else {"source": source}
+
+    def guard(trainer):
+        passk_guard.watch(trainer, correct=correct, **probe, **SETTINGS)
+
+    with caplog.at_level(logging.WARNING, logger="passk_guard"):
+        guarded = trained(tool_trainer(tmp_path / "guarded", monkeypatch, **args), guard)
+    assert guarded[0] == plain[0]
+    assert all(torch.equal(guarded[1][name], plain[1][name]) for name in plain[1])
+    assert not events(tmp_path / "guarded", "failed_refresh"), events(tmp_path / "guarded", "failed_refresh")
+    assert len(events(tmp_path / "guarded", "refresh")) == 3
+    if source == "held_out":
+        assert len(events(tmp_path / "guarded", "change")) == 2
+        assert ": what they do outside, they do for it too" in caplog.text
+        if kind == "environment":
+            assert (Counter.made, Counter.closed) == (2 * made + 3 * 48, 3 * 48), "as many as completions, all closed"
+
+
+def test_a_tool_that_hangs_is_stopped_and_one_that_raises_answers(tmp_path, monkeypatch):
+    def slow(digit: int) -> int:
+        """Take long.
+
+        Args:
+            digit: any.
+        """
+        if digit == 0:
+            raise ValueError("no zeros")
+        time.sleep(60)
+
+    trainer = tool_trainer(tmp_path, monkeypatch, tools=[slow], max_completion_length=96)
+    sampler = TRLSampler(trainer, tool_timeout=0.01)
+    samples = sampler.sample(chat_probe(4), 8, seed=0)
+    answers = [m["content"] for messages in samples.completions for m in messages if m["role"] == "tool"]
+    assert any("0.01 s" in answer for answer in answers), answers
+
+
+class Broken(Counter):
+    def reset(self, **row):
+        raise OSError("no world")
+
+
+@pytest.mark.parametrize(
+    ("args", "rows", "message"),
+    [
+        ({"environment_factory": Broken, "reward_funcs": []}, {}, "could not be reset: OSError: no world"),
+        (
+            {"rollout_func": lambda p, t: {k: v for k, v in two_turns(p, t).items() if k != "env_mask"}},
+            {},
+            "`rollout_func` returned no `env_mask`: return beside",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_fails_the_refresh(args, rows, message, tmp_path, monkeypatch):
+    sampler = TRLSampler(tool_trainer(tmp_path, monkeypatch, **args))
+    with pytest.raises(FailedRefresh, match=message):
+        sampler.sample(chat_probe(3, **rows), 2, seed=0)
+    sampler.finish()
+
+
+def test_a_row_names_its_environment(tmp_path, monkeypatch):
+    class Other(Counter):
+        def get_reward(self):
+            return 1.0
+
+    trainer = tool_trainer(tmp_path, monkeypatch, environment_factory={"a": Counter, "b": Other}, reward_funcs=[])
+    sampler = TRLSampler(trainer)
+    rows = [row | {"environment": "ab"[i % 2]} for i, row in enumerate(chat_probe(4))]
+    kinds = [type(one) for one in sampler.sample(rows, 2, seed=0).columns["environments"]]
+    assert kinds == [Counter, Counter, Other, Other] * 2
+    with pytest.raises(GuardError, match=r"one of \['a', 'b'\]; found None"):
+        sampler.check_lengths(chat_probe(4))
+
+
+def test_a_masked_training_batch_is_refused(tmp_path, monkeypatch):
+    trainer = tool_trainer(tmp_path, monkeypatch, mask_truncated_completions=True)
+    assert takes_turns(trainer)
+    with pytest.raises(GuardError, match="hides what the policy sampled"):
+        BatchTap(trainer, print)
+    PassKGuardCallback(trainer, chat_probe(12), last_turn, k=2, num_samples=4)
+    assert double(2) == 4
