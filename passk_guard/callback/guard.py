@@ -434,6 +434,7 @@ class PassKGuardCallback(TrainerCallback):
         """Report what the updates did; end the training where the user asked for it."""
         details = window.details(self._change.prompt)
         metrics = window.metrics | {"probe_seconds": seconds, "probe_share": self.memory.account.share}
+        metrics |= {} if self._sketcher is not None else self._change.mismatch  # the angle's row has it
         self._reporter.window(window.ended, metrics, remark=window.reason, **details)
         if window.verdict.changed:
             action = self._mitigator.action(self.memory)

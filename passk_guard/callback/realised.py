@@ -216,6 +216,11 @@ class RealisedChange:
         return self._source is not None and self._config.instruments != "angle"
 
     @property
+    def mismatch(self) -> dict[str, float | None]:
+        """`Window.mismatch` of the open window."""
+        return {} if self._window is None else self._window.mismatch
+
+    @property
     def tokens(self) -> int:
         """Tokens of one forward pass over the open window on this rank."""
         return 0 if self._window is None else sum(batch.input_ids.numel() for batch in self._window.batches)
@@ -316,9 +321,10 @@ def close_window(
         log_ratios = rescorer.log_ratios(window)[kept]
         labels = None if groups is None else [groups[str(key)] for key in keys]
         clusters = None if source is None else source.independent(keys)
-        more: dict[str, Any] = {"keys": keys, "clusters": clusters, "noise": window.noise}
+        apart = None if window.sampler is None else window.sampler[kept]
+        more: dict[str, Any] = {"keys": keys, "clusters": clusters, "noise": window.noise, "sampler": apart}
         estimate = estimate_change(log_ratios, correct, config.k, groups=labels, **more)
-        rates = change_by_solve_rate(log_ratios, correct, clusters=clusters)
+        rates = change_by_solve_rate(log_ratios, correct, clusters=clusters, sampler=apart)
         if estimate.effective_samples < config.min_effective_samples:
             reason = (
                 f"the policy moved so far that the samples are worth {estimate.effective_samples:.2f} of their number, "

@@ -360,6 +360,7 @@ class HeldOut:
             completions=samples.completions,
             num_prompts=len(chosen),
             temperature=self.sampler.temperature,
+            log_probs=samples.log_probs,
         )
 
 

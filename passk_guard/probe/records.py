@@ -26,6 +26,7 @@ class Rollouts:
         completions: decoded completion, a text or a list of messages as the reward function expects.
         num_prompts: m, prompts of the refresh over all ranks.
         temperature: sampling temperature; log-probabilities are taken at the same one.
+        log_probs: log mu of each completion, as of `Samples`; None where the model itself was sampled.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -35,6 +36,7 @@ class Rollouts:
     completions: Sequence[Any]
     num_prompts: int
     temperature: float = 1.0
+    log_probs: Sequence[float] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_index)
@@ -67,14 +69,21 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
         context: tokens the model has positions for; None for unknown.
 
     Raises:
-        FailedRefresh: lists of different lengths, no token in any completion, a token id that is no whole number or
-            that the model does not have, no token in a prompt, or a prompt with its completion longer than the context.
+        FailedRefresh: lists of different lengths, a log-probability that is not finite, no token in any completion, a
+            token id that is no whole number or that the model does not have, no token in a prompt, or a prompt with its
+            completion longer than the context.
     """
     prompts, completions, texts = rollouts.prompt_ids, rollouts.completion_ids, rollouts.completions
     if {len(prompts), len(texts), len(completions)} != {len(rollouts)}:
         raise FailedRefresh(
             f"the sampler returned {len(prompts)} prompts, {len(texts)} completions and {len(completions)} lists of "
             f"completion tokens; expected {len(rollouts)} of each"
+        )
+    if rollouts.log_probs is not None and not (
+        len(rollouts.log_probs) == len(rollouts) and all(map(math.isfinite, rollouts.log_probs))
+    ):
+        raise FailedRefresh(
+            f"the sampler returned {len(rollouts.log_probs)} log-probabilities; expected {len(rollouts)} finite ones"
         )
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if len(prompt) == 0:  # the first token of a completion is predicted from the last one of the prompt

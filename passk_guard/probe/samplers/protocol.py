@@ -18,11 +18,14 @@ class Samples:
         completion_ids: m * n lists of sampled tokens, no padding, up to and with the first end-of-sequence token.
         completions: m * n decoded completions as a TRL reward function gets them: a text, or for a
             conversational prompt a list with one assistant message.
+        log_probs: m * n numbers, log mu of each completion under what it was sampled from, in nats, where that is
+            computed apart from the model, as by vLLM. None: completions are samples of the model's own softmax.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     completions: list[Any]
+    log_probs: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids)
