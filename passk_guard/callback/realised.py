@@ -325,7 +325,13 @@ def close_window(
         more: dict[str, Any] = {"keys": keys, "clusters": clusters, "noise": window.noise, "sampler": apart}
         estimate = estimate_change(log_ratios, correct, config.k, groups=labels, **more)
         rates = change_by_solve_rate(log_ratios, correct, clusters=clusters, sampler=apart)
-        if estimate.effective_samples < config.min_effective_samples:
+        apart_share = window.mismatch.get("sampler_effective_samples")
+        if apart_share is not None and apart_share < config.min_effective_samples:
+            reason = (
+                f"the sampler and the model disagree: as samples of the model the completions are worth "
+                f"{apart_share:.2f} of their number, below min_effective_samples={config.min_effective_samples:g}"
+            )
+        elif estimate.effective_samples < config.min_effective_samples:
             reason = (
                 f"the policy moved so far that the samples are worth {estimate.effective_samples:.2f} of their number, "
                 f"below min_effective_samples={config.min_effective_samples:g}: {sooner}"

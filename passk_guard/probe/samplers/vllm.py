@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from passk_guard.utils.errors import FailedRefresh
+from passk_guard.utils.isolation import attributes
 from passk_guard.utils.patching import Method, MethodPatch
 from passk_guard.utils.ranks import Ranks
 
@@ -47,6 +48,8 @@ class VLLMCalls:
         ranks, loaded, done = Ranks(trainer.accelerator.device), trainer._last_loaded_step, False
         adapters = list(_adapters(trainer.model))
         with ExitStack() as stack:
+            if getattr(engine, "logprobs", 0) is None:  # RLOO does not ask for them
+                stack.enter_context(attributes(engine, {"logprobs": 0}))
             for obj, name, wrap in self._wrappers(engine, adapters, ranks):
                 stack.enter_context(MethodPatch(obj, name, wrap, owner=_OWNER))
             try:
