@@ -284,7 +284,9 @@ def compare(
         found, first = _compare(a, b, correct, options)
         if first:
             _accept_any_terminal()
-            print({"text": found.text, "markdown": found.markdown, "json": found.to_json}["json" if as_json else format]())
+            print(
+                {"text": found.text, "markdown": found.markdown, "json": found.to_json}["json" if as_json else format]()
+            )
         if first and out is not None:
             found.save(out, force=force)
     except (GuardError, OSError) as error:

@@ -450,6 +450,7 @@ class PassKGuardCallback(TrainerCallback):
         details = window.details(self._change.prompt)
         metrics = window.metrics | self._mitigator.refresh_metrics(self.memory)
         metrics |= {"probe_seconds": seconds, "probe_share": self.memory.account.share}
+        metrics |= {} if self._sketcher is not None else self._change.mismatch  # the angle's row has it
         if self.memory.hold is not None:
             details["hold_cause"] = self.memory.hold.cause
         self._reporter.window(window.ended, metrics, remark=window.reason, **details)

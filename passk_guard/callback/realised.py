@@ -217,6 +217,11 @@ class RealisedChange:
         return self._source is not None and self._config.instruments != "angle"
 
     @property
+    def mismatch(self) -> dict[str, float | None]:
+        """`Window.mismatch` of the open window."""
+        return {} if self._window is None else self._window.mismatch
+
+    @property
     def tokens(self) -> int:
         """Tokens of one forward pass over the open window on this rank."""
         return 0 if self._window is None else sum(batch.input_ids.numel() for batch in self._window.batches)
@@ -320,10 +325,17 @@ def close_window(
         log_ratios = rescorer.log_ratios(window)[kept]
         labels = None if groups is None else [groups[str(key)] for key in keys]
         clusters = None if source is None else source.independent(keys)
-        more: dict[str, Any] = {"keys": keys, "clusters": clusters, "noise": window.noise}
+        apart = None if window.sampler is None else window.sampler[kept]
+        more: dict[str, Any] = {"keys": keys, "clusters": clusters, "noise": window.noise, "sampler": apart}
         estimate = estimate_change(log_ratios, correct, config.k, groups=labels, **more)
-        rates = change_by_solve_rate(log_ratios, correct, clusters=clusters)
-        if estimate.effective_samples < config.min_effective_samples:
+        rates = change_by_solve_rate(log_ratios, correct, clusters=clusters, sampler=apart)
+        apart_share = window.mismatch.get("sampler_effective_samples")
+        if apart_share is not None and apart_share < config.min_effective_samples:
+            reason = (
+                f"the sampler and the model disagree: as samples of the model the completions are worth "
+                f"{apart_share:.2f} of their number, below min_effective_samples={config.min_effective_samples:g}"
+            )
+        elif estimate.effective_samples < config.min_effective_samples:
             reason = (
                 f"the policy moved so far that the samples are worth {estimate.effective_samples:.2f} of their number, "
                 f"below min_effective_samples={config.min_effective_samples:g}: {sooner}"

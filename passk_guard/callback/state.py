@@ -191,6 +191,7 @@ class _Probe(BaseModel):
     num_correct: Tensor
     prompt_keys: tuple[StrictStr, ...]
     misses: Tensor | None = None
+    corrected: bool = False
 
 
 class _Checkpoint(BaseModel):

@@ -40,6 +40,8 @@ def watch(
     | `agreement` | E[w a] / E[w], the mean agreement score under the pass@k weights |
     | `frac_negative_pairs` | share of prompt pairs whose pass@1 gradients point against each other |
     | `weighted_prompts` | share of the prompts that count in the pass@k gradient |
+    | `sampler_mismatch` | with vLLM: root mean square log ratio of a completion's probability to vLLM's, in nats |
+    | `sampler_effective_samples` | with vLLM: share of its samples that the refresh is worth to the model |
     | `probe_seconds` | what the refresh took |
     | `probe_share` | work of the probe over that of training so far, in tokens (`overhead`) |
 

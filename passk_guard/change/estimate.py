@@ -104,6 +104,7 @@ def estimate_change(
     keys: Sequence[Hashable] | None = None,
     clusters: Sequence[Hashable] | None = None,
     noise: float | None = None,
+    sampler: Tensor | None = None,
 ) -> ChangeEstimate:
     r"""How much pass@1 and pass@k changed from the policy that drew the samples to the one that scored them again.
 
@@ -123,15 +124,19 @@ def estimate_change(
             are the spread over prompts. Where it is not the rounding of the sampler too, it makes the mean ratio
             exp(noise^2/2): half its square is taken off the log ratios. Where it is, nothing was to be taken off: the
             error of pass@k contains the difference. pass@1 has none to speak of, as its samples' weights add up to 0.
+        sampler: [m, n] log of the old policy's probability over that of what was sampled from, where this is something
+            else, as vLLM in another precision. Both policies are then weighed against it, and rounding, which is in
+            both weights alike, is not taken off. None: the old policy was sampled.
 
     Raises:
         GuardError: shapes that do not fit, a log ratio that is no number or whose ratio is beyond float64, a verdict
             other than 1, 0 and -1, k < 1, fewer than 3 prompts (with k samples), or a prompt without any sample.
     """
-    samples = checked_samples(correct, k, log_ratios=log_ratios, mask=mask, keys=keys, noise=_checked_noise(noise))
+    noise = _checked_noise(noise) if sampler is None else 0.0
+    samples = checked_samples(correct, k, log_ratios=log_ratios, sampler=sampler, mask=mask, keys=keys, noise=noise)
     cluster = _cluster_of_each(samples.prompt, clusters)
     level, levels = _levels(samples, k, cluster)
-    one, many = adjusted(prompt_changes(samples.log_ratios, samples.right, samples.counted, k))
+    one, many = adjusted(prompt_changes(samples.log_ratios, samples.right, samples.counted, k, samples.sampler))
     enough = ~many.isnan()
     cluster_k = cluster[enough].unique(return_inverse=True)[1]
     change_1, change_k = _mean_and_error(one, cluster), _mean_and_error(many[enough], cluster_k)
@@ -147,7 +152,7 @@ def estimate_change(
         pass_at_k_se=change_k[1],
         degrees=_degrees(one, cluster),
         degrees_k=_degrees(many[enough], cluster_k),
-        effective_samples=float(effective_share(samples.log_ratios, samples.counted).mean()),
+        effective_samples=float(effective_share(samples.sampler + samples.log_ratios, samples.counted).mean()),
         num_prompts=level.num_prompts,
         num_prompts_k=level.num_prompts_k,
         level=level,

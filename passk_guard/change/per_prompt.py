@@ -38,7 +38,7 @@ class PromptChanges:
         plain_1: [m] mean of (rho - 1) r. plain_k: [m] from symmetric polynomials; NaN where a prompt has n < k samples.
         first_order_k: [m] mean of (rho - 1) W (r - b), the change of pass@k to first order in rho - 1: biased.
         controls: [m, 4] means of (rho - 1) h for h = 1, b, W, W b; expectation 0. The last two are 0 where n < k.
-        size: [m] n. step: [m, n] (rho - 1) / n, 0 where a sample does not count.
+        size: [m] n. step: [m, n] (rho - 1) / n, times tau where the samples are of mu, 0 where a sample does not count.
         advantage: [m, n] r - b. baseline: [m, n] b.
     """
 
@@ -62,7 +62,9 @@ class PromptChanges:
         return self.plain_k + self.controls[:, 2] - self.controls[:, 3]
 
 
-def prompt_changes(log_ratios: Tensor, right: Tensor, counted: Tensor, k: int) -> PromptChanges:
+def prompt_changes(
+    log_ratios: Tensor, right: Tensor, counted: Tensor, k: int, sampler: Tensor | None = None
+) -> PromptChanges:
     r"""Change of p and of $1-(1-p)^k$ for each prompt, with the controls that go with them.
 
     Plain forms: $\frac1n \sum_i (\rho_i - 1) r_i$ and
@@ -70,13 +72,19 @@ def prompt_changes(log_ratios: Tensor, right: Tensor, counted: Tensor, k: int) -
     Of the other n - 1 samples $o_i$ are right: $b_i = o_i/(n-1)$ and
     $W_i = k \binom{n-1-o_i}{k-1} / \binom{n-1}{k-1}$. A single sample has no others: its b is 0.
 
+    Samples of $\mu$ and not of $\pi_t$ have two ratios, $\tau_i = \pi_t(y_i)/\mu(y_i)$ and $\tau_i \rho_i$, whose
+    difference $\tau_i (\rho_i - 1)$ has mean 0 under $\mu$ and takes the place of $\rho_i - 1$; and
+    $e_k(\tau) - e_k(\tau \rho)$ that of $e_k(1) - e_k(\rho)$.
+
     Args:
         log_ratios: [m, n] float64, finite. right, counted: [m, n] bool; a right sample is counted.
         k: at least 1.
+        sampler: [m, n] float64, finite, log tau; None: the samples are of pi_t.
     """
     size, num_right = counted.sum(1), right.sum(1)
     others = (size - 1).clamp(min=0)
-    step = torch.where(counted, torch.expm1(log_ratios), 0.0) / size.clamp(min=1)[:, None]
+    sampler = torch.zeros_like(log_ratios) if sampler is None else sampler
+    step = torch.where(counted, sampler.exp() * torch.expm1(log_ratios), 0.0) / size.clamp(min=1)[:, None]
     above = (num_right - 1).clamp(min=0)
     baseline = torch.where(right, above[:, None], num_right[:, None]).double() / others.clamp(min=1)[:, None]
     # Of a prompt with c = n nothing is wrong, and c of its n - 1 others cannot be right.
@@ -88,7 +96,7 @@ def prompt_changes(log_ratios: Tensor, right: Tensor, counted: Tensor, k: int) -
     controls = torch.stack([(step * h).sum(1) for h in (torch.ones_like(step), baseline, weight, weight * baseline)], 1)
     return PromptChanges(
         plain_1=torch.where(right, step, 0.0).sum(1),
-        plain_k=_plain_k(log_ratios, right, counted, k),
+        plain_k=_plain_k(sampler, log_ratios, right, counted, k),
         first_order_k=torch.where(size >= k, (step * weight * advantage).sum(1), math.nan),
         controls=controls,
         size=size,
@@ -122,10 +130,9 @@ def log_symmetric_mean(log_values: Tensor, counted: Tensor, k: int) -> Tensor:
     return means[..., k]
 
 
-def _plain_k(log_ratios: Tensor, right: Tensor, counted: Tensor, k: int) -> Tensor:
+def _plain_k(sampler: Tensor, log_ratios: Tensor, right: Tensor, counted: Tensor, k: int) -> Tensor:
     wrong = counted & ~right
-    before = torch.where(wrong, 0.0, -math.inf)
-    logs = torch.stack([before, torch.where(wrong, log_ratios, -math.inf)])
+    logs = torch.where(wrong, torch.stack([sampler, sampler + log_ratios]), -math.inf)
     old, new = log_symmetric_mean(logs, counted.expand_as(logs), k)
     possible = old > -math.inf
     # One recurrence for both, so that ratios of 1 give exactly 0.

@@ -22,6 +22,8 @@ class Samples:
     Attributes:
         log_ratios: [M, n'] float64, 0 where a sample does not count.
         right, counted: [M, n'] bool.
+        sampler: [M, n'] float64, 0 where a sample does not count: log of the old policy's probability over that of what
+            was sampled from; zeros where that is the old policy.
         prompt: [m] int64, which of the M prompts each row of the input belongs to.
     """
 
@@ -29,6 +31,7 @@ class Samples:
     right: Tensor
     counted: Tensor
     prompt: Tensor
+    sampler: Tensor
 
 
 def checked_samples(
@@ -36,6 +39,7 @@ def checked_samples(
     k: int,
     *,
     log_ratios: Tensor | None = None,
+    sampler: Tensor | None = None,
     mask: Tensor | None = None,
     keys: Sequence[Hashable] | None = None,
     noise: float = 0.0,
@@ -45,8 +49,9 @@ def checked_samples(
         raise GuardError(f"Expected a whole number `k` >= 1; found {brief(k)}.")
     verdicts = _matrix(correct, "correct")
     logs = torch.zeros(verdicts.shape) if log_ratios is None else _matrix(log_ratios, "log_ratios")
+    apart = torch.zeros(verdicts.shape) if sampler is None else _matrix(sampler, "sampler")
     counts = torch.ones(verdicts.shape, dtype=torch.bool) if mask is None else _matrix(mask, "mask").bool()
-    for name, given in (("log_ratios", logs), ("mask", counts)):
+    for name, given in (("log_ratios", logs), ("sampler", apart), ("mask", counts)):
         if given.shape != verdicts.shape:
             raise GuardError(
                 f"Expected `{name}` of the shape of `correct`, {tuple(verdicts.shape)}; found {tuple(given.shape)}."
@@ -57,11 +62,12 @@ def checked_samples(
             "rewards with a threshold first."
         )
     counts = counts & (verdicts != -1)
-    logs = torch.where(counts, logs.double(), 0.0)
-    _require_ratios(logs)
+    logs, apart = (torch.where(counts, x.double(), 0.0) for x in (logs, apart))
+    for given in (logs, apart, logs + apart):
+        _require_ratios(given)
     logs = torch.where(counts, logs - noise**2 / 2, 0.0)
     prompt = _numbered(keys, len(verdicts))
-    samples = _together(Samples(logs, (verdicts == 1) & counts, counts, prompt))
+    samples = _together(Samples(logs, (verdicts == 1) & counts, counts, prompt, apart))
     if not bool(samples.counted.any(1).all()):
         row = int((samples.prompt == int((~samples.counted.any(1)).nonzero()[0])).nonzero()[0])
         raise GuardError(
@@ -111,4 +117,4 @@ def _together(samples: Samples) -> Samples:
         room[prompt, place] = values
         return room.reshape(prompts, width * n)
 
-    return Samples(put(samples.log_ratios), put(samples.right), put(samples.counted), prompt)
+    return Samples(put(samples.log_ratios), put(samples.right), put(samples.counted), prompt, put(samples.sampler))

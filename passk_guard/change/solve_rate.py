@@ -49,11 +49,12 @@ def change_by_solve_rate(
     mask: Tensor | None = None,
     edges: Sequence[float] = HARD_AND_EASY,
     clusters: Sequence[Hashable] | None = None,
+    sampler: Tensor | None = None,
 ) -> list[RateChange]:
     """The change of pass@1 by solve rate, from hard to easy.
 
     Args:
-        log_ratios, correct, mask: [m, n] as of `estimate_change`. clusters: [m] likewise.
+        log_ratios, correct, mask, sampler: [m, n] as of `estimate_change`. clusters: [m] likewise.
         edges: ascending solve rates between the groups, each in (0, 1).
 
     Raises:
@@ -62,8 +63,8 @@ def change_by_solve_rate(
     limits = [0.0, *edges, 1.0]
     if any(low >= high for low, high in pairwise(limits)):
         raise GuardError(f"Expected ascending `edges` in (0, 1); found {list(edges)}.")
-    samples = checked_samples(correct, 1, log_ratios=log_ratios, mask=mask)
-    found = prompt_changes(samples.log_ratios, samples.right, samples.counted, 1)
+    samples = checked_samples(correct, 1, log_ratios=log_ratios, sampler=sampler, mask=mask)
+    found = prompt_changes(samples.log_ratios, samples.right, samples.counted, 1, samples.sampler)
     group = torch.bucketize(found.baseline, torch.tensor(edges, dtype=torch.float64), right=True)
     part = samples.counted / found.size[:, None]
     apart = numbered(range(len(part)) if clusters is None else clusters)

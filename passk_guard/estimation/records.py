@@ -29,6 +29,7 @@ class ProbeGram:
             together. Empty: all prompts are different.
         misses: None for fresh samples. For samples of an earlier policy, whose scores enter the sums times their
             importance ratios: [m, n] float64 of `importance.miss_estimates`. The counts are those of the sampling.
+        corrected: True where the samples are fresh, and `misses` correct for another engine than the model's own.
     """
 
     gram: Tensor
@@ -36,11 +37,12 @@ class ProbeGram:
     num_correct: Tensor
     prompt_keys: Sequence[Any] = ()
     misses: Tensor | None = None
+    corrected: bool = False
 
     @property
     def reused(self) -> bool:
         """Whether the samples are those of an earlier refresh."""
-        return self.misses is not None
+        return self.misses is not None and not self.corrected
 
     def share_weighted(self, k: int) -> float:
         """Share of the prompts with a sample of non-zero pass@k advantage: 0 < c < n and n - c >= k - 1.
@@ -63,7 +65,7 @@ class ProbeGram:
 
     def converted(self, gram: Tensor, num_samples: Tensor, num_correct: Tensor, misses: Tensor | None) -> ProbeGram:
         """The same probe in other dtypes. Both share what is kept."""
-        other = ProbeGram(gram, num_samples, num_correct, self.prompt_keys, misses)
+        other = ProbeGram(gram, num_samples, num_correct, self.prompt_keys, misses, self.corrected)
         vars(other)["_kept"] = vars(self).setdefault("_kept", {})
         return other
 

@@ -143,13 +143,14 @@ def coefficients(probe: ProbeGram, ks: Tensor, *, floor: Tensor | None = None, c
 
     With bounds, the prompt weight of g_k is clipped to [floor, cap] as in `sample_coefficients`. `floor` holds [F, 1]
     floors, which give one row each at the one k. Samples of an earlier policy, for which no clipped weight is unbiased,
-    have no bounds: GuardError.
+    have no bounds: GuardError. With fresh samples of another engine, a clipped weight is that of its own pass rate.
     """
     ks = ks.cpu()
     positive, negative = sample_coefficients(probe.num_samples, probe.num_correct, ks[:, None], floor=floor, cap=cap)
-    if probe.misses is not None:
-        if floor is not None or cap is not None:
-            raise GuardError(f"Expected fresh samples for a floor or a cap; found {_REUSED}.")
+    bounded = floor is not None or cap is not None
+    if probe.reused and bounded:
+        raise GuardError(f"Expected fresh samples for a floor or a cap; found {_REUSED}.")
+    if probe.misses is not None and not bounded:
         positive = reweighted(positive, probe.num_samples, probe.num_correct, probe.misses, ks)
     return torch.cat([positive, negative], dim=1)
 

@@ -362,6 +362,7 @@ class HeldOut:
             temperature=self.sampler.temperature,
             policy_masks=samples.policy_masks,
             columns=samples.columns,
+            log_probs=samples.log_probs,
         )
 
 

@@ -30,6 +30,7 @@ class Rollouts:
             tool's result, an environment's answer, an injected turn. The probability of a completion is the product
             over the tokens with 1. None: the policy sampled all.
         columns: arguments of the reward function beside the columns of the rows, one value a sample, passed as it is.
+        log_probs: log mu of each completion, as of `Samples`; None where the model itself was sampled.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -41,6 +42,7 @@ class Rollouts:
     temperature: float = 1.0
     policy_masks: Sequence[Sequence[int]] | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    log_probs: Sequence[float] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_index)
@@ -73,15 +75,22 @@ def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int |
         context: tokens the model has positions for; None for unknown.
 
     Raises:
-        FailedRefresh: lists of different lengths, no token of the policy in any completion, a token id that is no whole
-            number or that the model does not have, no token in a prompt, a prompt with its completion longer than the
-            context, or a mask that is not one 0 or 1 for each token of the completion.
+        FailedRefresh: lists of different lengths, a log-probability that is not finite, no token of the policy in any
+            completion, a token id that is no whole number or that the model does not have, no token in a prompt, a
+            prompt with its completion longer than the context, or a mask that is not one 0 or 1 for each token of the
+            completion.
     """
     prompts, completions, texts = rollouts.prompt_ids, rollouts.completion_ids, rollouts.completions
     if {len(prompts), len(texts), len(completions)} != {len(rollouts)}:
         raise FailedRefresh(
             f"the sampler returned {len(prompts)} prompts, {len(texts)} completions and {len(completions)} lists of "
             f"completion tokens; expected {len(rollouts)} of each"
+        )
+    if rollouts.log_probs is not None and not (
+        len(rollouts.log_probs) == len(rollouts) and all(map(math.isfinite, rollouts.log_probs))
+    ):
+        raise FailedRefresh(
+            f"the sampler returned {len(rollouts.log_probs)} log-probabilities; expected {len(rollouts)} finite ones"
         )
     for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if len(prompt) == 0:  # the first token of a completion is predicted from the last one of the prompt

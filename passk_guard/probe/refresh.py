@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,10 +29,13 @@ class Refresh:
         remark: what was left out and why, and what exceeded `max_tokens`; None for nothing.
         batches: this rank's samples of prompts that have a gradient; slot x or m + x as in the Gram matrix of all
             m prompts. Every rank has equally many.
-        log_probs: [B] float64 log pi(y_i | x_i) of the samples of each batch, where the refresher keeps them.
+        log_probs: [B] float64 log pi(y_i | x_i) of the samples of each batch, where the refresher keeps them. Of
+            samples that came with their own (`Rollouts.log_probs`), those.
         num_samples, num_correct: [m] verdicts of all prompts, over all ranks.
         fewest: prompts with fewer verdicts are left out.
         temperature: of the sampling.
+        unscored: whether the samples are of something else than the model, and `reuse.reweigh` is to make the Gram
+            matrix: there is none yet.
     """
 
     probe: ProbeGram
@@ -43,6 +46,7 @@ class Refresh:
     fewest: int
     temperature: float
     log_probs: Sequence[Tensor] = ()
+    unscored: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,10 +99,16 @@ class Refresher:
         if kept.numel() == 0:
             raise FailedRefresh(f"no prompt has {self.k} samples with a verdict; {remark}")
         mixed = (num_samples >= self.k) & (num_correct > 0) & (num_correct < num_samples)
-        batches, log_probs, sums = self._sketched(rollouts, _slots(rollouts, outcomes, mixed), seed)
-        gram = self.gram(sums, kept)
-        if not bool(torch.stack(gram.aminmax()).isfinite().all()):  # NaN comes through
-            raise FailedRefresh("the inner products of the score vectors are not finite")
+        slots = _slots(rollouts, outcomes, mixed)
+        unscored = self.ranks.max(int(rollouts.log_probs is not None)) > 0 and bool(mixed.any())
+        if unscored:
+            batches, log_probs = self._unscored(rollouts, slots)
+            gram = torch.empty(0, 0, dtype=torch.float64)
+        else:
+            batches, log_probs, sums = self._sketched(rollouts, slots, seed)
+            gram = self.gram(sums, kept)
+            if not bool(torch.stack(gram.aminmax()).isfinite().all()):  # NaN comes through
+                raise FailedRefresh("the inner products of the score vectors are not finite")
         names = [keys[i] for i in kept.tolist()] if len(keys) else ()
         return Refresh(
             probe=ProbeGram(gram, num_samples[kept], num_correct[kept], names),
@@ -108,8 +118,21 @@ class Refresher:
             num_correct=num_correct,
             fewest=self.k,
             temperature=rollouts.temperature,
-            log_probs=log_probs if self.keeps_log_probs else (),
+            log_probs=log_probs if self.keeps_log_probs or unscored else (),
+            unscored=unscored,
         )
+
+    def _unscored(self, rollouts: Rollouts, slots: Tensor) -> tuple[list[TokenBatch], list[Tensor]]:
+        """The batches and the log-probabilities that came with their samples. Each has a row of its own: a ratio."""
+        given = torch.tensor(list(rollouts.log_probs or ()) or [0.0], dtype=torch.float64)
+        places = torch.where(slots >= 0, torch.arange(len(slots)), -1)
+        batches, log_probs = list[TokenBatch](), list[Tensor]()
+        for batch in shared_batches(self.ranks, rollouts, places, self.max_tokens, self.pad_token_id):
+            place = batch.slots.cpu()
+            own = torch.where(place >= 0, slots[place.clamp(min=0)], -1)
+            batches.append(replace(batch, slots=own.to(batch.slots.device)))
+            log_probs.append(torch.where(place >= 0, given[place.clamp(min=0)], 0.0))
+        return batches, log_probs
 
     def gram(self, sums: Tensor, kept: Tensor) -> Tensor:
         """Inner products of S+ and S- [2m, dim] of the prompts kept, the same on every rank."""

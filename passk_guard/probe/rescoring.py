@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from passk_guard.passk.importance import effective_share
 from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.probe.passes import Scorer, SharedPrompts, shared_batches
 from passk_guard.probe.records import Outcomes, Rollouts
@@ -46,6 +47,8 @@ class Window:
         keys: m identities of the prompts.
         temperature: of the sampling.
         noise: standard deviation in nats of log ratios from rounding alone; None for a model that computes in float32.
+        sampler: [m, n] float64, `log_probs` less log mu of what was sampled from, 0 for samples that do not count; None
+            where that is the model.
     """
 
     step: int
@@ -55,6 +58,17 @@ class Window:
     keys: tuple[Hashable, ...]
     temperature: float
     noise: float | None = None
+    sampler: Tensor | None = None
+
+    @property
+    def mismatch(self) -> dict[str, float | None]:
+        """Root mean square of `sampler` over the completions, in nats, and the share of their number they are worth."""
+        if self.sampler is None:
+            return {}
+        counted = self.correct >= 0
+        share = effective_share(self.sampler, counted)[counted.any(1)]
+        size = (self.sampler.square().sum() / counted.sum().clamp(min=1)).sqrt()
+        return {"sampler_mismatch": float(size), "sampler_effective_samples": float(share.mean())}
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,9 @@ class Rescorer:
             temperature=rollouts.temperature,
         )
         window = self._scored(window)
+        if self.ranks.max(int(rollouts.log_probs is not None)):
+            sampled = self.ranks.sum(_placed(rollouts.log_probs or (), places, correct.numel())).view(correct.shape)
+            window = replace(window, sampler=torch.where(correct >= 0, window.log_probs - sampled, 0.0))
         if self.scorings == 1:
             return window
         jitter = self._scored(window, torch.finfo(self.precision).eps / 2).log_probs - window.log_probs
@@ -228,6 +245,7 @@ def save_window(window: Window, path: Path) -> None:
         "keys": [str(key) for key in window.keys],
         "temperature": window.temperature,
         "noise": window.noise,
+        "sampler": window.sampler,
         "batches": [
             [x.cpu() for x in (batch.input_ids, batch.attention_mask, batch.completion_mask, batch.slots)]
             for batch in window.batches
@@ -253,9 +271,18 @@ def load_window(path: Path, device: torch.device) -> Window | None:
             keys=tuple(content["keys"]),
             temperature=float(content["temperature"]),
             noise=content["noise"],
+            sampler=content.get("sampler"),
         )
     except Exception:  # of a damaged file torch raises whatever its reader stumbles over
         return None
+
+
+def _placed(values: Sequence[float], places: Tensor, size: int) -> Tensor:
+    """[size] float64 with each value at its place; those with place -1 are left out."""
+    table = torch.zeros(size, dtype=torch.float64)
+    if len(values):
+        table[places[places >= 0]] = torch.tensor(values, dtype=torch.float64)[places >= 0]
+    return table
 
 
 def _table(rollouts: Rollouts, outcomes: Outcomes, measured: Tensor | None) -> tuple[tuple[Tensor, Tensor], Tensor]:

@@ -1,7 +1,12 @@
-"""One sample of completions for several refreshes, reweighted to the current policy while that is precise enough."""
+"""Samples of another policy, reweighted to the current one while that is precise enough.
+
+They are of an earlier policy, where one sample of completions serves several refreshes, or of an engine that computes
+in another precision or with other kernels: what vLLM samples is not quite what the model would.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
@@ -34,6 +39,7 @@ class RolloutKeeper:
         self._used = 0
         self._share = 1.0
         self._resampled_at: float | None = None
+        self._sampler: dict[str, float | None] = {}
 
     def refresh(
         self,
@@ -44,10 +50,12 @@ class RolloutKeeper:
     ) -> Refresh:
         """Reweight the kept rollouts if their effective sample size allows it, else run `Refresher.run` on fresh ones.
 
+        Samples of another engine than the model are reweighted at once, and are fresh nevertheless.
+
         Raises:
             FailedRefresh: on all ranks; drop the rollouts then.
         """
-        self._share, self._resampled_at = 1.0, None
+        self._share, self._resampled_at, self._sampler = 1.0, None, {}
         if self._kept is not None and self._used < self._refreshes:
             again, self._share = reweigh(self._kept, refresher, seed, self._least)
             self._used += 1
@@ -57,20 +65,42 @@ class RolloutKeeper:
             self._share, self._resampled_at = 1.0, self._share
         self.drop()
         sampled = replace(refresher, keeps_log_probs=self._refreshes > 1).run(sample, keys, seed)
+        if sampled.unscored:
+            sampled = self._of_the_model(sampled, refresher, seed)
         if self._refreshes > 1 and sampled.batches:
-            probe = replace(sampled.probe, gram=torch.empty(0, 0, dtype=torch.float64))  # each refresh computes its own
+            empty = torch.empty(0, 0, dtype=torch.float64)  # each refresh computes its own
+            probe = replace(sampled.probe, gram=empty, misses=None, corrected=False)
             self._kept, self._used = replace(sampled, probe=probe, remark=None), 1
         return sampled
+
+    def _of_the_model(self, sampled: Refresh, refresher: Refresher, seed: int) -> Refresh:
+        """Another engine's samples as samples of the model, by the ratios of their probabilities."""
+        found, share = reweigh(sampled, refresher, seed, self._least)
+        if found is None:
+            raise FailedRefresh(
+                "the sampler and the model disagree: as samples of the model the completions are worth "
+                f"{share:.2f} of their number, below min_effective_samples={self._least:g}. Are temperature, "
+                "truncation and weights the same?"
+            )
+        logs = [b.factors.log()[b.slots >= 0].double().cpu() for b in found.batches if b.factors is not None]
+        squares = torch.cat(logs).square()
+        total, number = refresher.ranks.sum(torch.stack([squares.sum(), torch.ones_like(squares).sum()])).tolist()
+        self._sampler = {"sampler_mismatch": math.sqrt(total / number), "sampler_effective_samples": share}
+        return replace(found, probe=replace(found.probe, corrected=True), unscored=False)
 
     def drop(self) -> None:
         """Sample at the next refresh."""
         self._kept = None
 
     def metrics(self) -> dict[str, float | None]:
-        """Effective sample size, as a share, of the newest refresh and of the sample it dropped, if it dropped one."""
+        """Of the newest refresh: effective sample size, as a share, and that of the sample it dropped, if it did.
+
+        Of fresh samples of another engine than the model: root mean square log ratio of a completion's two
+        probabilities, in nats, and what share of their number they are worth as samples of the model.
+        """
         if self._refreshes == 1:
-            return {}
-        return {"effective_samples": self._share, "resampled_at": self._resampled_at}
+            return self._sampler
+        return {"effective_samples": self._share, "resampled_at": self._resampled_at} | self._sampler
 
 
 def reweigh(sampled: Refresh, refresher: Refresher, seed: int, least: float) -> tuple[Refresh | None, float]:

@@ -77,8 +77,8 @@ class Ranks:
         if self._many and self.max(int(reason is not None)):
             reasons: list[str | None] = [None] * self.count
             dist.all_gather_object(reasons, reason)
-            failed = next(rank for rank, text in enumerate(reasons) if text is not None)
-            reason = f"rank {failed}: {reasons[failed]}"
+            failed, first = next((rank, text) for rank, text in enumerate(reasons) if text is not None)
+            reason = first if first.startswith("rank ") else f"rank {failed}: {first}"  # agreed on within the stage
         if reason is not None:
             try:
                 raise FailedRefresh(reason) from cause

@@ -23,6 +23,8 @@ class Samples:
             of a tool; None where it sampled all.
         columns: what the reward function gets besides the columns of the row, one value a sample and as it is:
             the environments, what a rollout function returned.
+        log_probs: m * n numbers, log mu of each completion under what it was sampled from, in nats, where that is
+            computed apart from the model, as by vLLM. None: completions are samples of the model's own softmax.
     """
 
     prompt_ids: list[list[int]]
@@ -30,6 +32,7 @@ class Samples:
     completions: list[Any]
     policy_masks: list[list[int]] | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    log_probs: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids)

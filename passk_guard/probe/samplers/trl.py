@@ -12,9 +12,11 @@ from typing import Any
 from passk_guard.probe.records import context_length
 from passk_guard.probe.samplers.protocol import Samples, refuse_misfits
 from passk_guard.probe.samplers.trajectories import Trajectories, joined
+from passk_guard.probe.samplers.vllm import VLLMCalls
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.isolation import attributes, sampling_mode
 from passk_guard.utils.private_api import is_trl, requires
+from passk_guard.utils.ranks import Ranks
 from passk_guard.utils.text import brief
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,15 @@ class TRLSampler:
         max_completion_length="what a prompt must leave room for",
     )
 
+    vllm_needs = requires(
+        "trl",
+        "GRPOTrainer or RLOOTrainer with use_vllm",
+        "held-out probes sampled by vLLM",
+        "pass `sampler=GenerateSampler(model, tokenizer, ...)` or your own sampler",
+        vllm_generation="its `generate` and `sync_weights`, called by the trainer",
+        _last_loaded_step="the step whose weights vLLM has",
+    )
+
     def __init__(
         self,
         trainer: Any,
@@ -58,6 +69,7 @@ class TRLSampler:
         tool_timeout: float | None = None,
     ) -> None:
         _refuse(trainer)
+        self._vllm: VLLMCalls | None = None
         self.trainer = trainer
         self._trajectories = Trajectories.of(trainer, tool_timeout)
         self.on_progress = on_progress
@@ -87,11 +99,15 @@ class TRLSampler:
     def sample(self, rows: Sequence[Row], num_samples: int, seed: int) -> Samples:
         """Sample n = `num_samples` completions of each of m rows.
 
-        Every rank calls with the same number of rows. With vLLM the engine keeps its own random state, which
-        `seed` does not reach; with transformers the same arguments give the same samples.
+        Every rank calls with the same number of rows. With transformers, and with vLLM in this process, the same
+        arguments give the same samples. A vLLM server has a random state of its own.
 
         Returns:
-            Samples of m * n entries, prompt-major.
+            Samples of m * n entries, prompt-major; with vLLM's log-probabilities where it gives them and a completion
+            is one turn.
+
+        Raises:
+            FailedRefresh: on all ranks, when a call of vLLM failed on one.
         """
         if self._trajectories is not None:
             return self._sample_turns([row for row in rows for _ in range(num_samples)], num_samples, seed)
@@ -99,14 +115,21 @@ class TRLSampler:
         size = self._completions_per_call(len(prompts))
         prompt_ids: list[list[int]] = []
         completion_ids: list[list[int]] = []
-        with self._undisturbed(num_samples, seed):
+        with self._undisturbed(num_samples, seed) as log_probs:
             for start in range(0, len(prompts), size):
-                ids, images, fields = self.trainer._tokenize_prompts(prompts[start : start + size])
+                ids, images, fields = self._tokenize(prompts[start : start + size])
                 completion_ids += [list(c) for c in self._generate(ids, images, fields, num_samples)]
                 prompt_ids += [list(p) for p in ids]
                 if self.on_progress is not None:
                     self.on_progress(len(completion_ids), len(prompts))
-        return Samples(prompt_ids, completion_ids, self._decode(prompts, prompt_ids, completion_ids))
+        completions = self._decode(prompts, prompt_ids, completion_ids)
+        return Samples(prompt_ids, completion_ids, completions, log_probs=log_probs or None)
+
+    def _tokenize(self, prompts: list[Any]) -> tuple[Any, Any, Any]:
+        if not self.trainer.use_vllm:
+            return self.trainer._tokenize_prompts(prompts)
+        # A rank that failed here would not come to where all of them call vLLM.
+        return Ranks(self.trainer.accelerator.device).together(lambda: self.trainer._tokenize_prompts(prompts))
 
     def _sample_turns(self, rows: list[Row], num_samples: int, seed: int) -> Samples:
         """One trajectory of each of these rows."""
@@ -139,15 +162,23 @@ class TRLSampler:
         return True
 
     @contextmanager
-    def _undisturbed(self, num_samples: int, seed: int) -> Iterator[None]:
+    def _undisturbed(self, num_samples: int, seed: int) -> Iterator[list[float]]:
+        """Yield the list of vLLM's log-probabilities, empty without vLLM."""
         # RLOO reads the number of completions per prompt from itself, by mode; GRPO gets it as an argument.
         counts = {"num_generations": num_samples, "num_generations_eval": num_samples}
         with ExitStack() as stack:
+            log_probs: list[float] = []
+            if self.trainer.use_vllm:
+                self._vllm = self._vllm or VLLMCalls(self.trainer)
+                seed, log_probs = (
+                    self._vllm.seed(seed),
+                    stack.enter_context(self._vllm.around(turns=self._trajectories is not None)),
+                )
             stack.enter_context(sampling_mode(self.trainer.model, seed))
             stack.enter_context(attributes(self.trainer, counts))
             # TRL's profiling would add the probe's time to the run's own, and move the tracker's step.
             stack.enter_context(attributes(self.trainer.args, {"report_to": []}))
-            yield
+            yield log_probs
 
     def _generate(self, prompt_ids: Any, images: Any, fields: Any, num_samples: int) -> list[list[int]]:
         # The class has the signature, which a wrapper set on the instance may hide.
@@ -170,6 +201,8 @@ class TRLSampler:
 def _refuse(trainer: Any) -> None:
     if is_trl(trainer):
         TRLSampler.needs.check(trainer)
+        if trainer.use_vllm:
+            TRLSampler.vllm_needs.check(trainer)
     needed = ("_tokenize_prompts", "_generate_single_turn", "_generate", "temperature", "use_vllm")
     if missing := [name for name in needed if not hasattr(trainer, name)]:
         raise GuardError(
