@@ -29,25 +29,29 @@ def two_completions(policy):
     return torch.stack([policy[:, 0], policy[:, 1] + policy[:, 2]], 1)
 
 
+@pytest.mark.parametrize("engine", [False, True], ids=["of the policy", "of another engine"])
 @pytest.mark.parametrize(("sizes", "kinds"), [((2, 2, 2), 3), ((3, 2, 2, 1), 2)], ids=["equal", "varying"])
-def test_exactly_unbiased_with_coefficients_fitted_on_the_other_prompts(sizes, kinds, monkeypatch):
+def test_exactly_unbiased_with_coefficients_fitted_on_the_other_prompts(sizes, kinds, engine, monkeypatch):
     monkeypatch.setattr(per_prompt, "_FEWEST_PROMPTS", 3)
     m, most = len(sizes), max(sizes)
     then, now, right = THEN[:m], NOW[:m], RIGHT[:m]
     if kinds == 2:
         then, now, right = two_completions(then), two_completions(now), right[:, :2] & torch.tensor([True, False])
-    options = [every_draw(p, size) for p, size in zip(then, sizes, strict=True)]
+    sampled = (0.7 * then + 0.3 / then.shape[1]) if engine else then
+    options = [every_draw(p, size) for p, size in zip(sampled, sizes, strict=True)]
     mean, total, moved = torch.zeros(2, dtype=torch.float64), 0.0, 0.0
     for picks in itertools.product(*(zip(*option, strict=True) for option in options)):
         logs, correct = torch.zeros(m, most, dtype=torch.float64), torch.full((m, most), -1)
+        apart = torch.zeros_like(logs)
         for row, (taken, _) in enumerate(picks):
             logs[row, : len(taken)] = (now / then).log()[row, taken]
+            apart[row, : len(taken)] = (then / sampled).log()[row, taken]
             correct[row, : len(taken)] = right[row, taken].long()
-        found = estimate_change(logs, correct, 2)
+        found = estimate_change(logs, correct, 2, sampler=apart if engine else None)
         chance = math.prod(float(p) for _, p in picks)
         mean += chance * torch.tensor([found.pass_at_1, found.pass_at_k], dtype=torch.float64)
         total += chance
-        unfitted = prompt_changes(logs, correct == 1, correct >= 0, 2)
+        unfitted = prompt_changes(logs, correct == 1, correct >= 0, 2, apart)
         moved = max(moved, float((found.per_prompt - unfitted.change_1).abs().max()))
     p, q = ((policy * right).sum(1) for policy in (then, now))
     several = torch.tensor(sizes) >= 2

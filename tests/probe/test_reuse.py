@@ -1,6 +1,7 @@
 """Rollouts kept over refreshes: the whole pipeline against exact gradients, and when they are dropped."""
 
 import json
+import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from passk_guard.probe.records import Outcomes, Rollouts
 from passk_guard.probe.refresh import Refresher
 from passk_guard.probe.reuse import RolloutKeeper, _in_halves, reweigh
 from passk_guard.sketch import ScoreSketcher
+from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 from tests.callback.test_guard import guard_of, run
 from tests.helpers.tiny import tiny_grpo_trainer, tiny_lm_trainer, tiny_model
@@ -117,6 +119,41 @@ def test_averaged_over_samples_it_is_the_exact_gradient_of_the_moved_model(monke
     assert off["reused"].square().mean() < 1.6, off["reused"]
     assert off["reused"].max() < 4
     assert off["as if fresh"].max() > 6, "what the ratios are for"
+
+
+def test_fresh_samples_of_another_engine_are_reweighted_at_once():
+    then, now = tiny_model().double().eval(), tiny_model().double().eval()
+    moved(now, 0.03)
+    rollouts, outcomes = drawn_from(then, torch.Generator().manual_seed(0), 2)
+    with torch.no_grad():
+        given = [next_token(then, p)[y].item() for p, (y,) in zip(rollouts.prompt_ids, rollouts.completion_ids)]
+        logs = [next_token(now, p)[y].item() for p, (y,) in zip(rollouts.prompt_ids, rollouts.completion_ids)]
+    fresh = refresher(then).run(lambda: (rollouts, outcomes), (), 3)
+    expected, share = reweigh(fresh, refresher(now), 3, 0.01)
+    mine = lambda: (replace(rollouts, log_probs=given), outcomes)  # noqa: E731
+    keeper = RolloutKeeper(1, 0.01)
+    found = keeper.refresh(refresher(now), mine, (), 3)
+    torch.testing.assert_close(found.probe.gram, expected.probe.gram, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.probe.misses, expected.probe.misses, rtol=1e-5, atol=1e-6)
+    assert not found.probe.reused
+    assert not load_again(found.probe).reused
+    mixed = [x for x in range(8) if 0 < int(fresh.num_correct[x]) < N]
+    ratios = torch.tensor([logs[i] - given[i] for x in mixed for i in range(x * N, x * N + N)])
+    numbers = {"sampler_mismatch": float(ratios.square().mean().sqrt()), "sampler_effective_samples": share}
+    assert keeper.metrics() == pytest.approx(numbers, rel=1e-5)
+    clipped = coefficients(found.probe, torch.tensor([3]), cap=1.0)
+    assert torch.equal(clipped, coefficients(fresh.probe, torch.tensor([3]), cap=1.0)), "a floor stays possible"
+    twice = RolloutKeeper(2, 0.01)
+    assert [twice.refresh(refresher(now), mine, (), 3).probe.reused for _ in range(3)] == [False, True, False]
+    with pytest.raises(FailedRefresh, match=r"the sampler and the model disagree.* worth 0\.\d\d of their number"):
+        RolloutKeeper(1, 0.99).refresh(refresher(now), mine, (), 3)
+
+
+def load_again(probe):
+    memory = Memory().with_refresh(probe, 3, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        save_memory(memory, Path(folder))
+        return load_memory(Path(folder)).history[0]
 
 
 def test_of_an_unmoved_model_the_refresh_is_that_of_fresh_samples():
