@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What each of two ranks found in every scenario. To start the processes takes longer than a scenario."""
-    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget"
+    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget,lonely,environments"
     return launch(scenarios, tmp_path_factory.mktemp("two"), 2)
 
 
@@ -25,6 +25,17 @@ def test_training_on_two_ranks_is_bit_for_bit_the_same(guarded, two_ranks):
     assert first["gram"] is not None
     for what in ("status", "gram", "num_correct", "inner_product", "change"):
         assert first[what] == second[what], "ranks must decide the same"
+
+
+def test_an_environment_that_fails_on_one_rank_fails_the_refresh_on_both(two_ranks):
+    for rank in two_ranks:
+        assert rank["environments"]["weights"] == rank["lonely"]["weights"]
+        assert rank["environments"]["rows"] == rank["lonely"]["rows"]
+        assert len(rank["environments"]["good"]) == 2, "of three refreshes"
+    first, second = two_ranks
+    assert first["environments"]["closed"] == 72
+    assert 48 < second["environments"]["closed"] < 72, "in the second refresh those that were made before it failed"
+    assert first["environments"]["good"] == second["environments"]["good"]
 
 
 def test_three_ranks_together_see_what_one_process_sees(tmp_path):

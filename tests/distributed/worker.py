@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
@@ -14,6 +15,7 @@ from passk_guard import GuardConfig, PassKGuardCallback
 from passk_guard.probe.samplers import Samples
 from tests.distributed.launch import leave
 from tests.helpers.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_lm_trainer, tiny_model
+from tests.helpers.tools import Counter, chat_probe, tool_trainer
 
 RANK = int(os.environ.get("RANK", 0))
 CONFIG = {"k": 4, "num_samples": 8, "probe_prompts": 11, "refresh_steps": 1, "patience": 1, "sketch_dim": 1024}
@@ -136,7 +138,34 @@ def budget(folder):
     return asdict(guard.memory.account)
 
 
+class World(Counter):
+    """Cannot be reset for the probe on the second rank the 25th time: in the second refresh."""
+
+    resets = 0
+
+    def reset(self, probe=False, **row):
+        World.resets += probe
+        if probe and RANK == 1 and World.resets == 25:
+            raise OSError("no world")
+        return super().reset(**row)
+
+
+def environments(folder, guarded):
+    trainer = tool_trainer(folder, pytest.MonkeyPatch(), environment_factory=World, reward_funcs=[])
+    guard = None
+    if guarded:
+        settings = {"k": 2, "num_samples": 4, "probe_prompts": 12, "refresh_steps": 1, "sketch_dim": 512}
+        guard = PassKGuardCallback(trainer, chat_probe(12, probe=True), "World", GuardConfig(**settings))
+        trainer.add_callback(guard)
+    trainer.train()
+    rows = [{k: r[k] for k in ("loss", "grad_norm", "reward")} for r in trainer.state.log_history if "loss" in r]
+    good = None if guard is None else [probe.num_correct.tolist() for probe in guard.memory.history]
+    return {"weights": weights(trainer), "rows": rows, "good": good, "closed": Counter.closed}
+
+
 SCENARIOS = {
+    "lonely": lambda folder: environments(folder, False),
+    "environments": lambda folder: environments(folder, True),
     "budget": budget,
     "without": lambda folder: bit_for_bit(folder, False),
     "with": lambda folder: bit_for_bit(folder, True),

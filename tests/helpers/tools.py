@@ -75,3 +75,35 @@ def tool_trainer(tmp_path: Any, monkeypatch: Any, **args: Any) -> Any:
 def chat_probe(count: int = 12, **columns: Any) -> list[dict[str, Any]]:
     """Conversations that are not in the training set."""
     return [{"prompt": [{"role": "user", "content": f"{i}-{i}?"}], **columns} for i in range(count)]
+
+
+class Counter:
+    """An environment that counts its calls; how many were made and closed is counted."""
+
+    made, closed = 0, 0
+
+    def __init__(self):
+        Counter.made += 1
+        self.total, self.open = None, True
+
+    def reset(self, **row):
+        self.total = len(str(row["prompt"][0]["content"]))
+        return f" at {self.total}"
+
+    def add(self, digit: int) -> int:
+        """Add a digit.
+
+        Args:
+            digit: to add.
+        """
+        self.total += digit
+        torch.rand(1)
+        return self.total
+
+    def get_reward(self):
+        assert self.open, "read before it was closed"
+        return float(self.total % 2)
+
+    def _close(self):
+        Counter.closed += 1
+        self.open = False

@@ -13,7 +13,7 @@ from passk_guard import PassKGuardCallback
 from passk_guard.probe.samplers import BatchTap, TRLSampler
 from passk_guard.probe.samplers.training_batch import takes_turns
 from passk_guard.utils.errors import FailedRefresh, GuardError
-from tests.helpers.tools import SUPPORTED, chat_probe, double, last_turn, tool_trainer
+from tests.helpers.tools import SUPPORTED, Counter, chat_probe, double, last_turn, tool_trainer
 
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="this TRL keeps its tools in another way, and is refused")
 SETTINGS = {"k": 2, "num_samples": 4, "probe_prompts": 12, "refresh_steps": 1, "sketch_dim": 512}
@@ -44,38 +44,6 @@ def test_a_trajectory_has_the_tools_words_masked(tmp_path, monkeypatch):
             assert message["content"] in result.replace("<unk>", "'") or "{" in message["content"]
     assert {name: dict(trainer._metrics[name]) for name in before} == {name: dict(before[name]) for name in before}
     assert not {"_sync_tool_dicts", "_async_tool_dicts", "_batch_environments"} & set(vars(trainer))
-
-
-class Counter:
-    """An environment that counts its calls; what it made and closed is kept by class."""
-
-    made, closed = 0, 0
-
-    def __init__(self):
-        type(self).made += 1
-        self.total, self.open = None, True
-
-    def reset(self, **row):
-        self.total = len(str(row["prompt"][0]["content"]))
-        return f" at {self.total}"
-
-    def add(self, digit: int) -> int:
-        """Add a digit.
-
-        Args:
-            digit: to add.
-        """
-        self.total += digit
-        torch.rand(1)
-        return self.total
-
-    def get_reward(self):
-        assert self.open, "read before it was closed"
-        return float(self.total % 2)
-
-    def _close(self):
-        type(self).closed += 1
-        self.open = False
 
 
 @pytest.fixture
