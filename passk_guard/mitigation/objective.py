@@ -240,8 +240,8 @@ def _check_bounds(floor: float | None, cap: float | None, threshold: float | Non
     if cap is not None and not floor:
         logger.warning(
             "A cap of %g on the prompt weight does not protect pass@1: easy prompts keep weights near 0, which only a "
-            "floor lifts. Measured over 60 steps of the demo's task: pass@1 0.605 -> 0.466 with a cap of 2, 0.460 without, 0.615 "
-            "with a floor of 0.5. Pass `floor`.",
+            "floor lifts. Measured over 60 steps of the demo's task: pass@1 0.605 -> 0.466 with a cap of 2, 0.460 "
+            "without, 0.615 with a floor of 0.5. Pass `floor`.",
             cap,
         )
 
