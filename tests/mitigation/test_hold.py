@@ -65,7 +65,7 @@ def test_it_settles_at_any_speed(b, every, steps, mu, lowest, seed):
     tail = world.path[-steps // 4 :]
     assert min(world.path) > lowest
     assert max(tail) - min(tail) < 0.02, "no oscillation"
-    assert sum(tail) / len(tail) == pytest.approx(BIAS - world.bias, abs=0.012), "what the estimate holds at its lower end"
+    assert sum(tail) / len(tail) == pytest.approx(BIAS - world.bias, abs=0.012), "the lower end of what it is told"
     assert world.state.multiplier == pytest.approx(mu, abs=0.15)
 
 
