@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What each of two ranks found in every scenario. To start the processes takes longer than a scenario."""
-    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget"
+    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget,hold"
     return launch(scenarios, tmp_path_factory.mktemp("two"), 2)
 
 
@@ -25,6 +25,14 @@ def test_training_on_two_ranks_is_bit_for_bit_the_same(guarded, two_ranks):
     assert first["gram"] is not None
     for what in ("status", "gram", "num_correct", "inner_product", "change"):
         assert first[what] == second[what], "ranks must decide the same"
+
+
+def test_ranks_hold_pass_at_1_by_one_multiplier(two_ranks):
+    first, second = (rank["hold"] for rank in two_ranks)
+    assert first["hold"]["change"] is not None, "a window must have moved it"
+    assert first["hold"]["multiplier"] not in (0.0, 0.5)
+    assert first["hold"] == second["hold"]
+    assert first["weights"] == second["weights"] != two_ranks[0]["without"]["weights"]
 
 
 def test_three_ranks_together_see_what_one_process_sees(tmp_path):
