@@ -1,18 +1,21 @@
 """The guard in a hand-written loop: no Trainer and no callback, only functions of tensors.
 
-    python -m examples.custom_loop [--mitigation off|reweight|project] [--steps 60]
+    python -m examples.custom_loop [--mitigation off|hold|reweight|project] [--steps 60]
 
 A step is rollout -> reward -> advantages -> backward -> optimizer, as in verl or OpenRLHF. Every few steps a refresh
 goes before it, on held-out prompts:
 
     rollout -> reward -> sketched S+ and S- -> Gram matrix -> cosine with its interval -> verdict
 
-and then, by --mitigation: nothing; a floor under the weights of the prompts in `passk_advantages`; or one backward of
-the pass@1 loss on the probe's samples, whose gradient each training gradient is turned towards before the step.
+and then, by --mitigation: nothing; a multiplier of the pass@1 advantages that are added in `passk_advantages`, set by
+what the last steps did to the samples of the refresh before; a floor under the weights of the prompts there; or one
+backward of the pass@1 loss on the probe's samples, whose gradient each training gradient is turned towards before the
+step.
 
-Left out: a key-value cache, several updates on the same samples with clipped ratios, a KL penalty, Adam (the plain
-gradient is what the theory is about), micro-batches, devices, checkpoints, a refresh that fails (`FailedRefresh`), and
-more than one process: there, sum the sketches over ranks before the Gram matrix, and the protected gradient too.
+Left out: the first multiplier from the angle (`first_multiplier`), a key-value cache, several updates on the same
+samples with clipped ratios, a KL penalty, Adam (the plain gradient is what the theory is about), micro-batches,
+devices, checkpoints, a refresh that fails (`FailedRefresh`), and more than one process: there, sum the sketches over
+ranks before the Gram matrix, and the protected gradient too.
 """
 
 from __future__ import annotations
@@ -29,10 +32,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from examples.interference.exact import evaluate
 from examples.interference.task import correct, make_prompts
 from examples.interference.warm_start import warm_start
-from passk_guard import ConflictEstimate, ProbeGram, ScoreSketcher, estimate_pooled, passk_advantages
+from passk_guard import (
+    ConflictEstimate,
+    HoldController,
+    ProbeGram,
+    ScoreSketcher,
+    estimate_change,
+    estimate_pooled,
+    passk_advantages,
+)
+from passk_guard.change import Fused, estimate_level
 from passk_guard.estimation.verdict import DecisionRule, DecisionState
 from passk_guard.estimation.verdict import step as decide
-from passk_guard.mitigation import FloorState, project_gradient, smooth_floor, solve_floor
+from passk_guard.mitigation import FloorState, HoldMeasurement, project_gradient, smooth_floor, solve_floor
 
 Rows = Sequence[Mapping[str, str]]
 Reward = Callable[..., list[float]]
@@ -96,12 +108,33 @@ def rollout(
     return Samples(ids, completion, attention, (rewards >= 1).float().view(len(rows), samples))
 
 
-def policy_loss(model: PreTrainedModel, samples: Samples, advantages: Tensor) -> Tensor:
-    """-mean of A_i log pi(y_i|x_i) over all samples; with `passk_advantages` its gradient estimates -grad J_k."""
+def log_probabilities(model: PreTrainedModel, samples: Samples) -> Tensor:
+    """[B] log pi(y_i|x_i), a sum over the tokens of a completion and not a mean."""
     logits = model(input_ids=samples.ids, attention_mask=samples.attention, use_cache=False).logits[:, :-1]
     token = logits.float().log_softmax(-1).gather(-1, samples.ids[:, 1:, None]).squeeze(-1)  # [B, T - 1]
-    log_pi = (token * samples.completion[:, 1:]).sum(1)  # [B] a sum over tokens and not a mean
-    return -(advantages.flatten() * log_pi).mean()
+    return (token * samples.completion[:, 1:]).sum(1)
+
+
+def policy_loss(model: PreTrainedModel, samples: Samples, advantages: Tensor) -> Tensor:
+    """-mean of A_i log pi(y_i|x_i) over all samples; with `passk_advantages` its gradient estimates -grad J_k."""
+    return -(advantages.flatten() * log_probabilities(model, samples)).mean()
+
+
+@dataclass(frozen=True)
+class Window:
+    """Samples of the probe, and [m, n] log-probabilities under the policy that drew them."""
+
+    samples: Samples
+    log_probs: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def opened(cls, model: PreTrainedModel, samples: Samples) -> Window:
+        return cls(samples, log_probabilities(model, samples).double().view(samples.correct.shape))
+
+    def log_ratios(self, model: PreTrainedModel) -> Tensor:
+        """[m, n] of the present policy over that one."""
+        return Window.opened(model, self.samples).log_probs - self.log_probs
 
 
 def probe_gram(sketcher: ScoreSketcher, samples: Samples, keys: Sequence[str], seed: int) -> ProbeGram:
@@ -141,6 +174,8 @@ def train(
     history: list[ProbeGram] = []
     estimates: list[ConflictEstimate] = []
     decision, floor, protected, coefficient = DecisionState(), FloorState(), None, 0.0
+    controller, fused, window = HoldController(), Fused(), None
+    held = controller.begin()
     for step in range(s.steps):
         if step % s.refresh_steps == 0:
             seed = s.seed * 1_000_003 + step
@@ -153,13 +188,21 @@ def train(
             if s.mitigation == "reweight":
                 solution = solve_floor(history, s.k, gamma=s.gamma, largest=s.largest_floor)
                 floor = smooth_floor(floor, solution, s.floor_average, largest=s.largest_floor)
+            if s.mitigation == "hold":
+                if window is not None:  # lambda never depends on samples that measure what it does
+                    change = estimate_change(window.log_ratios(model), window.samples.correct, s.k)
+                    fused = fused.with_window(change)
+                    measured = HoldMeasurement.of(fused.pass_at_1, change, s.refresh_steps)
+                    held = controller.step(held, measured)
+                fused, window = fused.with_level(estimate_level(probe.correct, s.k)), Window.opened(model, probe)
             if s.mitigation == "project":
                 protected = pass1_gradient(model, probe, parameters)  # in force until the next refresh
             exact = evaluate(model, tokenizer, test, s.k)
-            report(_line(step, exact, estimates[-1], verdict.status) + _action(s, floor, coefficient))
+            report(_line(step, exact, estimates[-1], verdict.status) + _action(s, floor, coefficient, held.multiplier))
         batch = rows[step * s.prompts : (step + 1) * s.prompts]
         samples = rollout(model, tokenizer, batch, s.samples, reward, sampling)
-        advantages = passk_advantages(samples.correct, s.k, floor=floor.floor)  # [m, n]; a floor of 0 is none
+        hold = held.multiplier if s.mitigation == "hold" else 0.0
+        advantages = passk_advantages(samples.correct, s.k, floor=floor.floor, hold=hold)  # [m, n]; 0 is none
         optimizer.zero_grad()
         policy_loss(model, samples, advantages).backward()
         if protected is not None:
@@ -178,14 +221,15 @@ def _line(step: int, exact: Mapping[str, float], estimate: ConflictEstimate, ver
     return f"step {step:3}  {rates}  {cosine:24}  {verdict:12}"
 
 
-def _action(settings: Settings, floor: FloorState, coefficient: float) -> str:
+def _action(settings: Settings, floor: FloorState, coefficient: float, hold: float) -> str:
     last = f"  coefficient {coefficient:.2f}"  # of the step before this refresh
-    return {"off": "", "reweight": f"  floor {floor.floor:.2f}", "project": last}[settings.mitigation]
+    actions = {"off": "", "hold": f"  lambda {hold:.2f}", "reweight": f"  floor {floor.floor:.2f}", "project": last}
+    return actions[settings.mitigation]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mitigation", choices=("off", "reweight", "project"), default=Settings.mitigation)
+    parser.add_argument("--mitigation", choices=("off", "hold", "reweight", "project"), default=Settings.mitigation)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--cache", type=Path, default=Path("runs/warm_start"), help="where warm starts are kept")

@@ -188,10 +188,12 @@ def what_to_do(alarm: Alarm, config: GuardConfig, mitigator: NoMitigation, has_o
         acting.append(f"raise `gamma` above {config.gamma:g}")
     if mitigator.floor is not None:
         acting.append(f"raise `floor_gamma` above {config.floor_gamma:g} or `floor_max` above {config.floor_max:g}")
+    if mitigator.hold is not None:
+        acting.append("raise `overhead`, or lower `refresh_steps`, so that hold sees more")
     if acting:
         return f"{'if pass@1 falls, ' if alarm == 'conflict' else ''}{' and '.join(acting)}"
     if has_objective:
-        advice = 'set `mitigation="reweight"`, or `mitigation="project"`'
+        advice = 'set `mitigation="hold"`, or `mitigation="project"`'
     elif alarm == "conflict":
         return (
             f'if this run trains on pass@{config.k}, or before it does, set `mitigation="project"`, or '

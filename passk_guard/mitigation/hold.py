@@ -165,30 +165,29 @@ class HoldController:
         return min(self.largest, max(0.0, value))
 
 
-def first_multiplier(probe: ProbeGram, k: int, *, confidence: float = 0.95) -> float | None:
+def first_multiplier(probe: ProbeGram, k: int, *, confidence: float = 0.8413) -> float | None:
     r"""The lambda at which the first step does not lower pass@1, from the angle: $-U_{k1} / U_{11}$.
 
-    $\langle \nabla J_k + \lambda \nabla J_1, \nabla J_1 \rangle \ge 0$ from there on. U_k1 is lowered by the error of a
-    one-sided interval at `confidence`: a lambda that is too large costs little, and is released.
+    $\langle \nabla J_k + \lambda \nabla J_1, \nabla J_1 \rangle \ge 0$ from there on. U_k1 is lowered to the end of its
+    one-sided interval: a lambda that is too large costs little, and is released.
 
     Args:
         probe: of prompts that are not measured by the next window.
         k: of pass@k.
-        confidence: at which an angle counts as established.
+        confidence: of the interval; the default is one standard error.
 
     Returns:
-        0 where the absence of a conflict is established; None where nothing is.
+        At least 0. None where the probe does not know it to within 1.
     """
     try:
-        found = estimate_pooled([probe], k, confidence=confidence, curve=False)
+        found = estimate_pooled([probe], k, curve=False)
     except GuardError:
         return None
-    if found.status == "clear":
-        return 0.0
-    if found.status != "conflict" or found.inner_product is None or found.inner_product_se is None:
+    inner, error, norm_sq = found.inner_product, found.inner_product_se, found.norm1_sq
+    if inner is None or error is None or norm_sq is None:
         return None
-    quantile = float(student_t_quantile(confidence, found.degrees or max(1, found.num_informative - 1)))
-    return (quantile * found.inner_product_se - found.inner_product) / float(found.norm1_sq or math.nan)
+    margin = float(student_t_quantile(confidence, found.degrees or max(1, found.num_informative - 1))) * error
+    return max(0.0, (margin - inner) / norm_sq) if norm_sq > 0 and margin <= norm_sq else None
 
 
 def part_of(probe: ProbeGram, rows: torch.Tensor) -> ProbeGram:

@@ -23,7 +23,7 @@ class HoldGuard:
     Args:
         trainer: GRPOTrainer or RLOOTrainer.
         objective: installed on the trainer, if there is one.
-        config: k, confidence, correct_threshold, hold_tolerance and hold_level.
+        config: k, correct_threshold, hold_tolerance and hold_level.
         correct: the function that means *correct*.
 
     Attributes:
@@ -53,7 +53,7 @@ class HoldGuard:
             return self.controller.begin()
         self.steering = torch.arange(refresh.num_samples.numel()) % 2 == 1
         steering = part_of(refresh.probe, self.steering[refresh.num_samples >= refresh.fewest])
-        return self.controller.begin(first_multiplier(steering, self._config.k, confidence=self._config.confidence))
+        return self.controller.begin(first_multiplier(steering, self._config.k))
 
     def step(self, state: HoldState, fused: FusedCurve, window: ChangeEstimate | None, steps: int) -> HoldState:
         """Lambda after a window; None for one without an estimate."""

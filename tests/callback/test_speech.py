@@ -162,18 +162,19 @@ def test_what_a_refresh_costs_and_what_fits_into_the_run(last, source, words):
     ("alarm", "acting", "has_objective", "settings", "words"),
     [
         ("conflict", "", False, {}, 'before it does, set `mitigation="project"`'),
-        ("conflict", "", True, {}, '^set `mitigation="reweight"`'),
+        ("conflict", "", True, {}, '^set `mitigation="hold"`'),
         ("conflict", "steps", False, {}, "^if pass@1 falls, raise `gamma` above 0.2$"),
         ("losing", "", False, {}, '`mitigation="project"`; to end .* `max_loss=0.05` with `on_loss="stop"`'),
         ("losing", "", False, {"on_loss": "stop", "max_loss": 0.1}, '^set `mitigation="project"`$'),
         ("losing", "floor", True, {}, "^raise `floor_gamma` above 0.2 or `floor_max` above 1$"),
+        ("losing", "hold", True, {}, "^raise `overhead`, or lower `refresh_steps`"),
         ("blind", "", False, {}, "`failed_refresh_alert`=3"),
     ],
 )
 def test_an_alarm_says_what_to_do_with_the_settings_name(alarm, acting, has_objective, settings, words):
     mitigator = NoMitigation()
     if acting:
-        mitigator = SimpleNamespace(**{"steps": None, "floor": None, acting: object()})
+        mitigator = SimpleNamespace(**{"steps": None, "floor": None, "hold": None, acting: object()})
     text = speech.what_to_do(alarm, GuardConfig(**settings), mitigator, has_objective)
     assert re.search(words, text), text
     assert set(re.findall(r"`(\w+)[`=]", text)) <= set(GuardConfig.__dataclass_fields__) | {"PassKObjective"}

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What each of two ranks found in every scenario. To start the processes takes longer than a scenario."""
-    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget,lonely,environments"
+    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget,lonely,environments,hold"
     return launch(scenarios, tmp_path_factory.mktemp("two"), 2)
 
 
@@ -36,6 +36,14 @@ def test_an_environment_that_fails_on_one_rank_fails_the_refresh_on_both(two_ran
     assert first["environments"]["closed"] == 72
     assert 48 < second["environments"]["closed"] < 72, "in the second refresh those that were made before it failed"
     assert first["environments"]["good"] == second["environments"]["good"]
+
+
+def test_ranks_hold_pass_at_1_by_one_multiplier(two_ranks):
+    first, second = (rank["hold"] for rank in two_ranks)
+    assert first["hold"]["change"] is not None, "a window must have moved it"
+    assert first["hold"]["multiplier"] not in (0.0, 0.5)
+    assert first["hold"] == second["hold"]
+    assert first["weights"] == second["weights"] != two_ranks[0]["without"]["weights"]
 
 
 def test_three_ranks_together_see_what_one_process_sees(tmp_path):

@@ -93,7 +93,7 @@ def bit_for_bit(folder, guarded, **config):
     trainer.train()
     rows = [{k: r[k] for k in ("loss", "grad_norm", "reward")} for r in trainer.state.log_history if "loss" in r]
     return {"weights": weights(trainer), "rows": rows, "rng": torch.get_rng_state().tolist()} | (
-        report(guard, trainer) if guard else {}
+        report(guard, trainer) | {"hold": guard.memory.hold and asdict(guard.memory.hold)} if guard else {}
     )
 
 
@@ -170,6 +170,7 @@ SCENARIOS = {
     "without": lambda folder: bit_for_bit(folder, False),
     "with": lambda folder: bit_for_bit(folder, True),
     "with_training_batch": lambda folder: bit_for_bit(folder, True, source="training_batch", num_samples=4),
+    "hold": lambda folder: bit_for_bit(folder, True, mitigation="hold"),
     "same_everywhere": lambda folder: same_everywhere(folder, steps=4, min_effective_samples=0.01),
     "resampled": lambda folder: same_everywhere(folder, resample_refreshes=3, min_effective_samples=1.0),
 }

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from examples import custom_loop
-from examples.custom_loop import Settings, pass1_gradient, policy_loss, probe_gram, rollout, train
+from examples.custom_loop import Settings, Window, pass1_gradient, policy_loss, probe_gram, rollout, train
 from examples.interference.model import make_model
 from examples.interference.task import make_prompts
 from examples.interference.tokenizer import make_tokenizer
-from passk_guard import ScoreSketcher, passk_advantages
-from passk_guard.mitigation import FloorSolution
+from passk_guard import ScoreSketcher, estimate_change, passk_advantages
+from passk_guard.change import Fused, estimate_level
+from passk_guard.mitigation import FloorSolution, HoldMeasurement, HoldState
 
 SMALL = Settings(steps=3, seed=1, k=3, prompts=4, samples=6, learning_rate=0.05)
 SMALL = replace(SMALL, probe_prompts=10, refresh_steps=2, sketch_dim=256, test_prompts=20)
@@ -37,15 +38,15 @@ def run(**changes):
     return list(model.parameters()), estimates, lines
 
 
-def run_without_probe(*, floor=None):
+def run_without_probe(*, floor=None, hold=(0.0,) * SMALL.steps):
     """The same training written again, with no call of the guard but for the advantages."""
     model, s = tiny(), SMALL
     generator = torch.Generator().manual_seed(s.seed)
     rows = make_prompts("train", s.steps * s.prompts, s.seed)
-    for step in range(s.steps):
+    for step in range(len(hold)):
         batch = rows[step * s.prompts : (step + 1) * s.prompts]
         samples = rollout(model, TOKENIZER, batch, s.samples, starts_with_a_letter, generator)
-        loss = policy_loss(model, samples, passk_advantages(samples.correct, s.k, floor=floor))
+        loss = policy_loss(model, samples, passk_advantages(samples.correct, s.k, floor=floor, hold=hold[step]))
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
             for p, g in zip(model.parameters(), gradients, strict=True):
@@ -57,7 +58,7 @@ def same(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("mitigation", ["off", "reweight", "project"])
+@pytest.mark.parametrize("mitigation", ["off", "hold", "reweight", "project"])
 def test_runs_and_reports_every_refresh(mitigation):
     state = torch.get_rng_state()
     parameters, estimates, lines = run(mitigation=mitigation)
@@ -66,6 +67,7 @@ def test_runs_and_reports_every_refresh(mitigation):
     assert all(p.isfinite().all() for p in parameters)
     assert [line[:8] for line in lines] == ["step   0", "step   2", "step   3"]
     assert all(("floor" in line) == (mitigation == "reweight") for line in lines[:-1])
+    assert all(("lambda" in line) == (mitigation == "hold") for line in lines[:-1])
     assert all(("coefficient" in line) == (mitigation == "project") for line in lines[:-1])
     assert all(("cos" in line) for line in lines[:-1])
     assert torch.equal(state, torch.get_rng_state())
@@ -89,6 +91,29 @@ def test_reweight_trains_with_the_floor_solved_from_the_probe(monkeypatch):
     assert asked == [(1, 3, 0.3, 0.9), (2, 3, 0.3, 0.9)]
     assert same(reweighted, run_without_probe(floor=0.7))
     assert not same(reweighted, run_without_probe())
+
+
+def test_hold_trains_with_the_multiplier_and_measures_what_it_did(monkeypatch):
+    told = []
+
+    class Controller:
+        def begin(self):
+            return HoldState(0.7, 0.7)
+
+        def step(self, state, measured):
+            told.append((state.multiplier, measured))
+            return HoldState(0.2, 0.2)
+
+    monkeypatch.setattr(custom_loop, "HoldController", Controller)
+    assert same(run(mitigation="hold")[0], run_without_probe(hold=(0.7, 0.7, 0.2)))
+    model, seed = tiny(), SMALL.seed * 1_000_003
+    for p, after in zip(model.parameters(), run_without_probe(hold=(0.7, 0.7)), strict=True):
+        p.data.copy_(after)
+    prompts, generator = make_prompts("probe", SMALL.probe_prompts, seed), torch.Generator().manual_seed(seed)
+    sample = rollout(tiny(), TOKENIZER, prompts, SMALL.samples, starts_with_a_letter, generator)
+    change = estimate_change(Window.opened(tiny(), sample).log_ratios(model), sample.correct, SMALL.k)
+    fused = Fused().with_level(estimate_level(sample.correct, SMALL.k)).with_window(change)
+    assert told == [(0.7, HoldMeasurement.of(fused.pass_at_1, change, SMALL.refresh_steps))]
 
 
 def flat(tensors):

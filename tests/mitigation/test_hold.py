@@ -65,9 +65,7 @@ def test_it_settles_at_any_speed(b, every, steps, mu, lowest, seed):
     tail = world.path[-steps // 4 :]
     assert min(world.path) > lowest
     assert max(tail) - min(tail) < 0.02, "no oscillation"
-    assert sum(tail) / len(tail) == pytest.approx(BIAS - world.bias, abs=0.012), (
-        "what the estimate holds at its lower end"
-    )
+    assert sum(tail) / len(tail) == pytest.approx(BIAS - world.bias, abs=0.012), "the lower end of what it is told"
     assert world.state.multiplier == pytest.approx(mu, abs=0.15)
 
 
@@ -132,25 +130,31 @@ def test_settings_that_make_no_sense_are_refused(settings):
         HoldController(**settings)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_first_lambda_is_the_one_at_which_pass_at_1_stands_still(seed):
-    world = population(-0.5)
+def test_the_first_lambda_is_the_one_at_which_pass_at_1_stands_still():
+    world, generator = population(-0.5), torch.Generator().manual_seed(0)
     inner, norm_sq, _ = true_moments(world, 8).tolist()
-    probe = replace(draw(world, 256, 16, torch.Generator().manual_seed(seed)), prompt_keys=range(256))
-    found = first_multiplier(probe, 8)
-    assert -inner / norm_sq < found < -2 * inner / norm_sq, "from above, by a one-sided bound"
-    half = torch.arange(len(probe.num_samples)) % 2 == 0
-    part = part_of(probe, half)
-    assert torch.equal(part.gram, probe.gram[half.repeat(2)][:, half.repeat(2)])
-    assert list(part.prompt_keys) == [key for key, kept in zip(probe.prompt_keys, half.tolist(), strict=True) if kept]
+    found = [first_multiplier(draw(world, 64, 16, generator), 8) for _ in range(60)]
+    known = [value for value in found if value is not None]
+    assert len(known) > 50
+    assert 0.7 < sum(value > -inner / norm_sq for value in known) / len(known) < 0.95, "from above, by one error"
+    assert sum(known) / len(known) < -2 * inner / norm_sq
 
 
 def test_the_first_lambda_without_a_conflict_and_without_an_angle():
     clear = draw(population(0.8), 128, 16, torch.Generator().manual_seed(0))
     assert first_multiplier(clear, 8) == 0.0
-    assert first_multiplier(part_of(clear, torch.arange(len(clear.num_samples)) < 3), 8) is None
+    assert first_multiplier(part_of(clear, torch.arange(128) < 3), 8) is None
     controller = HoldController()
     assert (controller.begin(0.0).multiplier, controller.begin(None).multiplier) == (0.0, controller.start)
+
+
+def test_a_part_of_a_probe():
+    probe = replace(draw(population(-0.5), 6, 16, torch.Generator().manual_seed(0)), prompt_keys=tuple("abcdef"))
+    part = part_of(probe, torch.tensor([True, False, True, False, True, False]))
+    rows = [0, 2, 4, 6, 8, 10]
+    assert torch.equal(part.gram, probe.gram[rows][:, rows])
+    assert (part.num_correct.tolist(), list(part.prompt_keys)) == (probe.num_correct[::2].tolist(), ["a", "c", "e"])
+    assert not part_of(replace(probe, prompt_keys=()), torch.ones(6, dtype=torch.bool)).prompt_keys
 
 
 def test_a_measurement_from_the_fused_curve():

@@ -93,7 +93,7 @@ def test_pass_at_1_advantages_are_added_to_the_trainers_own(kind, tmp_path):
 def test_the_first_lambda_is_from_prompts_that_its_window_leaves_out(tmp_path, monkeypatch):
     asked = []
 
-    def first(probe, k, *, confidence):
+    def first(probe, k):
         asked.append(list(probe.prompt_keys))
         return 0.9
 
