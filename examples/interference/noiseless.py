@@ -99,7 +99,8 @@ def run(name: str, seed: int, cache: Path, steps: int = STEPS) -> comparison.Rec
     trajectory, protected, k_star = [], None, K
     for step in range(steps + 1):
         if step % EVERY == 0 or step == steps:
-            trajectory.append({"step": step} | evaluate(model, tokenizer, test, K))
+            rates = evaluate(model, tokenizer, test, K)
+            trajectory.append({"step": step} | {name: round(rates[name], 5) for name in ("pass_at_1", f"pass_at_{K}")})
         if step == steps:
             break
         if needs_probe and step % EVERY == 0:
