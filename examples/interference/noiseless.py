@@ -99,7 +99,8 @@ def run(name: str, seed: int, cache: Path, steps: int = STEPS) -> comparison.Rec
     trajectory, protected, k_star = [], None, K
     for step in range(steps + 1):
         if step % EVERY == 0 or step == steps:
-            trajectory.append({"step": step} | evaluate(model, tokenizer, test, K))
+            rates = evaluate(model, tokenizer, test, K)
+            trajectory.append({"step": step} | {n: float(f"{rates[n]:.5g}") for n in ("pass_at_1", f"pass_at_{K}")})
         if step == steps:
             break
         if needs_probe and step % EVERY == 0:
@@ -137,16 +138,27 @@ def _project(ascent: list[Tensor], protected: list[Tensor], arm: Exact) -> None:
         g.add_(p, alpha=projection_coefficient(gp, gg, pp, arm.gamma))
 
 
-def table(records: list[comparison.Record]) -> list[str]:
-    """Means over seeds, as lines of Markdown; `lowest` is that of pass@1 at any evaluation, against the start."""
-    lines = ["| arm | seeds | change of pass@1 | lowest | change of pass@8 | gain kept |", "|---|---|---|---|---|---|"]
+def table(records: list[comparison.Record], sampled: list[comparison.Record]) -> list[str]:
+    """Means over seeds, as lines of Markdown; the last two columns are the benchmark's runs of the same seeds.
+
+    `lowest` is pass@1 at any evaluation, against the start.
+    """
+    headings = ("arm", "seeds", "change of pass@1", "lowest", "change of pass@8", "gain kept", "through TRL: @1", "@8")
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for name, arm in ARMS.items():
         if runs := comparison.runs_of(records, "main", name):
-            one, many = (comparison.change(runs, column).mean for column in ("pass_at_1", "pass_at_8"))
-            lowest, share = comparison.lowest(runs, EVERY) or 0.0, comparison.kept(records, "main", name)
-            shown = "-" if share is None else f"{share:.0%}"
-            lines.append(f"| {arm.label} | {len(runs)} | {one:+.3f} | {lowest:+.3f} | {many:+.3f} | {shown} |")
+            seeds = {run["seed"] for run in runs}
+            twins = [run for run in comparison.runs_of(sampled, "main", name) if run["seed"] in seeds]
+            share = comparison.kept(records, "main", name)
+            kept = "-" if share is None else f"{share:.0%}"
+            numbers = [*_changes(runs), *(_changes(twins) if len(twins) == len(runs) else ("-", "-"))]
+            numbers[1:1] = [f"{comparison.lowest(runs, EVERY) or 0.0:+.3f}"]
+            lines.append(f"| {arm.label} | {len(runs)} | {' | '.join([*numbers[:3], kept, *numbers[3:]])} |")
     return lines
+
+
+def _changes(runs: list[comparison.Record]) -> tuple[str, ...]:
+    return tuple(f"{comparison.change(runs, name).mean:+.3f}" for name in ("pass_at_1", f"pass_at_{K}"))
 
 
 def main() -> None:
@@ -155,6 +167,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--results", type=Path, default=Path("runs/noiseless.jsonl"))
     parser.add_argument("--cache", type=Path, default=Path("runs/warm_start"), help="where warm starts are kept")
+    parser.add_argument("--sampled", type=Path, default=Path("benchmarks/interference.jsonl"), help="runs through TRL")
     parser.add_argument("--report", action="store_true", help="run nothing, show what is there")
     given = parser.parse_args()
     done = {(r["arm"], r["seed"]) for r in comparison.read(given.results)}
@@ -162,7 +175,7 @@ def main() -> None:
     for arm, seed in tqdm(todo, desc="runs", file=sys.stderr, disable=None):
         given.results.parent.mkdir(parents=True, exist_ok=True)
         comparison.append(given.results, run(arm, seed, given.cache))
-    print("\n".join(table(comparison.read(given.results))))
+    print("\n".join(table(comparison.read(given.results), comparison.read(given.sampled))))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ def max_at_k_advantages(rewards: Tensor, k: int, *, mask: Tensor | None = None, 
     $A_i = k (G_i - B_i)$, where $G_i = E_K[(r_i - \max r_K)^+]$ is what sample i adds to k - 1 of the n - 1 others,
     over all such subsets K, and $B_i = E_{j, K}[(r_j - \max r_K)^+]$ the same for one of the others in the place of i.
     $\frac{1}{n} \sum_i A_i \nabla \log \pi(y_i)$ is unbiased for grad E[max of k]: neither K nor B_i depends on i. A
-    common shift of all rewards changes nothing. On 0/1 rewards these are `passk_advantages`, and for k = 1, where
-    the empty set has the maximum 0, RLOO.
+    common shift of all rewards changes nothing. On 0/1 rewards these are `passk_advantages`, and for k = 1, where the
+    empty set has the maximum 0, RLOO.
 
     k G_i is PKPO's transform with its baseline "leave one out minus one" (arXiv 2505.15201), as a mean over the
     samples where the paper has a sum; B_i is not in the paper and takes noise away. Computed from the gaps d_j between
@@ -28,7 +28,7 @@ def max_at_k_advantages(rewards: Tensor, k: int, *, mask: Tensor | None = None, 
         rewards: [m, n] real, n samples for each of m prompts.
         k: 1 <= k <= n.
         mask: [m, n] bool, False where a sample has no reward, as in `passk_advantages`.
-        baseline: False leaves B_i out.
+        baseline: False leaves B_i out. For k = 1 these are then the rewards themselves, which a shift does change.
 
     Returns:
         [m, n] tensor: rewards' dtype where it is floating, else torch's default float.

@@ -137,11 +137,12 @@ def test_arms_without_noise(arm, untrained, monkeypatch):
 
 def test_the_tables_of_the_document_are_what_the_commands_print(capsys):
     prompt_weights.main([])
-    lines = capsys.readouterr().out.splitlines()
     root = Path(__file__).parents[2]
-    lines += noiseless.table(comparison.read(root / "benchmarks" / "noiseless.jsonl"))
     document = (root / "docs" / "rivals.md").read_text().splitlines()
-    assert [line for line in lines if line not in document] == []
+    assert [line for line in capsys.readouterr().out.splitlines() if line not in document] == []
+    lines = noiseless.table(comparison.read(root / "benchmarks" / "noiseless.jsonl"), [])
+    without_twins = {line.rsplit("|", 3)[0] for line in document}  # the benchmark's file grows
+    assert [line for line in lines[2:] if line.rsplit("|", 3)[0] not in without_twins] == []
 
 
 class Trainer:
