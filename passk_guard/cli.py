@@ -25,6 +25,7 @@ from passk_guard.utils.text import one_line
 _LOWER, _NO_ANSWER = 1, 2  # of `compare`: a gate tells a loss from an error
 _INTERRUPTED, _NO_READER = 130, 141  # as a shell reports SIGINT and SIGPIPE
 _FILES = ("model", "probe", "correct", "out", "force", "adapter", "base", "progress")
+_SHOWING = ("a", "b", "correct", "format", "out", "force")
 Option, Argument = typer.Option, typer.Argument
 
 # Options of `analyze` and `compare`.
@@ -256,8 +257,7 @@ def compare(
     The same prompts and seeds for both, and a band of B - A that covers all k together. Leave with 1 where pass@1 of B
     is established to be lower than that of A by more than --tolerance, with 0 where it is not, with 2 after an error.
     """
-    kept_back = ("a", "b", "correct", "format", "out", "force")
-    options = {name: value for name, value in dict(locals()).items() if name not in kept_back}
+    options = {name: value for name, value in dict(locals()).items() if name not in _SHOWING}
     from passk_guard.reporting.html.page import packed_plotly
 
     try:
