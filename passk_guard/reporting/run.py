@@ -186,13 +186,11 @@ class Run:
         stands = [f"{s.upper()} {_from_to(*steps)}." for s in ("losing", "conflict") if (steps := self.stood(s))]
         if not stands:
             stands = ["CLEAR: no conflict." if self.worst == "CLEAR" else "UNDETERMINED: the probe cannot tell yet."]
-        sentences += stands
         used = self.journal.settings.get("mitigation", "off")
         if self.worst in ("LOSING", "CONFLICT"):
-            advice = f"Try mitigation='{RECOMMENDED}'." if used == "off" else f"With mitigation='{used}'."
-            sentences.append(advice)
+            stands.append(f"Try mitigation='{RECOMMENDED}'." if used == "off" else f"With mitigation='{used}'.")
         kind = {"LOSING": "bad", "CONFLICT": "bad", "CLEAR": "good"}.get(self.worst, "")
-        return " ".join(sentences), kind
+        return " ".join(sentences + stands), kind
 
     def _who_and_when(self) -> str:
         last = {name: totals[-1] for name, totals in self.by_group.items() if totals and not name.startswith("group ")}
@@ -211,7 +209,7 @@ class Run:
     @property
     def cost(self) -> str:
         """Seconds of all refreshes, and the probe's share of the work of training."""
-        seconds = [number(event.get("probe_seconds")) or 0.0 for event in self.refreshes]
+        seconds = self.numbers("probe_seconds")
         shares = self.numbers("probe_share", "change") + self.numbers("probe_share")
         share = f", {100 * shares[-1]:.3g}% of training's tokens" if shares else ""
         return f"{sum(seconds):.3g} s{share}" if seconds else "–"

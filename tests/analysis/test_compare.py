@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import sys
 import weakref
 
 import pytest
@@ -13,7 +14,9 @@ from passk_guard.analysis import analyze
 from passk_guard.analysis import compare as compare_module  # the module: the function is in the package above
 from passk_guard.cli import compare as command_function
 from passk_guard.cli import main
+from passk_guard.reporting.html.page import packed_plotly
 from tests.analysis.cases import save_model, write_probe
+from tests.helpers.hostile import Page
 from tests.helpers.tiny import digit_reward, probe_rows, tiny_chat_rows, tiny_model, tiny_tokenizer
 
 SMALL = {"num_samples": 8, "max_new_tokens": 4, "batch_size": 32}
@@ -90,6 +93,25 @@ def test_a_checkpoint_against_itself(run):
     assert not found["established_lower"]
     status, out, _ = run("good", "good")
     assert (status, "no spread" in out, "nor is it ruled out" in out) == (0, True, True)
+
+
+def test_the_page_of_a_comparison(run, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    status, out, _ = run("good", "broken", "--out", str(page), "--format", "json")
+    text, found = page.read_text(encoding="utf-8"), json.loads(out)
+    assert status == 1
+    assert (found["gained"], len(found["lost"])) == ([], 10)
+    changes = [b - a for _, a, b in found["lost"]]
+    assert changes == sorted(changes)
+    assert "is lower than that of A" in Page(text).text
+    assert found["lost"][0][0] in Page(text).text
+    assert run("good", "good", "--out", str(page))[0] == 0, "its own page is replaced"
+    page.write_text("mine")
+    status, out, err = run("good", "good", "--out", str(page))
+    assert (status, page.read_text(), "not a page of this command" in err, "B - A" in out) == (2, "mine", True, True)
+    packed_plotly.cache_clear()
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert 'pip install "passk-guard[report]"' in run("good", "good", "--out", str(page))[2]
 
 
 def test_a_broken_checkpoint_fails_the_gate(run, folders):
@@ -257,5 +279,5 @@ def test_an_error_is_no_loss(run, monkeypatch):
 
 def test_the_defaults_of_the_command_are_those_of_the_function():
     options, parameters = (inspect.signature(one).parameters for one in (command_function, compare))
-    assert set(options) == set(parameters) | {"format"}
+    assert set(options) == set(parameters) | {"format", "out", "force"}
     assert all(options[name].default == parameters[name].default for name in parameters)

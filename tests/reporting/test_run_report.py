@@ -278,7 +278,7 @@ def test_the_panels_of_a_run(tmp_path):
     assert by_name["p of losing"]["y"] == [0.01, None], "no place for 0 on a logarithmic axis"
     assert by_name["change"]["text"] == ["LOSING", "LOSING"]
     pays = who_pays([run])
-    assert [trace["y"] for trace in pays.data][-2:] == [[pytest.approx(-0.2)], [0.2]]
+    assert [trace["y"] for trace in pays.data][-2:] == [[-0.1, pytest.approx(-0.2)], [0.0, 0.2]]
     assert panels(figure)[-2:] == ["Floor under the prompt weights", "lambda of the hold"]
 
 

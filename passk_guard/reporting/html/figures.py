@@ -267,12 +267,11 @@ def angle_over_k(ks: Sequence[int], cosine: Column, bands: Sequence[tuple[Column
     """
     gaps = [k for k, value in zip(ks, cosine, strict=True) if not is_number(value)]
     note = [told["note"], f"Not determined at k = {gaps[0]:g}{' and others' if gaps[1:] else ''}." if gaps else ""]
-    bands = [(_where(cosine, low), _where(cosine, high), name) for low, high, name in bands]
     marker = {"color": [VERMILLION if found else BLUE for found in told["established"]], "size": 7}
-    areas = [
-        band(ks, low, high, BLUE, 0.1 + 0.12 * i, showlegend=True, name=label(name))
-        for i, (low, high, name) in enumerate(bands)
-    ]
+    areas = []
+    for i, (low, high, name) in enumerate(bands):  # without a cosine the band is all that is possible
+        shown = [end if is_number(value) else None for end, value in zip(low, cosine, strict=True)]
+        areas.append(band(ks, shown, high, BLUE, 0.1 + 0.12 * i, showlegend=True, name=label(name)))
     across = {"xref": "paper", "x0": 0, "x1": 1, "yref": "y"}
     lines = [across | {"y0": told["threshold"], "y1": told["threshold"]}]
     if told["k_star"] is not None:
@@ -282,11 +281,6 @@ def angle_over_k(ks: Sequence[int], cosine: Column, bands: Sequence[tuple[Column
     layout["yaxis"] |= {"range": [-1.05, 1.05]}
     data = [*areas, curve("cosine", ks, cosine, BLUE, marker=marker, showlegend=False)]
     return Figure(told["title"], told["alt"], data, layout, note=" ".join(filter(None, note)))
-
-
-def _where(known_at: Column, values: Column) -> Column:
-    """The values where the other column has a number: an interval of all that is possible is no band."""
-    return [value if is_number(there) else None for there, value in zip(known_at, values, strict=True)]
 
 
 def over_k(ks: Sequence[int], y_title: str) -> dict[str, Any]:

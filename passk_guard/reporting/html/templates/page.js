@@ -38,14 +38,14 @@ function draw(plot) {
     layout[name] = {gridcolor: colour("line"), zerolinecolor: colour("faint"), linecolor: colour("line"),
       ...layout[name]};
   if (plot.closest(".square")) layout.height = Math.min(layout.height, plot.clientWidth - 30);
-  for (const trace of data) trace.visible = !toggles.some((box) => !box.checked && runOf(trace) === box.dataset.run);
+  const hidden = toggles.filter((box) => !box.checked).map((box) => Number(box.dataset.run));
+  for (const trace of data) trace.visible = !hidden.includes(trace.meta?.run);
   Object.assign(layout, {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {color: colour("ink"), family: "system-ui, sans-serif", size: 12},
     hoverlabel: {bgcolor: colour("box"), font: {color: colour("ink"), size: narrow ? 11 : 12}, namelength: 40},
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom"}); // a finger scrolls the page
   return Plotly.react(plot, data, layout, {displayModeBar: false, responsive: true});
 }
-const runOf = (trace) => String(trace.meta && trace.meta.run);
 
 // The arrow keys move the crosshair from step to step, Escape takes it away.
 function crosshair(plot, event) {
