@@ -6,7 +6,6 @@ INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
 OLDEST := .venv-oldest
 AUDIT := .venv-audit
-DOCS := .venv-docs
 
 # One thread a process: tests run in parallel, and several start processes. What DeepSpeed builds stays in the environment:
 # two versions would overwrite each other's, and wait without end for a lock that a killed process left.
@@ -16,7 +15,7 @@ PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest
 BY_FILE := -n 2 --dist loadfile
 
 .PHONY: help venv oldest demo benchmark bench-peers toy test wheel test-slow test-distributed test-resume test-soak fuzz \
-  browser test-browser test-oldest test-oldest-distributed audit docs lint format clean
+  browser test-browser test-oldest test-oldest-distributed audit lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -107,6 +106,8 @@ $(AUDIT)/.installed: Makefile
 audit: $(AUDIT)/.installed ## known vulnerabilities of the pinned versions
 	$(PYTHON) .ci/audit.py $(AUDIT)/bin/pip-audit constraints.txt
 
+DOCS := .venv-docs
+.PHONY: docs
 # The site needs neither the package nor torch: its pages and docstrings are read as text.
 $(DOCS)/.installed: pyproject.toml constraints.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
@@ -133,4 +134,5 @@ format: $(INSTALLED) ## ruff's fixes and format
 	$(BIN)/ruff format
 
 clean: ## remove environments, runs and caches
-	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) $(DOCS) site docs/project .cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(DOCS) site docs/project .cache
