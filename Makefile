@@ -107,7 +107,7 @@ audit: $(AUDIT)/.installed ## known vulnerabilities of the pinned versions
 	$(PYTHON) .ci/audit.py $(AUDIT)/bin/pip-audit constraints.txt
 
 DOCS := .venv-docs
-.PHONY: docs
+.PHONY: docs clean-docs
 # The site needs neither the package nor torch: its pages and docstrings are read as text.
 $(DOCS)/.installed: pyproject.toml constraints.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
@@ -122,6 +122,10 @@ docs: $(DOCS)/.installed ## the documents site in site/; a link that leads nowhe
 	done
 	$(DOCS)/bin/zensical build --clean --strict
 
+clean: clean-docs
+clean-docs:
+	rm -rf $(DOCS) site docs/project .cache
+
 lint: $(INSTALLED) ## ruff, mypy, the order of imports, and packages that fit together
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -135,4 +139,3 @@ format: $(INSTALLED) ## ruff's fixes and format
 
 clean: ## remove environments, runs and caches
 	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf $(DOCS) site docs/project .cache
