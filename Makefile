@@ -169,6 +169,7 @@ docs: $(DOCS)/.installed ## the documents site in site/; a link that leads nowhe
 	done
 	$(DOCS)/bin/zensical build --clean --strict
 
+
 lint: $(INSTALLED) ## ruff, mypy, the order of imports, and packages that fit together
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -55,7 +55,8 @@ RUN = [
 def test_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.setattr(passk_guard, "watch", partial(passk_guard.watch, **SMALL))
     monkeypatch.chdir(tmp_path)
-    names = {"passk_guard": passk_guard, "held_out": probe_rows(), "accuracy": accuracy}
+    names = {"passk_guard": passk_guard, "PassKObjective": passk_guard.PassKObjective, "accuracy": accuracy}
+    names["held_out"] = probe_rows()
     if "trainer" in code:
         options = {"num_generations": 8, "scale_rewards": "none", "loss_type": "dr_grpo", "max_steps": 1}
         names["trainer"] = tiny_grpo_trainer(tmp_path, reward_funcs=[accuracy], **options)
