@@ -6,6 +6,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
 OLDEST := .venv-oldest
 AUDIT := .venv-audit
+VLLM := .venv-vllm
 
 # One thread a process: tests run in parallel, and several start processes. What DeepSpeed builds stays in the environment:
 # two versions would overwrite each other's, and wait without end for a lock that a killed process left.
@@ -15,7 +16,7 @@ PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest
 BY_FILE := -n 2 --dist loadfile
 
 .PHONY: help venv oldest demo benchmark bench-peers toy test wheel test-slow test-distributed test-resume test-soak fuzz \
-  browser test-browser test-oldest test-oldest-distributed audit lint format clean
+  browser test-browser venv-vllm test-vllm test-oldest test-oldest-distributed audit lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -97,6 +98,21 @@ test-oldest-distributed: VENV := $(OLDEST)
 test-oldest-distributed: $(OLDEST)/.installed ## the guard on DDP and ZeRO-0 to 3 on the oldest versions
 	$(PYTEST) -m distributed tests/distributed/test_projection.py
 
+# vLLM wants its own torch and an earlier transformers: the whole environment is listed, and nothing is resolved.
+venv-vllm: $(VLLM)/.installed ## the environment with vLLM for a CPU (constraints-vllm.txt)
+
+$(VLLM)/.installed: constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	touch $@
+
+VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1
+test-vllm: VENV := $(VLLM)
+test-vllm: $(VLLM)/.installed ## the guard on real vLLM, on the CPU; fails where vLLM cannot be imported
+	$(VLLM)/bin/python -c "import vllm"
+	$(VLLM_ENV) PYTHONPATH=. $(PYTEST) -m vllm tests/vllm
+
 # The advisories of the package index are asked from a separate environment.
 $(AUDIT)/.installed: Makefile
 	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
@@ -118,4 +134,4 @@ format: $(INSTALLED) ## ruff's fixes and format
 	$(BIN)/ruff format
 
 clean: ## remove environments, runs and caches
-	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) $(VLLM) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
