@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def _log_probs(model: Any, prompts: list[list[int]]) -> Tensor:
 
 def _of_vllm(folder: str, prompts: list[list[int]], vocabulary: int) -> Tensor:
     """[m, V] log mu of the next token, as vLLM computes them for sampling."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 
     llm = LLM(folder, max_model_len=64, enforce_eager=True, max_logprobs=vocabulary)
@@ -128,7 +130,10 @@ def _row(
             errors[0] += angle.cosine - cosine
         moved = (updated - pi).gather(1, tokens)
         change = estimate_change(moved, right[tokens].long(), K, sampler=logs if ratios else None)
-        pairs = ((change.pass_at_1, change.pass_at_1_se, change.degrees), (change.pass_at_k, change.pass_at_k_se, change.degrees_k))
+        pairs = (
+            (change.pass_at_1, change.pass_at_1_se, change.degrees),
+            (change.pass_at_k, change.pass_at_k_se, change.degrees_k),
+        )
         for i, (value, error, degrees) in enumerate(pairs, 1):
             held[i] += abs(value - changes[i - 1]) <= student_t_quantile(0.975, degrees) * error
             errors[i] += (value - changes[i - 1]) / draws

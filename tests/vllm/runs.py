@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.tiny import digit_reward, probe_rows, tiny_grpo_trainer, tiny_model, tiny_rloo_trainer, tiny_tokenizer
+from tests.helpers.tiny import (
+    digit_reward,
+    probe_rows,
+    tiny_grpo_trainer,
+    tiny_model,
+    tiny_rloo_trainer,
+    tiny_tokenizer,
+)
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 128}
 """Heads of 32, the smallest that vLLM's attention takes on a CPU."""

@@ -73,7 +73,9 @@ def test_the_weights_are_the_ratios_of_model_and_sampler(kind, temperature, weig
     logs = []
     for x in range(0, 96, 8):  # the prompts that have a gradient
         if 0 < sum(correct[x : x + 8]) < 8:
-            logs += [of_the_model(trainer.model, samples, i, temperature) - samples.log_probs[i] for i in range(x, x + 8)]
+            logs += [
+                of_the_model(trainer.model, samples, i, temperature) - samples.log_probs[i] for i in range(x, x + 8)
+            ]
     mismatch = torch.tensor(logs).square().mean().sqrt()
     assert 0.005 < mismatch < 0.3
     assert event["sampler_mismatch"] == pytest.approx(float(mismatch), rel=1e-3)
@@ -103,7 +105,7 @@ def test_settings_that_vllm_gets_later_are_found_by_their_effect(given, weights,
 
 
 def test_a_temperature_in_generation_kwargs_is_refused(weights, tmp_path):
-    with pytest.raises(GuardError, match="found 2.0 in `generation_kwargs`"):
+    with pytest.raises(GuardError, match=r"found 2\.0 in `generation_kwargs`"):
         watched(vllm_trainer(tmp_path, weights, generation_kwargs={"temperature": 2.0}))
 
 
@@ -138,7 +140,7 @@ def test_a_group_of_one_process_is_one_process(weights, tmp_path):
 def test_a_failing_call_leaves_training_as_it_was(adapter, weights, tmp_path):
     """The trainer sends its weights again, since what vLLM has of them is not known."""
     settings = {"peft_config": LoraConfig(**LORA), "num_iterations": 2} if adapter else {}
-    plain, rows, _ = trained(tmp_path / "without", weights, False, settings)
+    plain, _, _ = trained(tmp_path / "without", weights, False, settings)
     trainer = vllm_trainer(tmp_path / "with", weights, **settings)
     guard = watched(trainer)
     sync, probing = trainer.vllm_generation.sync_weights, []
