@@ -3,10 +3,11 @@
     make venv-vllm && OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
         .venv-vllm/bin/python -m benchmarks.sampler_mismatch [--draws 300]
 
-A float32 model answers 256 prompts with one token, right where it is even. vLLM samples it in bfloat16, its default on a
-CPU; its probabilities of all tokens are read off, so that the two policies are known exactly. Each draw takes 64 of the
-prompts and 16 samples of each by vLLM's probabilities, and is estimated with and without the ratios of model and sampler,
-as the guard does. Log ratios are multiplied by 1 and by 4, for a mismatch as large as longer completions have. A line has
+A float32 model answers 256 prompts with one token, right where it is even. vLLM samples it in bfloat16, its default on
+a CPU. Its probabilities of all tokens are read off, so that the two policies are known exactly. Each draw takes 64 of
+the prompts and 16 samples of each by vLLM's probabilities, and is estimated with and without the ratios of model and
+sampler, as the guard does. Log ratios are multiplied by 1 and by 4, for a mismatch as large as longer completions have.
+A line has
 
     mismatch, share   root mean square log ratio in nats, and the share that samples are worth to the model
     mean_score        length of the mean score under the sampler, 0 under the model, over that of grad J_1
@@ -129,7 +130,8 @@ def _row(
         logs = (pi - mu)[chosen].gather(1, tokens)
         share += float(effective_share(logs, torch.ones_like(logs, dtype=torch.bool)).mean()) / draws
         angle = estimate_pooled([_gram(tokens, logs, scores[chosen], right, ratios)], K, curve=False)
-        assert angle.inner_product is not None and angle.inner_product_se is not None
+        assert angle.inner_product is not None
+        assert angle.inner_product_se is not None
         values[draw] = torch.tensor([angle.inner_product, angle.norm1_sq, angle.normk_sq])
         reach = student_t_quantile(0.975, angle.degrees or 1.0) * angle.inner_product_se
         held[0] += abs(angle.inner_product - float(exact[0])) <= reach
