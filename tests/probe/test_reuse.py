@@ -126,8 +126,8 @@ def test_fresh_samples_of_another_engine_are_reweighted_at_once():
     moved(now, 0.03)
     rollouts, outcomes = drawn_from(then, torch.Generator().manual_seed(0), 2)
     with torch.no_grad():
-        given = [next_token(then, p)[y].item() for p, (y,) in zip(rollouts.prompt_ids, rollouts.completion_ids)]
-        logs = [next_token(now, p)[y].item() for p, (y,) in zip(rollouts.prompt_ids, rollouts.completion_ids)]
+        pairs = list(zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True))
+        given, logs = ([next_token(model, p)[y].item() for p, (y,) in pairs] for model in (then, now))
     fresh = refresher(then).run(lambda: (rollouts, outcomes), (), 3)
     expected, share = reweigh(fresh, refresher(now), 3, 0.01)
     mine = lambda: (replace(rollouts, log_probs=given), outcomes)  # noqa: E731

@@ -325,7 +325,7 @@ def test_trl_generates_no_more_at_once_than_training_does(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("make", TRAINERS)
 def test_vllm_gets_all_prompts_in_one_call_with_the_probes_count(make, tmp_path, monkeypatch):
-    """The engine is a stand-in: vLLM needs a GPU. What is checked is what it would be asked."""
+    """The engine is a stand-in, for an environment without vLLM; tests/vllm has the real one."""
     trainer = make(tmp_path)
     calls = []
 

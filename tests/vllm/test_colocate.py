@@ -105,7 +105,7 @@ def test_settings_that_vllm_gets_later_are_found_by_their_effect(given, weights,
 
 
 def test_a_temperature_in_generation_kwargs_is_refused(weights, tmp_path):
-    with pytest.raises(GuardError, match="found 2.0 in `generation_kwargs`"):
+    with pytest.raises(GuardError, match=r"found 2\.0 in `generation_kwargs`"):
         watched(vllm_trainer(tmp_path, weights, generation_kwargs={"temperature": 2.0}))
 
 
@@ -140,7 +140,7 @@ def test_a_group_of_one_process_is_one_process(weights, tmp_path):
 def test_a_failing_call_leaves_training_as_it_was(adapter, weights, tmp_path):
     """The trainer sends its weights again, since what vLLM has of them is not known."""
     settings = {"peft_config": LoraConfig(**LORA), "num_iterations": 2} if adapter else {}
-    plain, rows, _ = trained(tmp_path / "without", weights, False, settings)
+    plain, _, _ = trained(tmp_path / "without", weights, False, settings)
     trainer = vllm_trainer(tmp_path / "with", weights, **settings)
     guard = watched(trainer)
     sync, probing = trainer.vllm_generation.sync_weights, []

@@ -1,4 +1,4 @@
-"""One of two ranks that share one vLLM: `python -m torch.distributed.run ... -m tests.vllm.worker SCENARIO FOLDER`."""
+"""One of two ranks that share one vLLM: `python -m tests.vllm.worker guarded|unguarded FOLDER` under torchrun."""
 
 import hashlib
 import json
@@ -31,6 +31,5 @@ def trained(folder: Path, guarded: bool) -> tuple[str, int]:
 if __name__ == "__main__":
     use_one_engine(Patch)
     folder = Path(sys.argv[2])
-    found = {"without": trained(folder / "without", False), "with": trained(folder / "with", True)}
-    (folder / f"rank{RANK}.json").write_text(json.dumps(found))
+    (folder / f"rank{RANK}.json").write_text(json.dumps(trained(folder, sys.argv[1] == "guarded")))
     leave()

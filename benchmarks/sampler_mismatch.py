@@ -1,0 +1,174 @@
+"""What the angle and the realised change get wrong where vLLM samples in another precision than the model.
+
+    make venv-vllm && OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+        .venv-vllm/bin/python -m benchmarks.sampler_mismatch [--draws 300]
+
+A float32 model answers 256 prompts with one token, right where it is even. vLLM samples it in bfloat16, its default on
+a CPU. Its probabilities of all tokens are read off, so that the two policies are known exactly. Each draw takes 64 of
+the prompts and 16 samples of each by vLLM's probabilities, and is estimated with and without the ratios of model and
+sampler, as the guard does. Log ratios are multiplied by 1 and by 4, for a mismatch as large as longer completions have.
+A line has
+
+    mismatch, share   root mean square log ratio in nats, and the share that samples are worth to the model
+    mean_score        length of the mean score under the sampler, 0 under the model, over that of grad J_1
+    U_k1, U_11, U_kk  mean estimates of <grad J_8, grad J_1>, |grad J_1|^2 and |grad J_8|^2 over the exact values
+    held              how often 95% intervals of <grad J_8, grad J_1> hold it
+    changes_held      the same of the change of pass@1 and of pass@8 after an update, and
+    change_bias       the mean error of these changes in standard errors of one draw
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passk_guard.change import estimate_change
+from passk_guard.estimation.estimate import estimate_pooled
+from passk_guard.estimation.intervals import student_t_quantile
+from passk_guard.estimation.records import ProbeGram
+from passk_guard.passk.closed_forms import passk_weight
+from passk_guard.passk.importance import effective_share, miss_estimates
+
+POOL, PROMPTS, SAMPLES, K, DIM, RATE = 256, 64, 16, 8, 1024, 0.5
+
+
+def main() -> None:
+    """Print one JSON line for each size of the mismatch, with and without the ratios."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--draws", type=int, default=300)
+    draws = parser.parse_args().draws
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        model, prompts = _model(Path(folder))
+        pi = _log_probs(model, prompts)
+        mu = _of_vllm(folder, prompts, pi.shape[1])
+    scores, updated = _scores(model, prompts, pi)
+    right = torch.arange(pi.shape[1]) % 2 == 0
+    for scale in (1.0, 4.0):
+        sampler = (pi + scale * (mu - pi)).log_softmax(1)
+        for ratios in (False, True):
+            print(json.dumps(_row(pi, sampler, updated, scores, right, draws, ratios) | {"scale": scale}), flush=True)
+
+
+def _model(folder: Path) -> tuple[Any, list[list[int]]]:
+    from tests.helpers.tiny import tiny_model, tiny_tokenizer
+    from tests.vllm.runs import SHAPE
+
+    model = tiny_model("llama", **SHAPE).eval()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    return model, torch.randint(6, len(tiny_tokenizer()), (POOL, 6), generator=generator).tolist()
+
+
+def _log_probs(model: Any, prompts: list[list[int]]) -> Tensor:
+    with torch.no_grad():
+        return model(torch.tensor(prompts)).logits[:, -1].double().log_softmax(-1)
+
+
+def _of_vllm(folder: str, prompts: list[list[int]], vocabulary: int) -> Tensor:
+    """[m, V] log mu of the next token, as vLLM computes them for sampling."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(folder, max_model_len=64, enforce_eager=True, max_logprobs=vocabulary)
+    wanted = SamplingParams(max_tokens=1, logprobs=vocabulary)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], wanted, use_tqdm=False)
+    found = torch.zeros(len(prompts), vocabulary, dtype=torch.float64)
+    for row, output in zip(found, outputs, strict=True):
+        for token, value in output.outputs[0].logprobs[0].items():
+            row[token] = value.logprob
+    assert torch.allclose(found.exp().sum(1), torch.ones(len(prompts), dtype=torch.float64), atol=1e-4)
+    return found
+
+
+def _scores(model: Any, prompts: list[list[int]], pi: Tensor) -> tuple[Tensor, Tensor]:
+    """[m, V, DIM] projected score vectors of every token, and [m, V] log probabilities after a step up J_1."""
+    from passk_guard.sketch import ScoreSketcher, token_batches
+
+    m, v = pi.shape
+    sketcher = ScoreSketcher(model, DIM)
+    found = torch.zeros(m * v, sketcher.dim)
+    flat = [prompt for prompt in prompts for _ in range(v)]
+    answers = [[y] for _ in range(m) for y in range(v)]
+    for batch in token_batches(flat, answers, range(m * v), max_tokens=1 << 12, pad_token_id=0, device="cpu"):
+        slots = torch.arange(len(batch.slots))
+        rows = sketcher.sketch(batch.input_ids, batch.attention_mask, batch.completion_mask, slots, len(slots))
+        found[batch.slots] = rows.float()
+    gain = (model(torch.tensor(prompts)).logits[:, -1].softmax(-1)[:, ::2]).sum(1).mean()
+    gain.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                p.add_(RATE * p.grad)
+    return found.view(m, v, -1), _log_probs(model, prompts)
+
+
+def _row(
+    pi: Tensor, mu: Tensor, updated: Tensor, scores: Tensor, right: Tensor, draws: int, ratios: bool
+) -> dict[str, Any]:
+    """Exact values, and how often the intervals of so many draws hold them."""
+    rates, after = ((x.exp() * right).sum(1) for x in (pi, updated))
+    slopes = torch.einsum("xv,xvd->xd", (pi.exp() * right).float(), scores).double()
+    one, many = ((passk_weight(rates, k)[:, None] * slopes).mean(0) for k in (1, K))
+    exact = torch.stack([many @ one, one @ one, many @ many])
+    changes = torch.stack([((1 - rates) ** k - (1 - after) ** k).mean() for k in (1, K)])
+    mean_score = torch.einsum("xv,xvd->xd", mu.exp().float(), scores).mean(0)
+    values, errors, held, share = torch.zeros(draws, 3), torch.zeros(draws, 2), torch.zeros(3), 0.0
+    generator = torch.Generator().manual_seed(1)
+    for draw in range(draws):
+        chosen = torch.randperm(POOL, generator=generator)[:PROMPTS]
+        tokens = torch.multinomial(mu[chosen].exp(), SAMPLES, True, generator=generator)
+        logs = (pi - mu)[chosen].gather(1, tokens)
+        share += float(effective_share(logs, torch.ones_like(logs, dtype=torch.bool)).mean()) / draws
+        angle = estimate_pooled([_gram(tokens, logs, scores[chosen], right, ratios)], K, curve=False)
+        assert angle.inner_product is not None
+        assert angle.inner_product_se is not None
+        values[draw] = torch.tensor([angle.inner_product, angle.norm1_sq, angle.normk_sq])
+        reach = student_t_quantile(0.975, angle.degrees or 1.0) * angle.inner_product_se
+        held[0] += abs(angle.inner_product - float(exact[0])) <= reach
+        moved = (updated - pi)[chosen].gather(1, tokens)
+        found = estimate_change(moved, right[tokens].long(), K, sampler=logs if ratios else None)
+        sides = (
+            (found.pass_at_1, found.pass_at_1_se, found.degrees),
+            (found.pass_at_k, found.pass_at_k_se, found.degrees_k),
+        )
+        for i, (value, error, degrees) in enumerate(sides):
+            off = value - float(changes[i])
+            held[1 + i] += abs(off) <= student_t_quantile(0.975, degrees) * error
+            errors[draw, i] = off / error
+    relative = values.mean(0) / exact
+    return {
+        "ratios": ratios,
+        "mismatch": round(float(((mu.exp() * (pi - mu).square()).sum(1).mean()).sqrt()), 4),
+        "share": round(share, 3),
+        "mean_score": round(float(mean_score.norm() / one.norm()), 3),
+        **{name: round(float(x), 3) for name, x in zip(("U_k1", "U_11", "U_kk"), relative, strict=True)},
+        "cosine": round(float(exact[0] / (exact[1] * exact[2]).sqrt()), 3),
+        "held": round(float(held[0]) / draws, 3),
+        "changes_held": [round(float(x) / draws, 3) for x in held[1:]],
+        "change_bias": [round(float(x), 2) for x in errors.mean(0)],
+    }
+
+
+def _gram(tokens: Tensor, logs: Tensor, scores: Tensor, right: Tensor, ratios: bool) -> ProbeGram:
+    correct = right[tokens]
+    taken = scores.gather(1, tokens[..., None].expand(-1, -1, scores.shape[-1]))
+    if ratios:
+        taken = taken * logs.exp()[..., None]
+    sums = torch.cat([(taken * correct[..., None]).sum(1), (taken * ~correct[..., None]).sum(1)])
+    n, c = torch.full((len(tokens),), SAMPLES), correct.sum(1)
+    misses = miss_estimates(logs, ~correct, n) if ratios else None
+    return ProbeGram(sums @ sums.T, n, c, misses=misses, corrected=ratios)
+
+
+if __name__ == "__main__":
+    main()
