@@ -8,7 +8,7 @@ in progress and nothing else. `--results benchmarks/interference.jsonl --report`
 docs/results/mitigations.md.
 
 Each seed has its own warm start, training prompts, probe prompts and sampling. Defaults were chosen on the seeds 10, 11
-and 100, which are not among those reported. All of it takes about 7 core-hours; `--quick` runs two arms for ten steps
+and 100, which are not among those reported. All of it takes about 9 core-hours; `--quick` runs two arms for ten steps
 to see that everything works.
 """
 
