@@ -174,3 +174,27 @@ def test_a_masked_training_batch_is_refused(tmp_path, monkeypatch):
         BatchTap(trainer, print)
     PassKGuardCallback(trainer, chat_probe(12), last_turn, k=2, num_samples=4)
     assert double(2) == 4
+
+
+@pytest.mark.parametrize("mitigation", ["hold", "reweight"])
+def test_rewards_of_an_environment_steer(tmp_path, monkeypatch, fresh_counter, mitigation):
+    extra = {"environment_factory": Counter, "reward_funcs": [], "scale_rewards": "none", "num_generations": 4}
+    trainer = tool_trainer(tmp_path, monkeypatch, **extra)
+    settings = SETTINGS | {"mitigation": mitigation}
+    passk_guard.watch(trainer, chat_probe(24), "Counter", **settings)
+    seen = []
+    with passk_guard.PassKObjective(trainer, k=2, correct="Counter") as objective:
+        advantages = objective.advantages
+        monkeypatch.setattr(objective, "advantages", lambda r, n: seen.append((r, found := advantages(r, n))) or found)
+        trainer.train()
+    assert len(events(tmp_path, "refresh")) == 3
+    assert {float(reward) for rewards, _ in seen for reward in rewards} == {0.0, 1.0}, "of the environments"
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    if mitigation == "hold":
+        held = [row["passk_guard/hold_multiplier"] for row in logged]
+        assert all(held)
+        for (rewards, found), multiplier in zip(seen, held, strict=True):
+            wanted = passk_guard.passk_advantages(rewards.view(-1, 4), 2, hold=multiplier)
+            torch.testing.assert_close(found, wanted.view(-1))
+    else:
+        assert any("passk_guard/floor" in row for row in logged)
