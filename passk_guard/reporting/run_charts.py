@@ -104,7 +104,7 @@ def who_pays(runs: Sequence[Run]) -> fig.Figure | None:
         panels.append(fig.Panel(drawn.named("Change of pass@1 since the start", run), lines, height=200))
         last = ", ".join(f"{name} {write_number(totals[-1], 0.001)}" for name, totals in groups.items())
         alts.append(drawn.named(f"At the end: {last}", run))
-    room = {"range": _range([step for _, run, _ in shown for step in (0, run.windows[-1]["step"])], 0.2)}
+    room = {"range": _range([step for _, run, _ in shown for step in (0, run.windows[-1]["step"])], 0.26)}
     note = "Hard, medium and easy by the solve rate of other samples; the three add up to the change of pass@1."
     return fig.stacked(panels, title="Who pays", alt="; ".join(alts) + ".", x_title="step", note=note, **room)
 

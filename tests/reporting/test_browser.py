@@ -60,7 +60,7 @@ def pages(tmp_path_factory):
     rows = [(HOSTILE, 0.5, 10), ("beta", None, 9), ("alpha", -2.5, 100), ("<b>gamma</b>", 3.25, 1)]
     made = {
         "parts": (render_page(TEMPLATE, TITLE, kind="test", pictures=pictures, rows=rows, text=HOSTILE[:50]), 3),
-        "runs": (report(a, b).html, 3),
+        "runs": (report(a, b).html, 2),
         "analysis": (analysis_page(synthetic(60, text=HOSTILE[:80] + "{}", name=HOSTILE[:40]).to_dict()), 4),
         "comparison": (_compared().html, 2),
     }

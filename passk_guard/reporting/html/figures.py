@@ -278,7 +278,7 @@ def angle_over_k(ks: Sequence[int], cosine: Column, bands: Sequence[tuple[Column
         lines.append({"yref": "paper", "y0": 0, "y1": 1, "xref": "x", "x0": told["k_star"], "x1": told["k_star"]})
     style = {"type": "line", "line": {"color": GREY, "width": 1, "dash": "dash"}}
     layout = over_k(ks, "cosine") | {"shapes": [style | line for line in lines]}
-    layout["yaxis"] |= {"range": [-1.05, 1.05]}
+    layout["yaxis"] |= {"range": [-1.05, 1.05], "zeroline": False}
     data = [*areas, curve("cosine", ks, cosine, BLUE, marker=marker, showlegend=False)]
     return Figure(told["title"], told["alt"], data, layout, note=" ".join(filter(None, note)))
 
