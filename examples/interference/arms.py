@@ -219,6 +219,7 @@ ARMS = {
     "none": Arm("no guard"),
     "project": Arm("project, gamma 0.2", {"mitigation": "project"}),
     "hold": Arm("hold pass@1", {"mitigation": "hold"}),
+    "hold_level": Arm("hold pass@1 at 0.69", {"mitigation": "hold", "hold_level": 0.69}),  # .08 above the warm starts
     "reweight": Arm("reweight, floor solved", {"mitigation": "reweight"}),
     "floor": Arm("fixed floor 0.5", objective=partial(_bounded, low=0.5)),
     "pcgrad": Arm("project, gamma 0 (PCGrad, A-GEM)", {"mitigation": "project", "gamma": 0.0}),

@@ -2,7 +2,7 @@ r"""Keep pass@1 where it was while pass@k is raised: the multiplier of a constra
 
 "Raise J_k, keep J_1" has the Lagrangian $J_k + \lambda J_1$. So a run trains on the advantages $A_k + \lambda A_1$,
 and a PID rule moves $\lambda \ge 0$ (PID Lagrangian: Stooke et al. 2020, arXiv 2007.03964, Sec. 4). With the shortfall
-$e = \text{target} - (\hat J_1 - s)$, where s is the standard error of the estimate, and the smoothed rate v of pass@1
+$e = \text{target} - (\hat J_1 - s/2)$, where s is the standard error of the estimate, and the smoothed rate v of pass@1
 per step, after a window of h steps
 
 $$ I \leftarrow [I + \kappa k_i h e]_0^{5}, \qquad \lambda = [I + \kappa (k_p e - k_d v)]_0^{5}. $$
@@ -109,7 +109,7 @@ class HoldController:
 
     tolerance: float = 0.0
     start: float = 0.5
-    caution: float = 1.0
+    caution: float = 0.5
     proportional: float = 8.0
     integral: float = 0.2
     derivative: float = 20.0
