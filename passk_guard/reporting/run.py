@@ -15,7 +15,7 @@ from passk_guard.change import missed_in_words
 from passk_guard.reporting.html.text import is_number
 from passk_guard.reporting.journal import Event, RunJournal
 
-RECOMMENDED = "reweight"  # the mitigation that the headline names
+RECOMMENDED = "hold"  # the mitigation that the headline names
 VERDICTS = ("conflict", "clear", "undetermined")
 FAILED = "failed refresh"
 NO_REFRESH = "NO VALID REFRESH"
