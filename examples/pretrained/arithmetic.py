@@ -3,7 +3,8 @@
     python -m examples.pretrained.arithmetic > runs/pretrained/arithmetic.jsonl
 
 The questions and answers are reasoning-gym's. Its own verifier gives part of the marks to an answer inside a longer
-text; here only the bare number is right, so that four tokens are enough.
+text; here only the bare number is right, so that four tokens are enough. Asked without an example the model answers in
+sentences. So a system message asks for the number alone, and one solved question of the same kind comes before.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ KINDS: dict[str, dict[str, int]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
     "gcd": {"max_value": 20},
 }
+EXAMPLES = {
+    "products": ("Solve the following multiplication: 3 * 4. Give only the result as your final answer.", "12"),
+    "chain_sum": ("State the final answer to the following arithmetic problem: 21 + 8 =", "29"),
+    "gcd": (
+        "Find the Greatest Common Divisor (GCD) of these numbers: 6, 9. Give only the GCD as your final answer.",
+        "3",
+    ),
+}
 EACH = 72
 
 
@@ -26,13 +35,19 @@ def make_rows(each: int = EACH, seed: int = 0) -> list[dict[str, Any]]:
     pools = []
     for kind, settings in KINDS.items():
         stream = reasoning_gym.create_dataset(kind, size=each * 20, seed=seed, **settings)
-        distinct = {entry["question"]: entry["answer"] for entry in stream}
+        distinct = {entry["question"]: entry["answer"] for entry in stream if entry["question"] != EXAMPLES[kind][0]}
         pools.append([(kind, question, answer) for question, answer in distinct.items()][:each])
     return [
-        {"prompt": [{"role": "user", "content": question}], "answer": answer, "kind": kind}
+        {"prompt": chat(kind, question), "answer": answer, "kind": kind}
         for turn in zip(*pools, strict=True)
         for kind, question, answer in turn
     ]
+
+
+def chat(kind: str, question: str) -> list[dict[str, str]]:
+    """The system message, the solved question of this kind, and the question."""
+    turns = [("system", "Answer with the number alone."), *zip(("user", "assistant"), EXAMPLES[kind], strict=True)]
+    return [{"role": role, "content": text} for role, text in [*turns, ("user", question)]]
 
 
 def correct(completions: list[Any], answer: list[str], **_: object) -> list[float]:

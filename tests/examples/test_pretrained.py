@@ -100,7 +100,12 @@ def test_the_bare_number_is_right_in_arithmetic():
     assert arithmetic.correct(["12", chat, "12 13", "1", "x12"], ["12"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
     pytest.importorskip("reasoning_gym")
     rows = arithmetic.make_rows(each=10)
-    assert len({row["prompt"][0]["content"] for row in rows}) == 30
+    questions = {row["prompt"][-1]["content"] for row in rows}
+    assert len(questions) == 30
+    for row in rows:
+        question, answer = arithmetic.EXAMPLES[row["kind"]]
+        assert [turn["content"] for turn in row["prompt"][1:3]] == [question, answer]
+        assert question not in questions
     assert [row["kind"] for row in rows[:3]] == list(arithmetic.KINDS)
 
 
@@ -121,8 +126,7 @@ def test_both_trainings_and_the_report_on_a_tiny_model(folder, tmp_path, monkeyp
     assert one["after"] != one["before"]
     assert [window["step"] for window in one["guard"]["windows"]] == [2]
     groups = one["guard"]["windows"][0]["groups"]
-    assert groups
-    assert set(groups) <= {"2", "4", "6", "8"}
+    assert 0 < len(set(groups) & {"2", "4", "6", "8"}) == len(groups)
     main([*command, "--mitigations", "none", "reweight"])
     assert (tmp_path / "results.jsonl").read_text().splitlines() == lines, "what is there is not made again"
     assert "reweight" in capsys.readouterr().out

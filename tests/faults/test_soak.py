@@ -71,7 +71,7 @@ def open_fonts():
     k = torch.arange(2, 17)
     values = torch.linspace(-1, 1, 15, dtype=torch.float64)
     curve = ConflictCurve(k, values, values - 0.1, values + 0.1, values < 0, values - 0.2, values + 0.2)
-    for figure in (kernel_figure(torch.eye(4)), curve_figure(curve, 2)):
+    for figure in (kernel_figure(torch.eye(4), "kernel"), curve_figure(curve, 2, "curve")):
         figure.savefig(io.BytesIO(), format="png")
 
 
