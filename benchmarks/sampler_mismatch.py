@@ -11,7 +11,8 @@ A line has
 
     mismatch, share   root mean square log ratio in nats, and the share that samples are worth to the model
     mean_score        length of the mean score under the sampler, 0 under the model, over that of grad J_1
-    U_k1, U_11, U_kk  mean estimates of <grad J_8, grad J_1>, |grad J_1|^2 and |grad J_8|^2 over the exact values
+    U_k1, U_11, U_kk  mean estimates of <grad J_8, grad J_1>, |grad J_1|^2 and |grad J_8|^2 over the exact values, which
+                      are means over pairs of different prompts
     held              how often 95% intervals of <grad J_8, grad J_1> hold it
     changes_held      the same of the change of pass@1 and of pass@8 after an update, and
     change_bias       the mean error of these changes in standard errors of one draw
@@ -118,8 +119,12 @@ def _row(
     """Exact values, and how often the intervals of so many draws hold them."""
     rates, after = ((x.exp() * right).sum(1) for x in (pi, updated))
     slopes = torch.einsum("xv,xvd->xd", (pi.exp() * right).float(), scores).double()
-    one, many = ((passk_weight(rates, k)[:, None] * slopes).mean(0) for k in (1, K))
-    exact = torch.stack([many @ one, one @ one, many @ many])
+    each = torch.stack([passk_weight(rates, k)[:, None] * slopes for k in (1, K)])  # [2, x, d]
+    one = each[0].mean(0)
+    pairs = (torch.einsum("kd,ld->kl", each.sum(1), each.sum(1)) - torch.einsum("kxd,lxd->kl", each, each)) / (
+        POOL * (POOL - 1)
+    )  # of different prompts, as a draw takes each at most once
+    exact = torch.stack([pairs[1, 0], pairs[0, 0], pairs[1, 1]])
     changes = torch.stack([((1 - rates) ** k - (1 - after) ** k).mean() for k in (1, K)])
     mean_score = torch.einsum("xv,xvd->xd", mu.exp().float(), scores).mean(0)
     values, errors, held, share = torch.zeros(draws, 3), torch.zeros(draws, 2), torch.zeros(3), 0.0
