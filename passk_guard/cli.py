@@ -338,6 +338,7 @@ def screen(
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     correct_threshold: CorrectThreshold = 1.0,
+    as_json: AsJson = False,
 ) -> int:
     """Keep the prompts that a model solves sometimes.
 
@@ -361,7 +362,7 @@ def screen(
     found = screen_prompts(on, tokenizer, probe, function, progress=progress, **settings)
     if state.is_main_process:
         found.save(out, force=force)
-        print(f"{found.text}\nWritten: {out}")
+        print(json.dumps({"file": str(out), **found.to_dict()}) if as_json else f"{found.text}\nWritten: {out}")
     state.wait_for_everyone()
     if state.num_processes > 1:
         state.destroy_process_group()

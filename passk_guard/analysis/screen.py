@@ -55,6 +55,11 @@ class Screened:
             f"prompts speak for prompts like these and not for all {of}: their pass rates are not those of the pool."
         )
 
+    def to_dict(self) -> dict[str, int]:
+        """Numbers of prompts: kept, and dropped by reason."""
+        dropped = {"never_solved": self.never, "always_solved": self.always, "unscored": self.unscored}
+        return {"kept": len(self.rows), **dropped, "num_samples": self.num_samples}
+
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the kept rows as JSONL, each as it was given.
 
