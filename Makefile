@@ -115,7 +115,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 
 # torch is the same in both environments: what meets no other library is left out, and each property is tried on fewer
 # cases.
-MEETS_OTHERS := analysis callback mitigation probe reporting test_cli.py test_config.py
+MEETS_OTHERS := analysis callback mitigation probe test_cli.py test_config.py
 test-oldest: VENV := $(OLDEST)
 test-oldest: $(OLDEST)/.installed ## tests of what meets other libraries, on the oldest versions
 	$(PYTEST) -n 2 --hypothesis-profile=few $(MEETS_OTHERS:%=tests/%)
