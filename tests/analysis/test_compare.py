@@ -279,5 +279,5 @@ def test_an_error_is_no_loss(run, monkeypatch):
 
 def test_the_defaults_of_the_command_are_those_of_the_function():
     options, parameters = (inspect.signature(one).parameters for one in (command_function, compare))
-    assert set(options) == set(parameters) | {"format", "out", "force"}
+    assert set(options) == set(parameters) | {"format", "as_json", "out", "force"}
     assert all(options[name].default == parameters[name].default for name in parameters)

@@ -434,7 +434,7 @@ def test_clusters_reach_the_angle_the_evidence_and_the_change(tmp_path):
     ("settings", "message"),
     [
         ({"instruments": "change", "source": "training_batch"}, "source='held_out' for instruments='change'"),
-        ({"instruments": "change", "mitigation": "project"}, "mitigation='off' for instruments='change'"),
+        ({"instruments": "change", "mitigation": "project"}, "mitigation='off' or 'hold' for instruments='change'"),
         ({"on_loss": "stop"}, "Expected `max_loss` for on_loss='stop'"),
         ({"max_loss": 1.5}, "max_loss"),
         ({"instruments": "sketch"}, "instruments"),

@@ -136,6 +136,12 @@ def with_a_tool(folder):
     return trainer, lambda: TRLSampler(trainer)
 
 
+def with_vllm(folder):
+    trainer = tiny_grpo_trainer(folder)
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, SimpleNamespace(), 0
+    return trainer, lambda: TRLSampler(trainer)
+
+
 def objective_installed(folder):
     trainer = tiny_grpo_trainer(folder, scale_rewards="none")
     guard = guarded(trainer)
@@ -217,6 +223,7 @@ SCENES = [
     (TRLSampler.needs, lambda folder: a_train(folder, tiny_rloo_trainer)),
     (TRLSampler.needs, a_part(TRLSampler)),
     (TRLSampler.needs, a_part(guarded)),  # and not another sampler in silence
+    (TRLSampler.vllm_needs, with_vllm),
     (Trajectories.needs, with_a_tool),
     (BatchTap.needs, lambda folder: a_train(folder, source="training_batch")),
     (BatchTap.needs, a_part(lambda trainer: BatchTap(trainer, print))),
