@@ -45,7 +45,9 @@ class HoldGuard:
             raise GuardError(_nothing_to_hold(trainer))
         HeldAdvantages.needs.check(trainer)
         self._target = HeldAdvantages(trainer, column, config.correct_threshold).install()
-        self.remark = "pass@1 advantages are added to the trainer's own, since no PassKObjective is installed"
+        self.remark = (
+            "pass@1 advantages are added to the trainer's own, since no PassKObjective of 0/1 rewards is installed"
+        )
 
     def begin(self, refresh: Refresh | None) -> HoldState:
         """Lambda before the first window, from the angle where one was measured; the same on every rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 _INSTALLED = "_passk_guard_objective"
 
 
-class _Advantages:
+class _Advantages(ABC):
     """Patches a TRL trainer where its advantages are made.
 
     Args:
@@ -41,9 +42,9 @@ class _Advantages:
             MethodPatch(trainer, "_generate_and_score_completions", self._change_advantages, owner=owner),
         ]
 
+    @abstractmethod
     def advantages(self, rewards: Tensor, num_generations: int) -> Tensor:
         """[B] of a batch; rewards [B] of the column, groups of `num_generations` in a row; NaN: none."""
-        raise NotImplementedError
 
     def remove(self) -> None:
         """Give the trainer its advantages back."""
@@ -130,8 +131,8 @@ class PassKObjective(_Advantages):
             Not with `threshold=None`: max@k has no prompt weight.
 
     Attributes:
-        hold: multiplier of the pass@1 advantages that are added (of the mean reward where `threshold` is None), 0 at
-            first; `mitigation="hold"` moves it.
+        hold: multiplier of the pass@1 advantages that are added, 0 at first; `mitigation="hold"` moves it. Not with
+            `threshold=None`, whose advantages it adds to as to any others (`HeldAdvantages`).
 
     Raises:
         GuardError: the trainer computes no advantages, num_generations < k, the reward function is unknown or not
@@ -201,10 +202,7 @@ class PassKObjective(_Advantages):
         # A group with fewer than k rewards has no unbiased estimate and must not stop the run.
         scored &= scored.sum(1, keepdim=True) >= self.k
         if self.threshold is None:
-            own = max_at_k_advantages(grouped, self.k, mask=scored)
-            if self.hold:
-                own = own + self.hold * max_at_k_advantages(grouped, 1, mask=scored)
-            return own.view(-1)
+            return max_at_k_advantages(grouped, self.k, mask=scored).view(-1)
         right = (grouped >= self.threshold) & scored
         bounds = {"floor": self.floor, "cap": self.cap}
         return passk_advantages(right.float(), self.k, mask=scored, hold=self.hold, **bounds).view(-1)

@@ -15,7 +15,7 @@ from passk_guard.change import missed_in_words
 from passk_guard.reporting.html.text import is_number
 from passk_guard.reporting.journal import Event, RunJournal
 
-RECOMMENDED = "hold"  # the mitigation that the headline names
+RECOMMENDED = "mitigation='hold' or 'project'"  # hold where the trainer computes advantages
 VERDICTS = ("conflict", "clear", "undetermined")
 FAILED = "failed refresh"
 NO_REFRESH = "NO VALID REFRESH"
@@ -188,7 +188,7 @@ class Run:
             stands = ["CLEAR: no conflict." if self.worst == "CLEAR" else "UNDETERMINED: the probe cannot tell yet."]
         used = self.journal.settings.get("mitigation", "off")
         if self.worst in ("LOSING", "CONFLICT"):
-            stands.append(f"Try mitigation='{RECOMMENDED}'." if used == "off" else f"With mitigation='{used}'.")
+            stands.append(f"Try {RECOMMENDED}." if used == "off" else f"With mitigation='{used}'.")
         kind = {"LOSING": "bad", "CONFLICT": "bad", "CLEAR": "good"}.get(self.worst, "")
         return " ".join(sentences + stands), kind
 

@@ -189,4 +189,18 @@ def test_auto_holds_where_there_are_advantages(tmp_path, caplog):
         _, seen, _ = run(tmp_path, objective=False, guard=HOLD | {"mitigation": "auto", "instruments": "both"}, steps=1)
     assert seen == [0.5]
     assert "auto: hold" in caplog.text
-    assert "no PassKObjective is installed" in caplog.text
+    assert "no PassKObjective of 0/1 rewards is installed" in caplog.text
+
+
+def test_pass_at_1_advantages_are_added_to_those_of_max_at_k(tmp_path):
+    trainer = MAKE["grpo"](tmp_path, **OWN["grpo"])
+    own = PassKObjective(trainer, k=2, threshold=None).install()
+    held = HeldAdvantages(trainer, 0, 1.0).install()
+    held.hold = 0.7
+    trainer.model.train()
+    inputs = [{"prompt": "1+1=", "answer": "2"}] * 4 + [{"prompt": "1+2=", "answer": "3"}] * 4
+    found = trainer._generate_and_score_completions(inputs)["advantages"]
+    assert found.any()
+    torch.testing.assert_close(found, own.advantages(own._rewards, 4) + held.advantages(held._rewards, 4))
+    held.remove()
+    own.remove()

@@ -65,7 +65,7 @@ def test_a_page_of_one_run(folder):
     text = Page(page).text
     assert "pass@1 from 0.6 to 0.448, between 0.448 and 0.6" in text
     assert "CONFLICT from step 15 to 75." in text
-    assert f"Try mitigation='{RECOMMENDED}'." in text
+    assert f"Try {RECOMMENDED}." in text
     assert text.count("every reward call failed") >= 4
 
 
@@ -228,7 +228,7 @@ def test_the_run_in_a_sentence(tmp_path):
     assert sentence == (
         "pass@1 fell by 0.08 [0.05, 0.11], mostly on easy prompts, established from step 5 on; "
         "pass@8 rose by 0.15 [0.10, 0.20]. LOSING from step 5 to 10. CONFLICT at step 0. "
-        f"Try mitigation='{RECOMMENDED}'."
+        f"Try {RECOMMENDED}."
     )
     sentence, _ = headline(tmp_path, *refreshes[:1], settings={"mitigation": "project"})
     assert sentence == "CONFLICT at step 0. With mitigation='project'."
