@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[test]"
 	touch $@
 
-demo: $(INSTALLED) ## train, observed and guarded, and check the claim: 5 minutes
+demo: $(INSTALLED) ## train, observed and guarded, and check the claim: 8 minutes
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m examples.interference.demo
 
 benchmark: $(INSTALLED) ## the mitigations over seeds: hours, resumable

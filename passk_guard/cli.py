@@ -464,7 +464,7 @@ def demo(
     seeds: Annotated[str, Option(callback=_whole_numbers, metavar="S,S,...", help="One run for each.")] = "0",
     as_json: AsJson = False,
 ) -> int:
-    """Train a small model, observed and guarded, and check the claim: five minutes of a CPU.
+    """Train a small model, observed and guarded, and check the claim: eight minutes of a CPU.
 
     GRPO on pass@8 loses pass@1, the guard reports it, and with `mitigation="project"` pass@1 is kept. Leave with 1
     where a run does not show that. It needs the extra `demo`; nothing is downloaded.
