@@ -7,6 +7,9 @@ per step, after a window of h steps
 
 $$ I \leftarrow [I + \kappa k_i h e]_0^{5}, \qquad \lambda = [I + \kappa (k_p e - k_d v)]_0^{5}. $$
 
+The part $k_p e - k_d v$ counts a quarter where it is negative: without that share, a lead of some hundredths lowers
+$\lambda$ to 0 at once, and the next window loses more than the lead (docs/hold.md).
+
 $\kappa \le 1$ keeps the loop stable where steps are large: two windows whose $\lambda$ differed say how much pass@1
 moves in a window for each unit of $\lambda$, and $\kappa k_p$ is at most 0.6 over that. Needs torch alone.
 """
@@ -101,6 +104,7 @@ class HoldController:
         caution: standard errors by which the estimate of pass@1 is lowered.
         proportional: k_p, lambda for each unit of pass@1. integral: k_i, of that for each step.
         derivative: k_d, lambda for each unit of pass@1 a step.
+        release: share of what k_p and k_d answer that lowers lambda below I.
         largest: lambda at most.
 
     Raises:
@@ -113,12 +117,13 @@ class HoldController:
     proportional: float = 8.0
     integral: float = 0.2
     derivative: float = 20.0
+    release: float = 0.25
     largest: float = 5.0
 
     def __post_init__(self) -> None:
         if not 0 <= as_real(self.tolerance, "tolerance") < 1:
             raise GuardError(f"Expected 0 <= `tolerance` < 1, a difference of pass rates; found {self.tolerance}.")
-        for name in ("start", "caution", "proportional", "integral", "derivative", "largest"):
+        for name in ("start", "caution", "proportional", "integral", "derivative", "release", "largest"):
             if not 0 <= as_real(getattr(self, name), name) < math.inf:
                 raise GuardError(f"Expected `{name}` >= 0 and finite; found {getattr(self, name)}.")
 
@@ -146,7 +151,8 @@ class HoldController:
         shortfall = -self.tolerance + self.caution * measured.above_se - measured.above
         rate = state.rate + _SMOOTH * (measured.change / measured.steps - state.rate)
         trusted = self._within(state.trusted + gain * self.integral * measured.steps * shortfall)
-        value = self._within(trusted + gain * (self.proportional * shortfall - self.derivative * rate))
+        answer = gain * (self.proportional * shortfall - self.derivative * rate)
+        value = self._within(trusted + (answer if answer > 0 else self.release * answer))
         cause = "pass@1 is short of its level" if shortfall > 0 else "pass@1 is above its level"
         return HoldState(value, trusted, rate, measured.change, state.multiplier, effect, 0, cause)
 

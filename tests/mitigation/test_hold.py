@@ -119,6 +119,9 @@ def test_one_step_by_hand():
     gain = 0.6 / (8 * 0.8 * 0.25)
     assert strong.trusted == pytest.approx(0.4 + gain * 0.2 * 5 * shortfall)
     assert strong.multiplier == pytest.approx(strong.trusted + gain * (8 * shortfall - 20 * rate))
+    lead = controller.step(state, HoldMeasurement(0.09, 0.02, 0.03, 0.001, 5))
+    shortfall, rate = -0.01 + 0.02 / 2 - 0.09, 0.03 / 5 / 2
+    assert lead.multiplier == pytest.approx(lead.trusted + (8 * shortfall - 20 * rate) / 4), "it lets go slowly"
     fall = HoldMeasurement(-0.9, 0.1, -0.5, 0.01, 50)
     assert controller.step(controller.begin(), fall).multiplier == controller.largest
     assert controller.step(state, fall).effect == 0.3, "a fall that something else brought does not stop the controller"
