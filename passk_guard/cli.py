@@ -24,18 +24,14 @@ from passk_guard.utils.text import one_line
 
 _LOWER, _NO_ANSWER = 1, 2  # of `compare`: a gate tells a loss from an error
 _INTERRUPTED, _NO_READER = 130, 141  # as a shell reports SIGINT and SIGPIPE
-_FILES = ("model", "probe", "correct", "out", "force", "adapter", "base", "progress", "as_json")
+_FILES = ("model", "probe", "correct", "out", "force", "adapter", "base", "progress", "as_json", "context", "rollouts")
+_OF_ROLLOUTS = ("rollouts", "columns", "out", "force", "cluster_by", "correct_threshold", "ks", "confidence", "as_json")
 _COMPARED = ("a", "b", "correct", "format", "as_json", "out", "force")
 Option, Argument = typer.Option, typer.Argument
 
 # Options of `analyze` and `compare`.
-Correct = Annotated[
-    str,
-    Option(
-        metavar="MODULE:FUNCTION",
-        help="The reward function that means correct, in TRL's signature, imported from the current directory.",
-    ),
-]
+_CORRECT = "The reward function that means correct, in TRL's signature, imported from the current directory."
+Correct = Annotated[str, Option(metavar="MODULE:FUNCTION", help=_CORRECT)]
 Base = Annotated[Path | None, Option(metavar="DIR", help="Base of a PEFT adapter given as a model.")]
 Progress = Annotated[
     bool | None, Option("--progress/--no-progress", help="Progress bars; by default in a terminal only.")
@@ -77,7 +73,11 @@ def _parser() -> Callable[..., Any]:
 
 
 def _one_value(arguments: list[str]) -> list[str]:
-    """`plan RUN_DIR --prompts 32 64` as typer takes it: `--prompts 32,64`."""
+    """`plan RUN_DIR --prompts 32 64` as typer takes it, `--prompts 32,64`, and likewise `--columns a=b c=d`."""
+    if "--columns" in arguments:
+        start = arguments.index("--columns") + 1
+        names = list(takewhile(lambda one: "=" in one and not one.startswith("-"), arguments[start:]))
+        arguments[start : start + len(names)] = [",".join(names)] if names else []
     if arguments[:1] == ["plan"] and "--prompts" in arguments:
         start = arguments.index("--prompts") + 1
         sizes = list(takewhile(str.isdigit, arguments[start:]))
@@ -126,6 +126,15 @@ def _whole_numbers(text: str | None) -> tuple[int, ...] | None:
         raise typer.BadParameter(f"expected whole numbers such as 1,2,4,8; found {text!r}") from None
 
 
+def _pairs(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name and column for name, _, column in pairs):
+        raise typer.BadParameter(f"expected names and columns such as prompt=input correct=score; found {text!r}")
+    return {name: column for name, _, column in pairs}
+
+
 @app.callback()
 def _program(
     version: Annotated[
@@ -137,10 +146,19 @@ def _program(
 
 @_command
 def analyze(
-    model: Annotated[Path, Argument(metavar="MODEL_DIR", help="A local model, or a PEFT adapter.")],
-    probe: Annotated[Path, Option(metavar="FILE", help=_PROBE)],
-    correct: Correct,
-    out: Annotated[Path, Option(metavar="DIR", help="Where samples and results go.")],
+    context: typer.Context,
+    model: Annotated[Path | None, Argument(metavar="MODEL_DIR", help="A local model, or a PEFT adapter.")] = None,
+    probe: Annotated[Path | None, Option(metavar="FILE", help=_PROBE)] = None,
+    correct: Annotated[str | None, Option(metavar="MODULE:FUNCTION", help=_CORRECT)] = None,
+    out: Annotated[Path | None, Option(metavar="DIR", help="Where samples and results go.")] = None,
+    rollouts: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Rollouts that were dumped, JSON lines or parquet, in place of a model."),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        Option(callback=_pairs, metavar="NAME=COLUMN ...", help="Their columns, such as prompt=input correct=score."),
+    ] = None,
     force: Annotated[bool, Option("--force", help="Write into DIR although it holds other content.")] = False,
     adapter: Annotated[Path | None, Option(metavar="DIR", help="A PEFT adapter to put on MODEL_DIR.")] = None,
     base: Base = None,
@@ -173,8 +191,23 @@ def analyze(
     Sample a probe from a local model, and measure whether its pass@k gradient conflicts with its pass@1 gradient, for
     which k, and which prompts cause it. Nothing is trained and nothing is downloaded. After Ctrl-C the same command
     continues. `accelerate launch` shares the prompts over processes.
+
+    With --rollouts no model is needed: pass@k with intervals, whom pass@k would train on, and, with the
+    log-probabilities of two policies, what the updates between them did. --out is optional then.
     """
-    settings = {name: value for name, value in dict(locals()).items() if name not in _FILES}
+    given = dict(locals())
+    asked = [name for name in given if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if rollouts is not None:
+        if foreign := [name for name in asked if name not in _OF_ROLLOUTS]:
+            raise typer.BadParameter(f"{_spelled(foreign[0])} has no use with --rollouts")
+        options = {name: given[name] for name in ("columns", "cluster_by", "correct_threshold", "confidence")}
+        return _analyze_rollouts(rollouts, out, force, as_json, options | {"ks": ks if "ks" in asked else None})
+    if columns is not None:
+        raise typer.BadParameter("--columns names those of --rollouts, which is missing")
+    if model is None or probe is None or correct is None or out is None:
+        lacking = next(name for name in ("model", "probe", "correct", "out") if given[name] is None)
+        raise typer.BadParameter(f"{_spelled(lacking)} is missing; or pass --rollouts FILE")
+    settings = {name: value for name, value in given.items() if name not in (*_FILES, "columns")}
     from passk_guard.analysis.store import ROLLOUTS_NAME
 
     try:
@@ -184,6 +217,25 @@ def analyze(
         kept = out / ROLLOUTS_NAME
         print(f"\nStopped. Completions are kept in {kept}; the same command goes on from there.", file=sys.stderr)
         return _INTERRUPTED
+    return 0
+
+
+def _spelled(name: str) -> str:
+    return {"model": "MODEL_DIR", "num_samples": "--samples"}.get(name, f"--{name.replace('_', '-')}")
+
+
+def _analyze_rollouts(path: Path, out: Path | None, force: bool, as_json: bool, options: dict[str, Any]) -> int:
+    from passk_guard.analysis.rollouts import analyze_rollouts
+
+    found = analyze_rollouts(path, **options)
+    written = () if out is None else found.save_to(out, force=force)
+    if as_json:
+        print(found.to_json(), end="")
+        return 0
+    _accept_any_terminal()
+    print(found.text())
+    if written:
+        print(f"\nWritten: {written[0]} and {written[1]}")
     return 0
 
 

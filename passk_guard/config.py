@@ -179,10 +179,13 @@ class GuardConfig:
     )
     on_loss: Literal["alert", "stop"] = _setting(
         "alert",
-        "What follows when the loss of pass@1 is established to exceed max_loss: an alert, or the end of training.",
+        "What follows when the loss of pass@1 is established to exceed max_loss: an alert alone, or the end of "
+        "training too.",
     )
     max_loss: Annotated[Real, Field(gt=0, lt=1)] | None = _setting(
-        None, "Largest loss of pass@1 since the start that on_loss accepts, such as 0.05. None accepts any."
+        None,
+        "Largest loss of pass@1 since the start that is accepted, such as 0.05. Beyond it there is one alert, and what "
+        "on_loss says. None accepts any.",
     )
     source: Literal["held_out", "training_batch"] = _setting(
         "held_out",

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from passk_guard.analysis.results import Analysis
+    from passk_guard.analysis.rollouts import analyze_rollouts
     from passk_guard.analysis.run import analyze
     from passk_guard.analysis.settings import Settings
 
-__all__ = ["Analysis", "Settings", "analyze"]
-_MODULE_OF = {"Analysis": "results", "Settings": "settings", "analyze": "run"}
+__all__ = ["Analysis", "Settings", "analyze", "analyze_rollouts"]
+_MODULE_OF = {"Analysis": "results", "Settings": "settings", "analyze": "run", "analyze_rollouts": "rollouts"}
 
 
 def __getattr__(name: str) -> Any:

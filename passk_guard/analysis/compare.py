@@ -12,13 +12,13 @@ from torch import Tensor
 
 from passk_guard.analysis.comparison import Comparison
 from passk_guard.analysis.load import check_model, is_adapter, load_model, load_tokenizer
-from passk_guard.analysis.run import Job, choose_prompts, failure_as_error, generate_sampler, prompt_text
+from passk_guard.analysis.run import Job, choose_prompts, failure_as_error, generate_sampler
 from passk_guard.analysis.settings import Settings
 from passk_guard.analysis.store import RolloutStore
 from passk_guard.estimation.band import simultaneous_band, upper_bound
 from passk_guard.passk.closed_forms import pass_at_k
 from passk_guard.probe.progress import wanted
-from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.prompts import ProbeSet, prompt_text
 from passk_guard.probe.refresh import count_verdicts
 from passk_guard.probe.verifier import Verifier, resolve_verifier
 from passk_guard.utils.arguments import as_real
@@ -142,7 +142,7 @@ def _movers(prompts: ProbeSet, kept: Tensor, a: list[float], b: list[float]) -> 
     lost = [i for i in order[:_MOVERS] if b[i] < a[i]]
     gained = [i for i in order[: -_MOVERS - 1 : -1] if b[i] > a[i]]
     return {
-        name: tuple((prompt_text(prompts[i]), a[i], b[i]) for i in rows)
+        name: tuple((prompt_text(prompts[i]["prompt"]), a[i], b[i]) for i in rows)
         for name, rows in (("lost", lost), ("gained", gained))
     }
 

@@ -162,7 +162,7 @@ def prompt_records(
                 num_samples=n,
                 num_correct=c,
                 pass_rate=rate,
-                weight=_weight(weights[i], rate, k),
+                weight=weight_of(weights[i], rate, k),
                 agreement=number(agreement, agreement_error, i),
                 weighted_agreement=number(weighted, weighted_error, i),
                 share=_share(float(weighted[i]), float(weighted_error[i]), against) if known[i] else Number(0.0),
@@ -172,7 +172,7 @@ def prompt_records(
     return records
 
 
-def _weight(value: float, rate: Number, k: int) -> Number:
+def weight_of(value: float, rate: Number, k: int) -> Number:
     """w_k falls with p from k = 2 on, so the ends of p's interval give those of the weight's."""
     low, high = (float(passk_weight(torch.tensor(p, dtype=torch.float64), k)) for p in (rate.high, rate.low))
     return Number(value, None, min(low, value), max(high, value))

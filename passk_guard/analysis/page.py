@@ -17,9 +17,11 @@ from passk_guard.reporting.html.text import label, told_apart, write_number
 
 if TYPE_CHECKING:
     from passk_guard.analysis.comparison import Comparison
+    from passk_guard.analysis.rollout_results import RolloutAnalysis
 
-COMPARISON_KIND = "comparison"
+COMPARISON_KIND, ROLLOUTS_KIND = "comparison", "rollouts"
 _SHOWN = 50
+_MOVERS = 10
 
 
 def analysis_page(data: Data) -> str:
@@ -60,6 +62,61 @@ def comparison_page(found: Comparison) -> str:
         rows=list(zip(found.lost + found.gained, prompts, strict=True)),
         download=data_link(found.to_dict()),
     )
+
+
+def rollouts_page(found: RolloutAnalysis) -> str:
+    """The whole page as text."""
+    data = found.to_dict()
+    texts = told_apart([prompt["text"] for prompt in data["prompts"]])
+    rows = list(zip(data["prompts"], texts, strict=True))
+    by_share = sorted(rows, key=lambda row: -row[0]["share_k"])
+    changes = found.effective_samples is not None
+    moved = sorted((row for row in rows if row[0]["change"]), key=lambda row: row[0]["change"])
+    return render_page(
+        "rollouts.html.j2",
+        f"passk_guard: {found.name}",
+        kind=ROLLOUTS_KIND,
+        found=found,
+        data=data,
+        words=words,
+        changes=_changes(data) if changes else None,
+        rates=_rates(data),
+        histogram=_histogram(data, found.k),
+        trained_on=[row for row in by_share[:_SHOWN] if row[0]["share_k"] > 0],
+        lost=[row for row in moved[:_MOVERS] if row[0]["change"] < 0],
+        gained=[row for row in moved[: -_MOVERS - 1 : -1] if row[0]["change"] > 0],
+        download=data_link(data),
+    )
+
+
+def _changes(data: Data) -> fig.Figure:
+    ks, changes = [at["k"] for at in data["at_k"]], [at["change"] for at in data["at_k"]]
+    low, high = [c["low"] for c in changes], [c["high"] for c in changes]
+    traces = [
+        fig.band(ks, low, high, fig.BLUE, showlegend=True, name=f"{words.level(data)} interval of each k"),
+        fig.curve("change", ks, [c["value"] for c in changes], fig.BLUE, showlegend=False),
+    ]
+    told = ", ".join(f"pass@{k} {words.with_interval(c)}" for k, c in zip(ks, changes, strict=True))
+    return fig.Figure("Change of pass@k", f"Change over k: {told}.", traces, fig.over_k(ks, "change of pass@k"))
+
+
+def _histogram(data: Data, k: int) -> fig.Figure:
+    parts, count = data["solve_rates"], data["num_prompts"]
+    shares: dict[str, list[float | None]] = {"prompts": [part["num_prompts"] / count for part in parts]}
+    shares |= {
+        f"advantages of pass@{j}": [part[f"share_{name}"]["value"] for part in parts] for j, name in ((1, 1), (k, "k"))
+    }
+    names = [part["name"] for part in parts]
+    bars = [
+        {"type": "bar", "name": name, "x": names, "y": fig.known(values), "marker": {"color": colour}}
+        | {"yhoverformat": ".0%"}
+        for (name, values), colour in zip(shares.items(), (fig.GREY, fig.BLUE, fig.VERMILLION), strict=True)
+    ]
+    layout = fig.plain("solve rate", "share") | {"hovermode": "x unified", "barmode": "group"}
+    layout["xaxis"] |= {"type": "category"}
+    layout["yaxis"] |= {"tickformat": ".0%"}
+    told = "; ".join(f"{part['name']}: {part['num_prompts']} prompts" for part in parts)
+    return fig.Figure("Solve rates, and whom the advantages go to", f"Prompts by solve rate. {told}.", bars, layout)
 
 
 def _compared(found: Comparison) -> list[fig.Figure]:

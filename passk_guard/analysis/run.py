@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from passk_guard.estimation.records import ProbeGram
 from passk_guard.probe.pass_memory import FEWEST_TOKENS, choose_tokens
 from passk_guard.probe.passes import Scorer, SharedPrompts
 from passk_guard.probe.progress import SketchWithBar, bar, wanted
-from passk_guard.probe.prompts import ProbeSet
+from passk_guard.probe.prompts import ProbeSet, prompt_text
 from passk_guard.probe.records import Outcomes, Rollouts, check_rollouts, limits_of, padding_token
 from passk_guard.probe.refresh import Refresh, Refresher
 from passk_guard.probe.samplers import GenerateSampler, Sampler
@@ -171,7 +171,7 @@ def choose_prompts(probe: Any, verifier: Verifier, settings: Settings) -> ProbeS
     whole = ProbeSet.of(probe)
     whole.require_columns(verifier.required_columns)
     for row in whole.rows:
-        text = prompt_text(row)
+        text = prompt_text(row["prompt"])
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise GuardError(
                 f"Expected prompts of whole characters; found half of a surrogate pair in {text[:60]!r}, which no "
@@ -190,12 +190,6 @@ def choose_prompts(probe: Any, verifier: Verifier, settings: Settings) -> ProbeS
     return chosen
 
 
-def prompt_text(row: Mapping[str, Any]) -> str:
-    """The prompt as one text; of a conversation each message after its role."""
-    prompt = row["prompt"]
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-
 def conclude(measured: Measured) -> Analysis:
     """All numbers of the record. No model is needed, and every rank gets the same."""
     refresh, prompts, settings = measured.refresh, measured.prompts, measured.settings
@@ -205,7 +199,7 @@ def conclude(measured: Measured) -> Analysis:
         probe = replace(probe, prompt_keys=[labels[place] for place in names])
     estimates = estimate_each(probe, settings)
     at_k = [measure_at(probe, k, estimates.get(k), settings.confidence) for k in settings.ks]
-    texts = [prompt_text(prompts[i]) for i in names]
+    texts = [prompt_text(prompts[i]["prompt"]) for i in names]
     constant = ~informative(probe)
     noise = measure_noise(probe, settings.k)
     return Analysis(

@@ -123,12 +123,12 @@ class Meter:
         """Add tokens of a refresh on this rank, in forward and backward passes and in forward passes alone."""
         self.probe += TRAINING * trained + FORWARD * scored
 
-    def settle(self, account: Account, ranks: Ranks, *, failed: bool = False) -> tuple[Account, bool]:
-        """The account with the work of all ranks, and whether a refresh failed on any. Every rank calls this."""
+    def settle(self, account: Account, ranks: Ranks, *, failed: bool = False) -> tuple[Account, int]:
+        """The account with the work of all ranks, and on how many a refresh failed. Every rank calls this."""
         found = ranks.sum(torch.tensor([self.run, self.probe, int(failed)]))
         self.run = self.probe = 0
         run, probe, failures = found.tolist()
-        return account.with_work(run, probe), failures > 0
+        return account.with_work(run, probe), failures
 
     def _counting(self, compute_loss: Method) -> Method:
         def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -260,12 +261,17 @@ class PassKGuardCallback(TrainerCallback):
             self._voice.cadence(step, account)
         return allowed
 
-    def _settle(self, step: int | None = None, *, failed: bool = False) -> None:
-        """Bring the account up to date, with a refresh at `step` if there was one; every rank calls this."""
-        account, failed = self._meter.settle(self.memory.account, self._ranks, failed=failed)
+    def _settle(self, step: int | None = None, *, failed: bool = False) -> int:
+        """Bring the account up to date, with a refresh at `step` if there was one; every rank calls this.
+
+        Returns:
+            On how many ranks the refresh failed, the same on each.
+        """
+        account, failures = self._meter.settle(self.memory.account, self._ranks, failed=failed)
         if step is not None:
-            account = account.after_refresh(step, self.config.overhead, failed=failed)
+            account = account.after_refresh(step, self.config.overhead, failed=failures > 0)
         self.memory = replace(self.memory, account=account)
+        return failures
 
     # One refresh
 
@@ -297,20 +303,24 @@ class PassKGuardCallback(TrainerCallback):
                     until_it_fits(self._ranks, lambda: self._ranks.together(sample_once), self._sample_fewer)
                 memory = self.memory.with_step(step) if found is None else found.memory
                 if self._change.enabled and sampled:  # kept samples go on with the window that they have
-                    memory = self._mitigator.follow(memory, window)
+                    memory = self._ranks.together(partial(self._mitigator.follow, memory, window))
                     before = memory.change if window is None else window.memory
                     memory = memory.with_change(self._opened(rescorer, sampled[0], keys, before, step))
+            scorings = (window is not None) + (rescorer.scorings if sampled else 0)
+            trained = 0 if found is None else tokens_of(found.refresh.batches) * (1 + self._harvests)
+            self._meter.charge(trained, self._change.tokens * scorings)
+            failed = None
         except Exception as error:  # of any kind: the probe may not stop training
-            self._settle(step, failed=True)
+            failed = str(error) if isinstance(error, FailedRefresh) else describe_error(error)
+        failures = self._settle(step, failed=failed is not None)
+        if failures:
+            if failures < self._ranks.count:  # after the last stage that they do together: windows may differ
+                self._change.drop()
             self._reporter.spend(time.perf_counter() - began)
-            self._fail(step, str(error) if isinstance(error, FailedRefresh) else describe_error(error))
+            self._fail(step, failed or "it failed on another rank, which said why there")
             return
         pool_filled = len(self.memory.history) < self.config.pool_refreshes == len(memory.history)  # once in a run
-        self.memory = memory
-        scorings = (window is not None) + (rescorer.scorings if sampled else 0)
-        trained = 0 if found is None else tokens_of(found.refresh.batches) * (1 + self._harvests)
-        self._meter.charge(trained, self._change.tokens * scorings)
-        self._settle(step)
+        self.memory = replace(memory, account=self.memory.account)
         seconds = time.perf_counter() - began
         self._reporter.spend(seconds)
         if found is not None:
@@ -336,8 +346,12 @@ class PassKGuardCallback(TrainerCallback):
         memory = self.memory.with_refresh(refresh.probe, config.pool_refreshes, step)
         estimate = self._ranks.together(lambda: self._estimate(memory))
         share = 0.0 if self._source is None else self._source.share
-        check = conflict_check(refresh.probe, config.k, threshold=config.threshold, share=share)
+        return self._ranks.together(lambda: self._decided(refresh, estimate, memory, share))
+
+    def _decided(self, refresh: Refresh, estimate: ConflictEstimate, memory: Memory, share: float) -> _Angle:
+        config = self.config
         memory = self._mitigator.react(refresh, estimate, memory)
+        check = conflict_check(refresh.probe, config.k, threshold=config.threshold, share=share)
         decision, evidence, verdict = decide(
             memory.decision, memory.evidence, estimate, check, self._rule, fresh=not refresh.probe.reused
         )
@@ -460,9 +474,15 @@ class PassKGuardCallback(TrainerCallback):
             message, advice = window.message(action), self._voice.what_to_do("losing", self._mitigator)
             self._reporter.outcome(window.ended, before=before, after=after, message=message, advice=advice)
         self._voice.window(window)
-        if window.verdict.stop and self.config.on_loss == "stop" and control is not None:
+        stops = window.verdict.exceeded and self.config.on_loss == "stop" and control is not None
+        if stops:
             control.should_training_stop = True
-            self._warn(f"training stops: the loss of pass@1 exceeds max_loss={self.config.max_loss:g}")
+        if window.verdict.newly or stops:
+            loss = window.run.pass_at_1
+            told = f"pass@1 {loss.total:+.3f} [{loss.ci_low:+.3f}, {loss.ci_high:+.3f}] since the start"
+            exceeds = f"the loss of pass@1 exceeds max_loss={self.config.max_loss:g}: {told}"
+            message = f"training stops: {exceeds}" if stops else exceeds
+            self._reporter.loss(window.ended, message, self._voice.what_to_do("losing", self._mitigator))
 
     def _fail(self, step: int, reason: str) -> None:
         """Report a failed refresh; nothing is projected until the next one succeeds."""

@@ -61,7 +61,7 @@ class NoMitigation:
         return memory
 
     def missed(self, memory: Memory) -> Memory:
-        """The memory after a failed refresh; without communication, as it may have failed on one rank alone."""
+        """The memory after a failed refresh, which has failed on every rank."""
         return memory
 
     def measured(self, count: int) -> torch.Tensor:

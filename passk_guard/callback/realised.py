@@ -117,7 +117,7 @@ class WindowResult:
 
     def unfinished(self) -> WindowResult:
         """The same while its samples are kept for another refresh: the verdict waits for the end of the window."""
-        return replace(self, verdict=replace(self.verdict, outcome=self.verdict.previous, stop=False))
+        return replace(self, verdict=replace(self.verdict, outcome=self.verdict.previous, exceeded=False, newly=False))
 
     @property
     def metrics(self) -> Metrics:

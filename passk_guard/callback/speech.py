@@ -202,5 +202,6 @@ def what_to_do(alarm: Alarm, config: GuardConfig, mitigator: NoMitigation, has_o
     else:
         advice = 'set `mitigation="project"`'
     if alarm == "losing" and config.on_loss != "stop":
-        advice += '; to end a run that loses too much, `max_loss=0.05` with `on_loss="stop"`'
+        at = "" if config.max_loss is not None else "`max_loss=0.05` with "
+        advice += f'; to end a run that loses too much, {at}`on_loss="stop"`'
     return advice

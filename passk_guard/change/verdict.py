@@ -26,7 +26,7 @@ class OutcomeRule:
         cooldown: windows in a row whose change since the loss began is no longer established to be below 0, after
             which LOSING is dropped.
         tolerance: pass@1 is HOLDING when its change since the start is known to lie within this much of 0.
-        max_loss: a loss beyond which the run is to be stopped; None for never.
+        max_loss: a loss of pass@1 since the start that is not to be exceeded; None for none.
     """
 
     confidence: float = 0.95
@@ -53,11 +53,13 @@ class OutcomeState:
         outcome: the standing verdict.
         falling: sums since pass@1 was last highest by the sum of its changes: where a loss began, if there is one.
         recovered: windows in a row that speak for an end of the loss.
+        exceeded: whether the loss was established to exceed `max_loss`.
     """
 
     outcome: Outcome = "undetermined"
     falling: ChangeSums = field(default_factory=ChangeSums)
     recovered: int = 0
+    exceeded: bool = False
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> OutcomeState:
@@ -74,14 +76,15 @@ class OutcomeVerdict:
         reason: one sentence; why, and what to do where nothing is determined.
         loss: the change since pass@1 was last highest. That beginning was chosen by looking, so its intervals
             describe; what vouches for LOSING is the p-value.
-        stop: the sequence since the start lies below -`max_loss`.
+        exceeded: the sequence since the start lies below -`max_loss`. newly: and it did not before.
     """
 
     outcome: Outcome
     previous: Outcome
     reason: str
     loss: RunChange
-    stop: bool = False
+    exceeded: bool = False
+    newly: bool = False
 
     @property
     def changed(self) -> bool:
@@ -125,9 +128,10 @@ def judge(
         outcome, recovered, reason = "losing", 0, f"{_loss_in_words(loss)} p = {p_value:.2g} over the whole run."
     else:
         recovered, (outcome, reason) = 0, _without_alarm(run, rule)
-    stop = rule.max_loss is not None and run.windows > 0 and run.pass_at_1.seq_high < -rule.max_loss
-    after = replace(state, outcome=outcome, falling=falling, recovered=recovered)
-    return after, OutcomeVerdict(outcome, state.outcome, reason, loss, stop)
+    exceeded = rule.max_loss is not None and run.windows > 0 and run.pass_at_1.seq_high < -rule.max_loss
+    after = replace(state, outcome=outcome, falling=falling, recovered=recovered, exceeded=exceeded)
+    newly = exceeded and not state.exceeded
+    return after, OutcomeVerdict(outcome, state.outcome, reason, loss, exceeded, newly)
 
 
 def _without_alarm(run: RunChange, rule: OutcomeRule) -> tuple[Outcome, str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from passk_guard.probe.records import Rollouts
 from passk_guard.utils.errors import GuardError
+from passk_guard.utils.files import json_lines
 from passk_guard.utils.text import brief
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class ProbeSet:
         if self.chats:
             index |= {prompt_key(text): i for i, row in enumerate(self.rows) for text in render(row["prompt"])}
         found = set()
-        for prompt in filter(_is_prompt, _prompts(training)):
+        for prompt in filter(is_prompt, _prompts(training)):
             texts = () if self.chats or isinstance(prompt, str) else render(prompt)
             found |= {index[key] for key in map(prompt_key, (prompt, *texts)) if key in index}
         return sorted(found)
@@ -189,7 +190,7 @@ class ProbeSet:
             prompt = training[0]["prompt"]
         except Exception:  # a stream, no rows, or no prompts
             return False
-        return _is_prompt(prompt) and isinstance(prompt, str) == self.chats
+        return is_prompt(prompt) and isinstance(prompt, str) == self.chats
 
     def draw(self, refresh: int, size: int, seed: int) -> list[int]:
         """Choose the prompts of one refresh, as a pure function of the arguments: resuming needs no state.
@@ -229,6 +230,11 @@ def prompt_key(prompt: Any) -> str:
     return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
+def prompt_text(prompt: Any) -> str:
+    """The prompt as one text; of a conversation each message after its role."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
 def _normalised(value: Any) -> Any:
     if isinstance(value, str):
         return " ".join(unicodedata.normalize("NFKC", value).casefold().split())
@@ -252,11 +258,12 @@ def _check_row(row: Any, where: str) -> None:
             f"Expected a `prompt` in every probe row; found only {list(row)} in {where}. Rename the column that is "
             f"one, of a dataset by `dataset.rename_column({likely!r}, 'prompt')`."
         )
-    if not _is_prompt(row["prompt"]):
+    if not is_prompt(row["prompt"]):
         raise GuardError(f"Expected `prompt` to be {_SHAPE}; found {brief(row['prompt'])} in {where}.")
 
 
-def _is_prompt(prompt: Any) -> bool:
+def is_prompt(prompt: Any) -> bool:
+    """Whether it is a non-empty text or a list of chat messages."""
     if isinstance(prompt, str):
         return bool(prompt.strip())
     return (
@@ -267,24 +274,9 @@ def _is_prompt(prompt: Any) -> bool:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        raise GuardError(f"Expected a JSONL file of probe prompts; found no file at {str(path)!r}.")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path.name}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                row = json.loads(text)
-            except UnicodeDecodeError as error:
-                raise GuardError(f"Expected a file in UTF-8; found other bytes in {where}: {error.reason}.") from None
-            except ValueError as error:
-                raise GuardError(
-                    f"Expected one JSON object a line; found malformed JSON in {where}: {error}."
-                ) from None
-            _check_row(row, where)
-            yield row
+    for where, row in json_lines(path, "probe prompts"):
+        _check_row(row, where)
+        yield row
 
 
 def _prompts(training: Any) -> Iterator[Any]:

@@ -276,6 +276,11 @@ class Reporter:
         self._judged("losing", before, after, message, advice)
 
     @quietly
+    def loss(self, step: int, message: str, advice: str) -> None:
+        """An alert: the loss of pass@1 is established to exceed `max_loss`."""
+        self._alert("ERROR", "passk_guard: the loss exceeds max_loss", f"passk_guard step {step}: {message}", advice)
+
+    @quietly
     def failed_refresh(self, step: int, reason: str, *, streak: int, alert_after: int, advice: str = "") -> None:
         """A refresh without an estimate, the last of `streak` in a row; `alert_after` in a row raise an alert."""
         self._pace.forget()

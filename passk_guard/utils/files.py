@@ -6,6 +6,7 @@ guard's files, would turn a write into a change of whatever it points to. Folder
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from passk_guard.utils.errors import GuardError
 
 _BLOCK = 1 << 16
 _LONGEST_LINE = 1 << 24
@@ -33,6 +36,29 @@ def replacing(path: Path, partial: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def json_lines(path: Path, what: str) -> Iterator[tuple[str, Any]]:
+    """The value on each line of a file that is not empty, after the place of that line for an error text.
+
+    Raises:
+        GuardError: no such file, or a line that is not JSON in UTF-8, naming file and line. `what` says what is in it.
+    """
+    if not path.is_file():
+        raise GuardError(f"Expected a JSONL file of {what}; found no file at {str(path)!r}.")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path.name}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield where, json.loads(text)
+            except UnicodeDecodeError as error:
+                raise GuardError(f"Expected a file in UTF-8; found other bytes in {where}: {error.reason}.") from None
+            except (ValueError, RecursionError) as error:
+                raise GuardError(
+                    f"Expected one JSON object a line; found malformed JSON in {where}: {error}."
+                ) from None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from passk_guard.callback.mitigator import Mitigator, NoMitigation
 from passk_guard.change import estimate_change
 from passk_guard.probe import rescoring as rescoring_module
 from passk_guard.probe.rescoring import Rescorer
+from passk_guard.reporting import reporter as reporter_module
 from passk_guard.utils.errors import FailedRefresh
 from passk_guard.utils.ranks import Ranks
 from tests.callback.test_guard import TRAINERS, guard_of, journal, run
@@ -362,21 +363,25 @@ def test_a_run_goes_on_with_the_window_of_its_checkpoint(tmp_path):
     ]
 
 
-def test_training_ends_where_the_loss_exceeds_what_is_accepted(tmp_path, monkeypatch, caplog):
-    looked = guard_module.RealisedChange.look
+@pytest.mark.parametrize(("on_loss", "steps", "words"), [("stop", 5, "training stops: "), ("alert", 9, "")])
+def test_a_loss_that_exceeds_what_is_accepted_is_an_alert_once(on_loss, steps, words, tmp_path, monkeypatch, caplog):
+    looked, alerts = guard_module.RealisedChange.look, []
 
     def beyond(self, rescorer, memory, step):
         found = looked(self, rescorer, memory, step)
-        stop = found is not None and step == 4
-        return dataclasses.replace(found, verdict=dataclasses.replace(found.verdict, stop=stop)) if found else None
+        verdict = None if found is None else dataclasses.replace(found.verdict, exceeded=step >= 4, newly=step == 4)
+        return None if found is None else dataclasses.replace(found, verdict=verdict)
 
     monkeypatch.setattr(guard_module.RealisedChange, "look", beyond)
+    monkeypatch.setattr(reporter_module, "send_alert", lambda title, text, *more: alerts.append((title, text)))
     with caplog.at_level(logging.WARNING, logger="passk_guard"):
-        trainer, _ = trained(tiny_lm_trainer, tmp_path, 9, {"on_loss": "stop", "max_loss": 0.05})
-    assert trainer.state.global_step == 5
-    assert "training stops: the loss of pass@1 exceeds max_loss=0.05" in caplog.text
-    trainer, _ = trained(tiny_lm_trainer, tmp_path / "alert", 9, {"max_loss": 0.05})
-    assert trainer.state.global_step == 9
+        trainer, _ = trained(tiny_lm_trainer, tmp_path, 9, {"on_loss": on_loss, "max_loss": 0.05})
+    assert trainer.state.global_step == steps
+    line = f"passk_guard step 4: {words}the loss of pass@1 exceeds max_loss=0.05: pass@1 "
+    assert caplog.text.count("exceeds max_loss=0.05") == 1
+    assert line in caplog.text
+    ((_, text),) = [alert for alert in alerts if "max_loss" in alert[0]]
+    assert text.startswith(line)
 
 
 def test_groups_have_a_change_of_their_own(tmp_path):

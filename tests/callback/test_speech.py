@@ -165,6 +165,7 @@ def test_what_a_refresh_costs_and_what_fits_into_the_run(last, source, words):
         ("conflict", "", True, {}, '^set `mitigation="hold"`'),
         ("conflict", "steps", False, {}, "^if pass@1 falls, raise `gamma` above 0.2$"),
         ("losing", "", False, {}, '`mitigation="project"`; to end .* `max_loss=0.05` with `on_loss="stop"`'),
+        ("losing", "", False, {"max_loss": 0.1}, 'a run that loses too much, `on_loss="stop"`$'),
         ("losing", "", False, {"on_loss": "stop", "max_loss": 0.1}, '^set `mitigation="project"`$'),
         ("losing", "floor", True, {}, "^raise `floor_gamma` above 0.2 or `floor_max` above 1$"),
         ("losing", "hold", True, {}, "^raise `overhead`, or lower `refresh_steps`"),

@@ -87,11 +87,16 @@ def test_a_window_without_an_estimate_moves_nothing_but_is_told():
     assert "since it was highest (2 windows missed). p" in verdict.reason
 
 
-def test_stop_takes_the_sequence_beyond_the_largest_loss():
+def test_a_loss_beyond_the_largest_takes_the_sequence_and_is_new_once():
     rule = OutcomeRule(max_loss=0.05)
-    assert not judged([-0.06], [0.001], rule)[2].stop
-    assert judged([-0.06, -0.06], [0.1, 0.001], rule)[2].stop
-    assert not judged([-0.06, -0.06], [0.1, 0.001])[2].stop
+    assert not judged([-0.06], [0.001], rule)[2].exceeded
+    _, state, verdict = judged([-0.06, -0.06], [0.1, 0.001], rule)
+    assert verdict.exceeded
+    assert verdict.newly
+    assert not judged([-0.06, -0.06], [0.1, 0.001])[2].exceeded
+    assert OutcomeState.restored(dataclasses.asdict(state)).exceeded, "a resumed run does not say it again"
+    verdict = judged([-0.06, -0.06, -0.01], [0.1, 0.001, 0.5], rule)[2]
+    assert (verdict.exceeded, verdict.newly) == (True, False)
 
 
 def test_goes_on_from_a_checkpoint():

@@ -20,6 +20,8 @@ from accelerate.state import AcceleratorState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from passk_guard import GuardConfig, PassKGuardCallback
+from passk_guard.callback.mitigator import Mitigator
+from passk_guard.callback.realised import RealisedChange
 from passk_guard.mitigation.engines import protocol
 from passk_guard.mitigation.engines.backward import BackwardEngine
 from passk_guard.probe import passes as probe_passes
@@ -156,6 +158,27 @@ def estimate_raises(stack, trainer, given):
 
     if RANK == 1:
         stack.enter_context(patch("passk_guard.callback.guard.estimate_pooled", broken))
+
+
+@fault()
+def moving_the_multiplier_raises(stack, trainer, given):
+    """Between two stages that the ranks do together."""
+    if RANK == 1:
+        stack.enter_context(patch.object(Mitigator, "follow", lambda *_: 1 / 0))
+
+
+@fault()
+def the_end_of_a_refresh_raises(stack, trainer, given):
+    """After the last stage that the ranks do together: there is a window on rank 0 alone."""
+    opened = RealisedChange.open
+
+    def broken(self, *args):
+        opened(self, *args)
+        self.drop()
+        raise ArithmeticError("not foreseen")
+
+    if RANK == 1:
+        stack.enter_context(patch.object(RealisedChange, "open", broken))
 
 
 def gradient_is_infinite(stack, trainer, given=None):

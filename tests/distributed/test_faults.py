@@ -14,6 +14,8 @@ REASONS = {
     "logits_are_nan": "rank 1: ",
     "sketch_raises": "rank 1: ArithmeticError",
     "estimate_raises": "rank 1: ArithmeticError",
+    "moving_the_multiplier_raises": "rank 1: ZeroDivisionError",
+    "the_end_of_a_refresh_raises": "it failed on another rank",
 }
 LOGGED = {
     "no_report_gets_out": ["takes no more events, metrics go to the log only: [Errno 28]", "trackio did not take the"],
