@@ -32,6 +32,7 @@ _STABLE = 0.6  # of the change that undoes a shortfall within one window
 _MOVED = 0.1  # a difference of lambda that is large enough to measure its effect by
 _STRONGEST = 0.3  # effect of lambda that is believed: pass@1 may have fallen by itself
 _FORGET = 0.8  # of the largest effect seen, a window
+_LARGE = 0.5  # lambda above which a lead of pass@1 takes a share of it
 _SMOOTH = 0.5  # share of the newest window in the rate
 _PATIENCE = 1  # missed checks before lambda decays
 
@@ -150,7 +151,9 @@ class HoldController:
         gain = min(1.0, _STABLE / (self.proportional * effect)) if self.proportional * effect > 0 else 1.0
         shortfall = -self.tolerance + self.caution * measured.above_se - measured.above
         rate = state.rate + _SMOOTH * (measured.change / measured.steps - state.rate)
-        trusted = self._within(state.trusted + gain * self.integral * measured.steps * shortfall)
+        moved = gain * self.integral * measured.steps * shortfall
+        fallen = state.trusted * math.exp(min(0.0, moved) / _LARGE)  # of a large lambda a share, not an amount
+        trusted = self._within(state.trusted + moved if moved > 0 else min(state.trusted + moved, fallen))
         answer = gain * (self.proportional * shortfall - self.derivative * rate)
         value = self._within(trusted + (answer if answer > 0 else self.release * answer))
         cause = "pass@1 is short of its level" if shortfall > 0 else "pass@1 is above its level"

@@ -137,7 +137,8 @@ def passk_advantages(
         mask: [m, n] bool, False where a sample has no verdict. Its advantage is 0, and n counts the samples of its
             prompt that are left, over which the mean is taken. A prompt without any gets zeros.
         floor, cap: clip the weight to [floor, cap]; None for no bound.
-        hold: multiplier of the pass@1 advantages that are added, `HoldController`'s: $A_k + \lambda A_1$.
+        hold: multiplier of the pass@1 advantages that are added, `HoldController`'s: $A_k + \lambda A_1$, divided by
+            lambda where it is above 1, so that a large one turns the step and does not make it longer.
 
     Returns:
         [m, n] tensor: correct's dtype where it is floating, else torch's default float.
@@ -165,7 +166,8 @@ def passk_advantages(
     positive, negative = sample_coefficients(num_samples, num_correct, k, floor=floor, cap=cap)
     if hold:
         positive_1, negative_1 = sample_coefficients(num_samples, num_correct, 1)
-        positive, negative = positive + hold * positive_1, negative + hold * negative_1
+        longest = max(1.0, hold)
+        positive, negative = (positive + hold * positive_1) / longest, (negative + hold * negative_1) / longest
     advantages = torch.where(right, positive[:, None], negative[:, None]) * num_samples[:, None]
     dtype = correct.dtype if correct.is_floating_point() else torch.get_default_dtype()
     return torch.where(valid, advantages, 0.0).to(dtype)

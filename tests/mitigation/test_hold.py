@@ -127,6 +127,13 @@ def test_one_step_by_hand():
     assert controller.step(state, fall).effect == 0.3, "a fall that something else brought does not stop the controller"
 
 
+def test_a_lead_takes_a_share_of_a_large_lambda():
+    controller = HoldController()
+    lead = HoldMeasurement(0.12, 0.04, 0.0, 0.01, 5)  # .1 above, less half an error: .1 x .2 a step x 5 steps
+    for before, after in ((2.0, 2.0 * math.exp(-0.1 / 0.5)), (0.4, 0.4 - 0.1), (0.05, 0.0)):
+        assert controller.step(HoldState(before, before), lead).trusted == pytest.approx(after)
+
+
 @pytest.mark.parametrize("settings", [{"tolerance": -0.1}, {"tolerance": 1.0}, {"start": -1.0}, {"caution": math.nan}])
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(GuardError, match=next(iter(settings))):
@@ -170,7 +177,8 @@ def test_held_advantages_are_those_of_both_objectives():
     correct = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0]])
     mask = torch.tensor([[True] * 4, [True, True, True, False], [True] * 4])
     parts = [passk_advantages(correct, k, mask=mask, floor=floor) for k, floor in ((3, 0.5), (1, None))]
-    held = passk_advantages(correct, 3, mask=mask, floor=0.5, hold=0.7)
-    assert torch.allclose(held, parts[0] + 0.7 * parts[1])
+    for hold, longest in ((0.7, 1.0), (4.0, 4.0)):
+        held = passk_advantages(correct, 3, mask=mask, floor=0.5, hold=hold)
+        assert torch.allclose(held, (parts[0] + hold * parts[1]) / longest)
     with pytest.raises(GuardError, match="hold"):
         passk_advantages(correct, 3, hold=-0.1)
