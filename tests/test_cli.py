@@ -243,6 +243,7 @@ def test_the_defaults_of_analyze_are_those_of_its_settings():
     defaults = Settings().to_dict() | {"ks": ",".join(map(str, Settings().ks))}
     assert {name: options[name].default for name in defaults} == defaults
     own = {"model", "probe", "correct", "out", "force", "adapter", "base", "progress", "as_json"}
+    own |= {"context", "rollouts", "columns"}
     assert set(options) == own | set(defaults), "what is no setting is left out of the settings by name"
 
 

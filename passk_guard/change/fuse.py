@@ -84,11 +84,6 @@ class FusedCurve:
         return _error(self.now_var)
 
     @property
-    def start_se(self) -> float:
-        """Standard error of `start`; infinite while nothing is known of it."""
-        return _error(self.start_var)
-
-    @property
     def change_se(self) -> float:
         """Standard error of `change`; infinite while nothing is known of it."""
         return _error(self.now_var + self.start_var - 2 * self.cov)

