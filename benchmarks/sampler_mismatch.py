@@ -8,8 +8,8 @@ A float32 model answers 256 prompts with one token. The sampler's probabilities 
 two policies are known exactly. Each draw takes 64 of the prompts and 16 samples of each by the sampler's probabilities,
 and is estimated with and without the ratios of model and sampler, as the guard does.
 
-Without --stand-in the model is random, even tokens are right, and vLLM samples it in bfloat16, its default on a CPU. Log
-ratios are multiplied by 1 and by 4, for a mismatch as large as longer completions have.
+Without --stand-in the model is random, even tokens are right, and vLLM samples it in bfloat16, its default on a CPU.
+Log ratios are multiplied by 1 and by 4, for a mismatch as large as longer completions have.
 
 With --stand-in the model is trained on pass@1 first, for every eighth token to be right, until its gradients stand out
 from their noise. Its stand-ins for a sampler are the same weights in bfloat16, and the same logits at temperature 1.05
@@ -19,6 +19,8 @@ and 1.2. vLLM is not needed. A line has
     mean_score        length of the mean score under the sampler, 0 under the model, over that of grad J_1
     U_k1, U_11, U_kk  mean estimates of <grad J_8, grad J_1>, |grad J_1|^2 and |grad J_8|^2 over the exact values, which
                       are means over pairs of different prompts, each with the standard error of the mean over draws
+    expected          the exact expectation of the same three without the ratios, over the exact values: a sum over the
+                      numbers of right samples, no draw. With the ratios it is 1
     held              how often 95% intervals of <grad J_8, grad J_1> hold it
     changes_held      the same of the change of pass@1 and of pass@8 after an update, and
     change_bias       the mean error of these changes in standard errors of one draw
@@ -42,7 +44,7 @@ from passk_guard.change import estimate_change
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.intervals import student_t_quantile
 from passk_guard.estimation.records import ProbeGram
-from passk_guard.passk.closed_forms import passk_weight
+from passk_guard.passk.closed_forms import passk_weight, sample_coefficients
 from passk_guard.passk.importance import effective_share, miss_estimates
 
 POOL, PROMPTS, SAMPLES, K, DIM, RATE, STEPS = 256, 64, 16, 8, 1024, 0.5, 5
@@ -163,10 +165,7 @@ def _row(
     slopes = torch.einsum("xv,xvd->xd", (pi.exp() * right).float(), scores).double()
     each = torch.stack([passk_weight(rates, k)[:, None] * slopes for k in (1, K)])  # [2, x, d]
     one = each[0].mean(0)
-    pairs = (torch.einsum("kd,ld->kl", each.sum(1), each.sum(1)) - torch.einsum("kxd,lxd->kl", each, each)) / (
-        POOL * (POOL - 1)
-    )  # of different prompts, as a draw takes each at most once
-    exact = torch.stack([pairs[1, 0], pairs[0, 0], pairs[1, 1]])
+    exact, expected = _pairs(each), _pairs(_expected_gradients(mu, scores, right))
     changes = torch.stack([((1 - rates) ** k - (1 - after) ** k).mean() for k in (1, K)])
     mean_score = torch.einsum("xv,xvd->xd", mu.exp().float(), scores).mean(0)
     values, errors, held, share = torch.zeros(draws, 3), torch.zeros(draws, 2), torch.zeros(3), 0.0
@@ -202,6 +201,7 @@ def _row(
             name: [round(float(x), 3), round(float(e), 3)]
             for name, x, e in zip(("U_k1", "U_11", "U_kk"), relative, spread, strict=True)
         },
+        "expected": [round(float(x), 3) for x in expected / exact],
         "pass_at_1": round(float(rates.mean()), 3),
         "changes": [round(float(x), 4) for x in changes],
         "cosine": round(float(exact[0] / (exact[1] * exact[2]).sqrt()), 3),
@@ -209,6 +209,30 @@ def _row(
         "changes_held": [round(float(x) / draws, 3) for x in held[1:]],
         "change_bias": [round(float(x), 2) for x in errors.mean(0)],
     }
+
+
+def _pairs(each: Tensor) -> Tensor:
+    """[3]: U_k1, U_11 and U_kk of gradients [2, x, d], over pairs of different prompts, as a draw takes each once."""
+    total = torch.einsum("kd,ld->kl", each.sum(1), each.sum(1)) - torch.einsum("kxd,lxd->kl", each, each)
+    pairs = total / (each.shape[1] * (each.shape[1] - 1))
+    return torch.stack([pairs[1, 0], pairs[0, 0], pairs[1, 1]])
+
+
+def _expected_gradients(mu: Tensor, scores: Tensor, right: Tensor) -> Tensor:
+    """[2, x, d]: what each prompt's estimates of grad J_1 and grad J_K are on average over samples of mu, unweighed.
+
+    E[alpha+(c) S+ + alpha-(c) S-] over c ~ Binomial(n, p). Given c, E[S+] = c E[s | right], E[S-] = (n-c) E[s | wrong].
+    """
+    p = (mu.exp() * right).sum(1)
+    of_right = torch.einsum("xv,xvd->xd", mu.exp() * right, scores.double()) / p[:, None]
+    of_wrong = torch.einsum("xv,xvd->xd", mu.exp() * ~right, scores.double()) / (1 - p)[:, None]
+    c = torch.arange(SAMPLES + 1, dtype=torch.float64)
+    chance = torch.distributions.Binomial(SAMPLES, p[:, None]).log_prob(c).exp()  # [x, n + 1]
+    found = []
+    for k in (1, K):
+        plus, minus = sample_coefficients(torch.full_like(c, SAMPLES), c, k)
+        found.append((chance @ (plus * c))[:, None] * of_right + (chance @ (minus * (SAMPLES - c)))[:, None] * of_wrong)
+    return torch.stack(found)
 
 
 def _gram(tokens: Tensor, logs: Tensor, scores: Tensor, right: Tensor, ratios: bool) -> ProbeGram:
