@@ -42,7 +42,7 @@ SIZES = tuple(field.name for field in fields(Plan) if field.type == "int")
 def run(model_dir: Path, out: Path, plan: Plan, seed: int, mitigation: str) -> Record:
     """One run from the supervised model of its seed, as a record."""
     start = sft(model_dir, out, plan, seed)
-    rows, tokenizer = make_rows("test", plan.test_prompts, seed), AutoTokenizer.from_pretrained(start)
+    rows, tokenizer = make_rows("test", plan.test_prompts, seed, plan.longest), AutoTokenizer.from_pretrained(start)
     before = success_probability(_on_device(AutoModelForCausalLM.from_pretrained(start)), tokenizer, rows)
     began = time.monotonic(), time.process_time()
     model, events = grpo(start, out / f"{mitigation}-seed{seed}", plan, seed, mitigation)
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="sizes for two CPU cores")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--mitigations", nargs="+", default=["none", "reweight", "project"])
+    parser.add_argument("--mitigations", nargs="+", default=["none", "hold", "reweight", "project"])
     parser.add_argument("--model", type=Path, default=MODEL, help="model folder; default: what `make pretrained` makes")
     parser.add_argument("--out", type=Path, default=HOME, help="where supervised models and journals are kept")
     parser.add_argument("--results", type=Path, help="JSON lines; default: OUT/results.jsonl")

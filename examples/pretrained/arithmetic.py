@@ -2,14 +2,15 @@
 
     python -m examples.pretrained.arithmetic > runs/pretrained/arithmetic.jsonl
 
-The questions and answers are reasoning-gym's. Its own verifier gives part of the marks to an answer inside a longer
-text; here only the bare number is right, so that four tokens are enough. Asked without an example the model answers in
-sentences. So a system message asks for the number alone, and one solved question of the same kind comes before.
+The questions and answers are reasoning-gym's. The answer of the assistant is begun with "The answer is ", so that four
+tokens are enough: asked plainly, SmolLM2-135M answers in sentences. Right is a completion that begins with the number.
+reasoning-gym's own verifier wants the number alone, or gives part of the marks to it inside a longer text.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 KINDS: dict[str, dict[str, int]] = {
@@ -17,43 +18,36 @@ KINDS: dict[str, dict[str, int]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
     "gcd": {"max_value": 20},
 }
-EXAMPLES = {
-    "products": ("Solve the following multiplication: 3 * 4. Give only the result as your final answer.", "12"),
-    "chain_sum": ("State the final answer to the following arithmetic problem: 21 + 8 =", "29"),
-    "gcd": (
-        "Find the Greatest Common Divisor (GCD) of these numbers: 6, 9. Give only the GCD as your final answer.",
-        "3",
-    ),
-}
+TEXT = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nThe answer is "
+)
+"""SmolLM2's chat format, written out because the assistant's turn is begun."""
+NUMBER = re.compile(r"\s*(-?\d+)(?![.,]?\d|\s*[-+*/^=%x])")
+"""A whole number at the start: not the first one of a decimal or of "3 * 4 = 12"."""
 EACH = 72
 
 
 def make_rows(each: int = EACH, seed: int = 0) -> list[dict[str, Any]]:
-    """`each` distinct questions of each kind, the kinds taking turns: `prompt` (a chat), `answer`, `kind`."""
+    """`each` distinct questions of each kind, the kinds taking turns: `prompt`, `answer`, `kind`."""
     import reasoning_gym
 
     pools = []
     for kind, settings in KINDS.items():
         stream = reasoning_gym.create_dataset(kind, size=each * 20, seed=seed, **settings)
-        distinct = {entry["question"]: entry["answer"] for entry in stream if entry["question"] != EXAMPLES[kind][0]}
+        distinct = {entry["question"]: entry["answer"] for entry in stream}
         pools.append([(kind, question, answer) for question, answer in distinct.items()][:each])
     return [
-        {"prompt": chat(kind, question), "answer": answer, "kind": kind}
+        {"prompt": TEXT.format(question), "answer": answer, "kind": kind}
         for turn in zip(*pools, strict=True)
         for kind, question, answer in turn
     ]
 
 
-def chat(kind: str, question: str) -> list[dict[str, str]]:
-    """The system message, the solved question of this kind, and the question."""
-    turns = [("system", "Answer with the number alone."), *zip(("user", "assistant"), EXAMPLES[kind], strict=True)]
-    return [{"role": role, "content": text} for role, text in [*turns, ("user", question)]]
-
-
-def correct(completions: list[Any], answer: list[str], **_: object) -> list[float]:
-    """Reward function in TRL's convention: 1.0 for the bare number, a full stop after it allowed, else 0.0."""
-    texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
-    return [float(text.strip().removesuffix(".") == right) for text, right in zip(texts, answer, strict=True)]
+def correct(completions: list[str], answer: list[str], **_: object) -> list[float]:
+    """Reward function in TRL's convention: 1.0 where the completion begins with the right number, else 0.0."""
+    found = [NUMBER.match(text) for text in completions]
+    return [float(match is not None and match[1] == right) for match, right in zip(found, answer, strict=True)]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import string
 from typing import Any
 
 LENGTHS = (2, 4, 6, 8)
-LONGEST = 2 * max(LENGTHS) + 4  # tokens of an answer: letter and count, then " =", " ", the answer, end-of-sequence
 SPLITS = {"sft": range(4), "train": range(4, 7), "probe": range(7, 8), "test": range(8, 10)}  # of ten hash buckets
 
 Row = dict[str, Any]
@@ -34,19 +33,25 @@ def right_answer(letter: str, word: str) -> str:
     return " ".join(f"{one}{count}" for one, count in zip(word, counts, strict=True)) + f" = {counts[-1]}"
 
 
+def answer_tokens(length: int) -> int:
+    """Of a word of so many letters: letter and count of each, then " =", " ", the answer, end-of-sequence."""
+    return 2 * length + 4
+
+
 def split_of(prompt: str) -> str:
     """The split a prompt belongs to, whatever the seed."""
     bucket = hashlib.sha256(prompt.encode()).digest()[0] % 10
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
-def make_rows(split: str, size: int, seed: int, lengths: tuple[int, ...] = LENGTHS) -> list[Row]:
-    """`size` distinct prompts of a split, the lengths taking turns: `prompt`, `answer`, `length`.
+def make_rows(split: str, size: int, seed: int, longest: int = max(LENGTHS)) -> list[Row]:
+    """`size` distinct prompts of a split, the lengths up to `longest` taking turns: `prompt`, `answer`, `length`.
 
     The letter is uniform over the alphabet. Its count is uniform from 0 to one less than the length of the word, as far
     as there are words of two letters. The other letters are uniform over the rest.
     """
     rng = random.Random(f"{split}/{seed}")
+    lengths = [length for length in LENGTHS if length <= longest]
     rows: dict[str, Row] = {}
     while len(rows) < size:
         length = lengths[len(rows) % len(lengths)]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import GRPOConfig, GRPOTrainer
 
 from examples.pretrained.evaluation import encode
-from examples.pretrained.task import LONGEST, correct, make_rows
+from examples.pretrained.task import answer_tokens, correct, make_rows
 from passk_guard import PassKObjective, watch
 
 
@@ -29,6 +29,8 @@ class Plan:
     """The size of everything. `Plan()` is the full run, `QUICK` the one for two CPU cores.
 
     Attributes:
+        k: of pass@k, in training and in the guard.
+        longest: letters of the longest words, one of `LENGTHS`.
         sft_steps, sft_batch, sft_rate: supervised steps, prompts in each, first learning rate.
         steps, prompts_per_step, samples, learning_rate: of GRPO; `samples` of each prompt.
         refresh_steps, probe_prompts, probe_set: of the guard, see `GuardConfig`; prompts the probe is drawn from.
@@ -36,6 +38,7 @@ class Plan:
     """
 
     k: int = 8
+    longest: int = 8
     sft_steps: int = 100
     sft_batch: int = 32
     sft_rate: float = 1e-4
@@ -50,20 +53,24 @@ class Plan:
 
 
 QUICK = Plan(
-    sft_steps=30,
+    k=4,
+    longest=4,
+    sft_steps=8,
     sft_batch=16,
-    steps=25,
-    prompts_per_step=4,
-    refresh_steps=8,
-    probe_prompts=16,
-    probe_set=128,
-    test_prompts=128,
+    steps=13,
+    prompts_per_step=3,
+    samples=8,
+    learning_rate=1e-5,
+    refresh_steps=6,
+    probe_prompts=12,
+    probe_set=96,
+    test_prompts=64,
 )
 
 
 def sft(model_dir: Path, cache: Path, plan: Plan, seed: int) -> Path:
     """The folder of the model after the supervised steps; trained on the first call, reused afterwards."""
-    target = cache / f"sft-{plan.sft_steps}x{plan.sft_batch}-seed{seed}"
+    target = cache / f"sft-{plan.longest}-{plan.sft_steps}x{plan.sft_batch}-seed{seed}"
     if target.exists():
         return target
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
@@ -78,7 +85,7 @@ def sft(model_dir: Path, cache: Path, plan: Plan, seed: int) -> Path:
 
 def fit(model: PreTrainedModel, tokenizer: Any, plan: Plan, seed: int) -> None:
     """AdamW on the answers alone, in place; the learning rate falls linearly to 0."""
-    rows = make_rows("sft", plan.sft_steps * plan.sft_batch, seed)
+    rows = make_rows("sft", plan.sft_steps * plan.sft_batch, seed, plan.longest)
     random.Random(seed).shuffle(rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.sft_rate, weight_decay=0.0)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / plan.sft_steps)
@@ -103,7 +110,7 @@ def make_config(output_dir: Path, plan: Plan, seed: int, **more: Any) -> GRPOCon
         "seed": seed,
         "per_device_train_batch_size": plan.prompts_per_step * plan.samples,
         "num_generations": plan.samples,
-        "max_completion_length": LONGEST,
+        "max_completion_length": answer_tokens(plan.longest),
         "loss_type": "dr_grpo",
         "scale_rewards": "none",  # dividing by the group's deviation would cancel the pass@k weights
         "beta": 0.0,
@@ -132,12 +139,12 @@ def grpo(model_dir: Path, out: Path, plan: Plan, seed: int, mitigation: str) -> 
         model=AutoModelForCausalLM.from_pretrained(model_dir),
         reward_funcs=[correct],
         args=make_config(out, plan, seed),
-        train_dataset=Dataset.from_list(make_rows("train", plan.steps * plan.prompts_per_step, seed)),
+        train_dataset=Dataset.from_list(make_rows("train", plan.steps * plan.prompts_per_step, seed, plan.longest)),
         processing_class=AutoTokenizer.from_pretrained(model_dir),
     )
     watch(
         trainer,
-        probe=make_rows("probe", plan.probe_set, seed),
+        probe=make_rows("probe", plan.probe_set, seed, plan.longest),
         correct=correct,
         k=plan.k,
         mitigation="off" if mitigation == "none" else mitigation,

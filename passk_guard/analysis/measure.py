@@ -268,7 +268,8 @@ def _bound(probe: ProbeGram) -> str:
     ratio = harmless_ratio(probe)
     if ratio.value is None or ratio.value <= 1:
         return ""
-    return f"; theory: weights within A+/A- = {ratio.value:.2g} ± {ratio.standard_error:.1g} cannot conflict"
+    value, error = (float(f"{x:.{digits}g}") for x, digits in ((ratio.value, 2), (ratio.standard_error or 0.0, 1)))
+    return f"; theory: weights within A+/A- = {value:g} ± {error:g} cannot conflict"
 
 
 def _cosine_after(cosine: float, gamma: float) -> float:

@@ -62,7 +62,9 @@ def verdict(data: Data) -> tuple[str, str]:
     if status is None:
         return "Only k = 1 was asked for, which has nothing to conflict with.", ""
     if at["cosine"]["value"] is None:
-        return f"Undetermined at k = {k}: {at['reason']}. {what_it_takes(data)}".rstrip(), ""
+        smaller = k_star(data) if data["curve"] is not None and (data["curve"]["k_star_low"] or 1) > 1 else ""
+        parts = (f"Undetermined at k = {k}: {at['reason']}.", smaller, what_it_takes(data))
+        return " ".join(part for part in parts if part), ""
     sentence = f"cos(∇J_{k}, ∇J_1) = {value(at['cosine'], 2)}, {level(data)} interval {interval(at['cosine'], 2)}."
     if status == "conflict":
         return (

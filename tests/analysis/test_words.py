@@ -90,6 +90,8 @@ def test_verdicts_say_what_is_known():
     assert "k* = 1" in sentence
     assert words.verdict(data("clear"))[1] == "good"
     assert words.verdict(data("undetermined", None)) == ("Undetermined at k = 8: why.", "")
+    smaller = words.verdict(data("undetermined", None, established=(False, False), ends=(2, 2)))[0]
+    assert smaller.startswith("Undetermined at k = 8: why. There is no conflict up to k = 2")
     assert "cannot tell" in words.verdict(data("undetermined"))[0]
     assert words.k_star(data("conflict")) == "k* = 1: up to there no conflict is established; 90% set: 1 to 1."
     none = {"established": (False, False)}

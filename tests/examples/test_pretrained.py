@@ -61,6 +61,7 @@ def test_rows_are_distinct_in_equal_shares_of_length_and_count():
                     task.right_answer(letter, word),
                 )
     assert {row["prompt"] for row in task.make_rows("test", 400, seed=2)} != prompts["test"]
+    assert {row["length"] for row in task.make_rows("test", 40, seed=1, longest=4)} == {2, 4}
 
 
 def test_exact_rates_are_the_products_of_a_loop(folder):
@@ -95,18 +96,24 @@ def test_a_model_whose_config_says_quantised_can_be_saved(tmp_path):
         assert torch.equal(again.state_dict()[name], weight)
 
 
-def test_the_bare_number_is_right_in_arithmetic():
-    chat = [{"role": "assistant", "content": " 12.\n"}]
-    assert arithmetic.correct(["12", chat, "12 13", "1", "x12"], ["12"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        *((text, 1.0) for text in ("12", " 12.", "12. The", "12, but", "12\n")),
+        *((text, 0.0) for text in ("1", "-12", "123", "12.5", "12,000", "12 * 3", "12 = 1", "x12", "the 12", "")),
+    ],
+)
+def test_the_number_at_the_start_is_right_in_arithmetic(text, right):
+    assert arithmetic.correct(["7", text], ["-7", "12"], prompts=[""] * 2) == [0.0, right]
+
+
+def test_the_questions_of_arithmetic_begin_the_answer():
     pytest.importorskip("reasoning_gym")
     rows = arithmetic.make_rows(each=10)
-    questions = {row["prompt"][-1]["content"] for row in rows}
-    assert len(questions) == 30
-    for row in rows:
-        question, answer = arithmetic.EXAMPLES[row["kind"]]
-        assert [turn["content"] for turn in row["prompt"][1:3]] == [question, answer]
-        assert question not in questions
+    assert len({row["prompt"] for row in rows}) == 30
+    assert all(row["prompt"].endswith("<|im_start|>assistant\nThe answer is ") for row in rows)
     assert [row["kind"] for row in rows[:3]] == list(arithmetic.KINDS)
+    assert arithmetic.correct([row["answer"] for row in rows], [row["answer"] for row in rows]) == [1.0] * 30
 
 
 def test_both_trainings_and_the_report_on_a_tiny_model(folder, tmp_path, monkeypatch, capsys):
