@@ -82,16 +82,19 @@ class _Advantages(ABC):
 class HeldAdvantages(_Advantages):
     r"""Adds $\lambda A_1$ to the advantages of a TRL trainer, whatever they are.
 
+    For a reward f that is not 0/1, `threshold=None`, it adds $\lambda A_f$: f less its mean over the other completions
+    of the prompt.
+
     Args:
         trainer: GRPOTrainer or RLOOTrainer.
-        column: of the reward function that means *correct*.
-        threshold: rewards at or above it count as correct.
+        column: of the reward function that means *correct*, or of f.
+        threshold: rewards at or above it count as correct; None takes them as they are.
 
     Attributes:
         hold: lambda, 0 at first.
     """
 
-    def __init__(self, trainer: Any, column: int, threshold: float) -> None:
+    def __init__(self, trainer: Any, column: int, threshold: float | None) -> None:
         super().__init__(trainer, column, adds=True)
         self.threshold, self.hold = threshold, 0.0
 
@@ -101,8 +104,10 @@ class HeldAdvantages(_Advantages):
         return self
 
     def advantages(self, rewards: Tensor, num_generations: int) -> Tensor:
-        """[B] float32 lambda A_1 of a batch; 0 where there is no reward."""
+        """[B] float32 lambda A_1, or lambda A_f, of a batch; 0 where there is no reward."""
         grouped = rewards.view(-1, num_generations)
+        if self.threshold is None:
+            return self.hold * max_at_k_advantages(grouped, 1, mask=grouped.isfinite()).view(-1)
         right = (grouped >= self.threshold).float()
         return self.hold * passk_advantages(right, 1, mask=~torch.isnan(grouped)).view(-1)
 

@@ -159,7 +159,7 @@ def other_reward(completions, **_):
 
 @pytest.mark.parametrize(
     ("make", "correct", "words"),
-    [(tiny_lm_trainer, digit_reward, "mitigation='project'"), (tiny_grpo_trainer, other_reward, "'digit_reward'")],
+    [(tiny_lm_trainer, digit_reward, "instruments='both'"), (tiny_grpo_trainer, other_reward, "'digit_reward'")],
 )
 def test_where_nothing_can_be_held(make, correct, words, tmp_path):
     trainer = make(tmp_path, max_steps=1)
