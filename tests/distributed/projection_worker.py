@@ -26,7 +26,7 @@ PROJECT = GUARD | {"mitigation": "project", "gate": "always", "gamma": 0.9, "max
 
 REUSE = {"refresh_steps": 1, "resample_refreshes": 4, "min_effective_samples": 0.01}
 GUARDS = {"project": PROJECT, "observe": GUARD, "rank_1_fails": PROJECT}
-HELD_ON = ("plain", "ddp", "zero2")  # the advantages of other trainers are held on any engine
+HELD_ON = ("ddp", "zero2")  # the coefficient alone is another than that of the projection
 HELD = {"mitigation": "hold", "probe_prompts": 20, "min_effective_samples": 0.01, "max_probe_tokens": 64}
 GUARDS |= {"hold": GUARD | HELD, "reuse": PROJECT | REUSE, "observe_reuse": GUARD | REUSE}
 
