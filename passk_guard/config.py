@@ -129,16 +129,24 @@ class GuardConfig:
     mitigation: Literal["off", "hold", "project", "reweight", "both", "auto"] = _setting(
         "off",
         "What is done about a conflict. off: nothing. hold: add lambda times the pass@1 advantages to those of "
-        "training, with lambda set by the measured change of pass@1, so that pass@1 keeps its level. project: before "
-        "clipping and the optimizer, change the training gradient g as little as possible so that <g, p> >= gamma "
-        "|g||p|, with |g| as before and p the probe's pass@1 gradient. reweight: solve for a floor under the prompt "
-        "weights of the PassKObjective, and change no gradient. "
-        "both: do both. auto: hold where the trainer computes advantages and the change of pass@1 is measured, else "
-        "reweight if a PassKObjective is installed, else project.",
+        "training, with lambda set by the measured change of pass@1, so that pass@1 keeps its level. A trainer "
+        "without advantages has lambda |g|/|p| p added to its gradient g. project: before clipping and the optimizer, "
+        "change the training gradient g as little as possible so that <g, p> >= gamma |g||p|, with |g| as before and p "
+        "the probe's pass@1 gradient. reweight: solve for a floor under the prompt weights of the PassKObjective, and "
+        "change no gradient. both: do both. auto: hold where the trainer computes advantages and the change of pass@1 "
+        "is measured, else reweight if a PassKObjective is installed, else project.",
     )
-    hold_tolerance: Share = _setting(0.0, "Loss of pass@1 below its level that hold accepts, such as 0.01.")
-    hold_level: Annotated[Real, Field(gt=0, lt=1)] | None = _setting(
-        None, "Level of pass@1 on the probe that hold keeps, such as 0.6. None keeps that at the start."
+    hold_metric: str = _setting(
+        "pass@1",
+        "What hold keeps: pass@1, or the mean of the reward function of the trainer that has this name. A reward that "
+        "is not trained on has the weight 0 in the trainer's `reward_weights`.",
+    )
+    hold_tolerance: Annotated[Real, Field(ge=0)] = _setting(
+        0.0, "Loss below its level that hold accepts, such as 0.01 of pass@1, in the units of hold_metric."
+    )
+    hold_level: Real | None = _setting(
+        None,
+        "Level on the probe that hold keeps, such as 0.6, in the units of hold_metric. None keeps that at the start.",
     )
     gamma: Share = _setting(
         0.2,
@@ -283,6 +291,17 @@ class GuardConfig:
             raise ValueError(
                 "Expected source='held_out' and instruments='both' or 'change' for mitigation='hold', which follows "
                 f"the measured change of pass@1; found {self.source!r} and {self.instruments!r}."
+            )
+        if self.hold_metric != "pass@1" and self.mitigation != "hold":
+            raise ValueError(
+                f"Expected mitigation='hold' for hold_metric={self.hold_metric!r}; found {self.mitigation!r}, which "
+                "protects pass@1 alone."
+            )
+        rate = self.hold_level is None or 0 < self.hold_level < 1
+        if self.hold_metric == "pass@1" and not (rate and self.hold_tolerance < 1):
+            raise ValueError(
+                f"Expected `hold_tolerance` < 1 and 0 < `hold_level` < 1, as pass@1 is a rate; found "
+                f"hold_tolerance={self.hold_tolerance}, hold_level={self.hold_level}."
             )
         if self.on_loss == "stop" and self.max_loss is None:
             raise ValueError(

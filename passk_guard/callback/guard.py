@@ -26,6 +26,7 @@ from passk_guard.callback.setup import (
     Attachment,
     check_compatibility,
     check_groups,
+    choose_metric,
     choose_verifier,
     held_out_source,
     refuse_no_trainer,
@@ -38,6 +39,7 @@ from passk_guard.estimation.evidence import conflict_check
 from passk_guard.estimation.records import ConflictEstimate
 from passk_guard.estimation.verdict import DecisionRule, Verdict, decide
 from passk_guard.mitigation.engines import untraced
+from passk_guard.mitigation.hold_guard import makes_advantages
 from passk_guard.planning import Cost, decision_rule, outlook
 from passk_guard.probe.out_of_memory import until_it_fits
 from passk_guard.probe.pass_memory import FEWEST_TOKENS, choose_tokens, passes_of
@@ -128,6 +130,7 @@ class PassKGuardCallback(TrainerCallback):
         self._max_tokens = FEWEST_TOKENS  # until a run begins
         self._keeper = RolloutKeeper(self.config.resample_refreshes, self.config.min_effective_samples)
         self._verifier = choose_verifier(trainer, correct, self.config)
+        self._metric = choose_metric(trainer, self._verifier, self.config)
         self._meter = Meter(trainer)
         self._sketcher = None if self.config.instruments == "change" else self._new_sketcher()
         self._reporter = Reporter(
@@ -145,7 +148,7 @@ class PassKGuardCallback(TrainerCallback):
             check_groups(trainer, self.config)
             self._tap = BatchTap(trainer, self._on_training_batch)
         else:
-            self._source = held_out_source(trainer, probe, self._verifier, sampler, self.config)
+            self._source = held_out_source(trainer, probe, self._verifier, sampler, self.config, self._metric)
         self._change = RealisedChange(self._source, self.config)
         self._voice = Voice(trainer, self._verifier, self.config, self._reporter)
 
@@ -166,6 +169,9 @@ class PassKGuardCallback(TrainerCallback):
         self._keeper.drop()
         self._ranks = Ranks(self._trainer.accelerator.device)
         self.memory, folder = recall(self._trainer, args, state, self._ranks, self._warn)
+        as_before = self.memory.change.metric.name == self.config.hold_metric
+        if not as_before:
+            self.memory = self.memory.holding(self.config.hold_metric)
         self._reporter.open(lambda: facts_of(self._trainer, self._source), self.memory.run)
         if self._tap is not None:
             self._tap.install()
@@ -179,7 +185,7 @@ class PassKGuardCallback(TrainerCallback):
         if self._source is not None:
             size = probe_size(self._trainer, self.config, state.max_steps)
             self._source = replace(self._source, size=size)
-        direction = self.config.mitigation in ("project", "both", "auto")
+        direction = self.config.mitigation in ("project", "both", "auto") or self._held_by_gradient
         chosen = self.config.max_probe_tokens or self.memory.pass_tokens  # which a resumed run keeps to
         self._max_tokens = chosen or choose_tokens(model, self._ranks, direction=direction)
         self.memory = replace(self.memory, pass_tokens=self._max_tokens)
@@ -193,7 +199,8 @@ class PassKGuardCallback(TrainerCallback):
         )
         if folder is not None:
             self._mitigator.resume(folder, self.memory)
-            self._change.resume(folder, self._ranks)
+            if as_before:  # the window has the scores of what was held then
+                self._change.resume(folder, self._ranks)
         coverage = None if self._sketcher is None else self._sketcher.coverage.share
         passes = passes_of(self._max_tokens, model, direction=direction)
         self._voice.begin(self.memory, self._mitigator, self._source, coverage, passes)
@@ -367,6 +374,10 @@ class PassKGuardCallback(TrainerCallback):
             self._meter.charge_sampling(rollouts)
             check_rollouts(rollouts, **limits_of(self._trainer.accelerator.unwrap_model(self._trainer.model)))
             outcomes = self._verifier.score(rollouts, trainer_state=self._trainer.state)
+            if (metric := self._metric) is not None:
+                same = metric is self._verifier
+                scored = outcomes if same else metric.score(rollouts, trainer_state=self._trainer.state)
+                outcomes = outcomes.with_scores(scored)
         finally:
             getattr(source.sampler, "finish", lambda: None)()
         return replace(rollouts, columns={}), outcomes
@@ -505,6 +516,11 @@ class PassKGuardCallback(TrainerCallback):
         return self._mitigator.steps is not None and self._mitigator.steps.open
 
     @property
+    def _held_by_gradient(self) -> bool:
+        """Whether hold adds the direction to protect, as the trainer has no advantages to add to."""
+        return self.config.mitigation == "hold" and not makes_advantages(self._trainer)
+
+    @property
     def _rule(self) -> DecisionRule:
         return decision_rule(self.config)
 
@@ -526,7 +542,7 @@ class PassKGuardCallback(TrainerCallback):
         try:
             sketcher.require_coverage()  # it depends on the model's code alone, so that all ranks agree
         except GuardError as error:
-            steers = self.config.mitigation not in ("off", "hold")
+            steers = self.config.mitigation not in ("off", "hold") or self._held_by_gradient
             if not self._change.enabled or self.config.instruments != "both" or steers:
                 raise
             self._sketcher = None

@@ -18,7 +18,7 @@ from passk_guard.mitigation import FloorState
 from passk_guard.mitigation.engines import choose_engine
 from passk_guard.mitigation.floor_guard import FloorGuard, choose_mitigation, installed_objective
 from passk_guard.mitigation.gradient_guard import StepGuard
-from passk_guard.mitigation.hold_guard import HoldGuard, held_column
+from passk_guard.mitigation.hold_guard import HoldGuard, held_column, makes_advantages
 from passk_guard.mitigation.protected_direction import direction_noise, pass1_loss
 from passk_guard.probe.refresh import Refresh
 from passk_guard.utils.isolation import without_dropout
@@ -127,12 +127,7 @@ class Mitigator(NoMitigation):
         objective = installed_objective(trainer, config.k) if reweights else None
         holds = self._measures and (objective is not None or held_column(trainer, correct) is not None)
         chosen, self.remark = choose_mitigation(config.mitigation, objective, config.source, holds=holds)
-        if chosen == "hold":
-            self.hold = HoldGuard(trainer, objective, config, correct)
-            self.remark = "; ".join(filter(None, (self.remark, self.hold.remark))) or None
-        if chosen in ("reweight", "both") and objective is not None:
-            self.floor = FloorGuard(objective, config, ranks)
-        if chosen in ("project", "both"):
+        if chosen in ("project", "both") or (chosen == "hold" and not makes_advantages(trainer)):
             self.steps = StepGuard(
                 choose_engine(trainer),
                 ranks,
@@ -142,6 +137,12 @@ class Mitigator(NoMitigation):
                 on_failure=warn,
                 wanted=wanted,
             )
+        if chosen == "hold":
+            self.hold = HoldGuard(trainer, objective, config, correct, self.steps)
+            self.remark = "; ".join(filter(None, (self.remark, self.hold.remark))) or None
+        if chosen in ("reweight", "both") and objective is not None:
+            self.floor = FloorGuard(objective, config, ranks)
+        if self.steps is not None:
             self.steps.install()
 
     def resume(self, checkpoint: Path, memory: Memory) -> None:
@@ -151,7 +152,8 @@ class Mitigator(NoMitigation):
 
     def react(self, refresh: Refresh, estimate: ConflictEstimate, memory: Memory) -> Memory:
         if self.steps is not None:
-            wanted = self._config.gate == "always" or in_conflict(estimate, self._config.advanced.gate_confidence)
+            always = self._config.gate == "always" or self.hold is not None  # whose lambda is 0 where none is needed
+            wanted = always or in_conflict(estimate, self._config.advanced.gate_confidence)
             # Without a prompt that is solved sometimes there is no direction to protect; equally so on every rank.
             self.steps.open = wanted and bool(refresh.batches)
             if self.steps.open:
@@ -176,8 +178,8 @@ class Mitigator(NoMitigation):
         if window is None:  # the first sample, or one after a sample that could not be scored
             return memory if self.hold.steering is not None else self.missed(memory)
         # No level of the newest sample, which measures what follows.
-        fused, steps = window.memory.fused.pass_at_1, window.ended - window.began
-        return replace(memory, hold=self.hold.step(memory.hold, fused, window.estimate, steps))
+        held, change = window.memory.held, window.mean if self.hold.metric else window.estimate
+        return replace(memory, hold=self.hold.step(memory.hold, held, change, window.ended - window.began))
 
     def missed(self, memory: Memory) -> Memory:
         if self.hold is None or memory.hold is None:
@@ -196,7 +198,7 @@ class Mitigator(NoMitigation):
         if self.floor is not None:
             self.floor.apply(self._in_force(memory))
         if self.hold is not None:
-            self.hold.apply(memory.hold)
+            self.hold.apply(memory.hold, memory.change.held)
 
     def _in_force(self, memory: Memory) -> FloorState:
         """Where the realised change is measured, the floor of the refresh before: no sample steers its own window."""
@@ -218,7 +220,7 @@ class Mitigator(NoMitigation):
     def refresh_metrics(self, memory: Memory) -> dict[str, float | None]:
         metrics = self.floor.metrics(self._in_force(memory)) if self.floor is not None else {}
         if self.hold is not None:
-            metrics |= self.hold.metrics(memory.hold, memory.change.fused.pass_at_1)
+            metrics |= self.hold.metrics(memory.hold, memory.change.held)
         if self.steps is not None:
             metrics["protected_reliability"] = self.steps.reliability if self.steps.open else None
         return metrics
@@ -236,9 +238,10 @@ class Mitigator(NoMitigation):
                 part.remove()
 
     def action(self, memory: Memory) -> str:
-        parts = [f"project (gamma {self._config.gamma:g})"] if self.steps is not None else []
+        projects = self.steps is not None and self.hold is None
+        parts = [f"project (gamma {self._config.gamma:g})"] if projects else []
         if self.hold is not None:
-            parts.append(self.hold.action(memory.hold))
+            parts.append(self.hold.action(memory.hold, memory.change.held))
         if self.floor is not None:
             parts.append(f"reweight (floor {self.floor.metrics(self._in_force(memory))['floor']:.2f})")
         return " and ".join(parts) or super().action(memory)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from passk_guard.change import (
+    PASS_AT_1,
     ChangeEstimate,
     ChangeSums,
     CurveChange,
     Fused,
+    HeldCurve,
+    MeanChange,
     OutcomeRule,
     OutcomeState,
     OutcomeVerdict,
@@ -24,6 +29,7 @@ from passk_guard.change import (
     change_by_solve_rate,
     estimate_change,
     estimate_level,
+    estimate_mean_change,
     judge,
     missed_in_words,
 )
@@ -50,6 +56,7 @@ class ChangeMemory:
         evidence: that pass@1 is falling, of all windows together.
         since: optimizer steps at which pass@1 was last highest.
         rates: summed change and variance since then, of hard, medium and easy prompts.
+        metric: what is held, with the level where that is not pass@1's.
     """
 
     sums: ChangeSums = field(default_factory=ChangeSums)
@@ -58,20 +65,36 @@ class ChangeMemory:
     evidence: RunEvidence = field(default_factory=RunEvidence)
     since: int = 0
     rates: tuple[tuple[float, float], ...] = ((0.0, 0.0),) * 3
+    metric: HeldCurve = field(default_factory=HeldCurve)
+
+    @property
+    def held(self) -> HeldCurve:
+        """The level of what is held."""
+        of_pass_at_1 = self.metric.name == PASS_AT_1
+        return replace(self.metric, curve=self.fused.pass_at_1) if of_pass_at_1 else self.metric
+
+    def holding(self, name: str) -> ChangeMemory:
+        """The same with this to hold, of which nothing is known yet."""
+        return replace(self, metric=HeldCurve(name, scale=float(name == PASS_AT_1)))
 
     def with_level(self, window: Window, k: int, source: HeldOut | None = None) -> ChangeMemory:
         """The same with the levels of a new sample; unchanged where it has too few prompts for an error."""
         correct, kept = _with_verdicts(window)
         keys = [window.keys[x] for x in kept.tolist()]
-        try:
-            level = estimate_level(correct, k, clusters=None if source is None else source.independent(keys))
-        except GuardError:
-            return self
-        return replace(self, fused=self.fused.with_level(level))
+        metric, fused = self.metric, self.fused
+        if window.scores is not None:
+            metric = metric.on_the_scale_of(window.scores[window.scores.isfinite()])
+        with suppress(GuardError):
+            fused = fused.with_level(estimate_level(correct, k, clusters=_clusters(source, keys)))
+        with suppress(GuardError):
+            mean = _mean_change(window, torch.zeros_like(window.log_probs), metric, source)
+            metric = metric if mean is None else metric.with_level(mean)
+        return replace(self, fused=fused, metric=metric)
 
     def with_gap(self) -> ChangeMemory:
         """The same after updates that no window has seen."""
-        return replace(self, sums=self.sums.with_window(None), fused=self.fused.with_window(None))
+        sums, fused = self.sums.with_window(None), self.fused.with_window(None)
+        return replace(self, sums=sums, fused=fused, metric=self.metric.with_window(None))
 
     @classmethod
     def restored(cls, saved: Mapping[str, Any]) -> ChangeMemory:
@@ -84,6 +107,7 @@ class ChangeMemory:
             evidence=RunEvidence(tuple(Check(**check) for check in evidence["checks"]), evidence["before"]),
             since=saved["since"],
             rates=tuple((float(change), float(variance)) for change, variance in saved["rates"]),
+            metric=HeldCurve.restored(saved["metric"]) if "metric" in saved else HeldCurve(),
         )
 
 
@@ -101,6 +125,7 @@ class WindowResult:
         memory: after this window.
         run: the change since the start.
         verdict: on the outcome.
+        mean: the change of what is held, on the scale of its curve; None where that is pass@1, or unknown.
     """
 
     k: int
@@ -114,6 +139,7 @@ class WindowResult:
     memory: ChangeMemory
     run: RunChange
     verdict: OutcomeVerdict
+    mean: MeanChange | None = None
 
     def unfinished(self) -> WindowResult:
         """The same while its samples are kept for another refresh: the verdict waits for the end of the window."""
@@ -319,45 +345,36 @@ def close_window(
     """
     correct, kept = _with_verdicts(window)
     keys = [window.keys[x] for x in kept.tolist()]
-    estimate, rates, reason = None, list[RateChange](), None
+    estimate, mean, rates, reason = None, None, list[RateChange](), None
     sooner = "raise `overhead`" if config.refresh_steps is None else "lower `refresh_steps`"
     try:
-        log_ratios = rescorer.log_ratios(window)[kept]
+        every = rescorer.log_ratios(window)
+        log_ratios = every[kept]
         labels = None if groups is None else [groups[str(key)] for key in keys]
-        clusters = None if source is None else source.independent(keys)
+        clusters = _clusters(source, keys)
         apart = None if window.sampler is None else window.sampler[kept]
         more: dict[str, Any] = {"keys": keys, "clusters": clusters, "noise": window.noise, "sampler": apart}
         estimate = estimate_change(log_ratios, correct, config.k, groups=labels, **more)
         rates = change_by_solve_rate(log_ratios, correct, clusters=clusters, sampler=apart)
-        apart_share = window.mismatch.get("sampler_effective_samples")
-        if apart_share is not None and apart_share < config.min_effective_samples:
-            reason = (
-                f"the sampler and the model disagree: as samples of the model the completions are worth "
-                f"{apart_share:.2f} of their number, below min_effective_samples={config.min_effective_samples:g}"
-            )
-        elif estimate.effective_samples < config.min_effective_samples:
-            reason = (
-                f"the policy moved so far that the samples are worth {estimate.effective_samples:.2f} of their number, "
-                f"below min_effective_samples={config.min_effective_samples:g}: {sooner}"
-            )
-        elif estimate.pass_at_1_se == 0 and estimate.effective_samples < 1:
-            reason = (
-                "no prompt has right and wrong samples, so that nothing is known of the change: choose prompts that "
-                "are solved sometimes"
-            )
-        elif not math.isfinite(estimate.pass_at_1_se):
-            reason = f"an importance ratio is beyond what a number can hold: {sooner}"
+        reason = _too_far(window, estimate, config, sooner)
+        if reason is None:
+            with suppress(GuardError):
+                mean = _mean_change(window, every, memory.metric, source)
+            if mean is not None and mean.change_se == 0 and estimate.effective_samples < 1:
+                mean = None  # no prompt has samples of different scores, so that nothing is known
+            reason = _says_nothing(estimate, sooner)
     except (FailedRefresh, GuardError) as error:  # a GuardError here is a fault of the data, and not of the user
         reason = str(error)
     if reason is not None:
         estimate, rates = None, []
-    return _concluded(window, step, estimate, rates, keys, reason, memory, config)
+    return _concluded(window, step, estimate, mean, rates, keys, reason, memory, config)
 
 
 def _concluded(
     window: Window,
     step: int,
     estimate: ChangeEstimate | None,
+    mean: MeanChange | None,
     rates: Sequence[RateChange],
     keys: Sequence[Hashable],
     reason: str | None,
@@ -387,8 +404,39 @@ def _concluded(
         rates=tuple((a + c, b + d) for (a, b), (c, d) in zip(before, found or before, strict=True))
         if found
         else before,
+        metric=memory.metric if window.scores is None else memory.metric.with_window(mean),
     )
-    return WindowResult(config.k, window.step, step, estimate, reason, window.noise, keys, rates, after, run, verdict)
+    return WindowResult(
+        config.k, window.step, step, estimate, reason, window.noise, keys, rates, after, run, verdict, mean
+    )
+
+
+def _too_far(window: Window, estimate: ChangeEstimate, config: GuardConfig, sooner: str) -> str | None:
+    """Why the completions are worth too little to the present policy; None where they are not."""
+    share, least = window.mismatch.get("sampler_effective_samples"), config.min_effective_samples
+    if share is not None and share < least:
+        return (
+            f"the sampler and the model disagree: as samples of the model the completions are worth {share:.2f} of "
+            f"their number, below min_effective_samples={least:g}"
+        )
+    if estimate.effective_samples < least:
+        return (
+            f"the policy moved so far that the samples are worth {estimate.effective_samples:.2f} of their number, "
+            f"below min_effective_samples={least:g}: {sooner}"
+        )
+    return None
+
+
+def _says_nothing(estimate: ChangeEstimate, sooner: str) -> str | None:
+    """Why nothing is known of pass@1; None where something is."""
+    if estimate.pass_at_1_se == 0 and estimate.effective_samples < 1:
+        return (
+            "no prompt has right and wrong samples, so that nothing is known of the change: choose prompts that are "
+            "solved sometimes"
+        )
+    if not math.isfinite(estimate.pass_at_1_se):
+        return f"an importance ratio is beyond what a number can hold: {sooner}"
+    return None
 
 
 def _check(found: ChangeEstimate) -> Check:
@@ -398,6 +446,25 @@ def _check(found: ChangeEstimate) -> Check:
 
 def _interval(curve: CurveChange) -> str:
     return f"{curve.total:+.3f} [{curve.ci_low:+.3f}, {curve.ci_high:+.3f}]"
+
+
+def _mean_change(window: Window, log_ratios: Tensor, held: HeldCurve, source: HeldOut | None) -> MeanChange | None:
+    """The change of the mean that is held, over the prompts with a score; None where there are none to hold.
+
+    Raises:
+        GuardError: too few prompts for an error.
+    """
+    if window.scores is None or not held.scale:
+        return None
+    kept = window.scores.isfinite().any(1).nonzero().squeeze(1)
+    keys = [window.keys[x] for x in kept.tolist()]
+    apart = None if window.sampler is None else window.sampler[kept]
+    more: dict[str, Any] = {"keys": keys, "clusters": _clusters(source, keys), "noise": window.noise, "sampler": apart}
+    return estimate_mean_change(log_ratios[kept], held.units(window.scores[kept]), **more)
+
+
+def _clusters(source: HeldOut | None, keys: Sequence[Hashable]) -> Sequence[Hashable] | None:
+    return None if source is None else source.independent(keys)
 
 
 def _with_verdicts(window: Window) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from passk_guard.callback.budget import MOST_PROMPTS, sized_by_budget
+from passk_guard.change import PASS_AT_1
 from passk_guard.config import GuardConfig
 from passk_guard.mitigation.objective import PassKObjective, too_few_samples
 from passk_guard.probe.prompts import HeldOut, ProbeSet
@@ -103,8 +104,32 @@ def choose_verifier(trainer: Any, correct: Any, config: GuardConfig) -> Verifier
     )
 
 
+def choose_metric(trainer: Any, verifier: Verifier, config: GuardConfig) -> Verifier | None:
+    """What scores completions for `hold_metric`, `verifier` itself where it is that; None for pass@1.
+
+    Raises:
+        GuardError: the trainer has no reward function of that name, or more than one, or it is a reward model.
+    """
+    names, name = list(getattr(trainer, "reward_func_names", ())), config.hold_metric
+    if name == PASS_AT_1:
+        return None
+    if names.count(name) != 1:
+        known = ", ".join(map(repr, names)) or "none"
+        raise GuardError(
+            f"Expected `hold_metric` to be 'pass@1' or to name one of the trainer's reward functions ({known}); found "
+            f"{name!r}. Give a reward that is to be held and not trained on the weight 0 in `reward_weights`."
+        )
+    function = trainer.reward_funcs[names.index(name)]
+    return verifier if function is verifier.function else choose_verifier(trainer, function, config)
+
+
 def held_out_source(
-    trainer: Any, probe: Any, verifier: Verifier, sampler: Sampler | None, config: GuardConfig
+    trainer: Any,
+    probe: Any,
+    verifier: Verifier,
+    sampler: Sampler | None,
+    config: GuardConfig,
+    metric: Verifier | None = None,
 ) -> HeldOut:
     """The probe prompts with a sampler for them. Raises GuardError for prompts that cannot serve, as the guard."""
     if probe is None:
@@ -114,7 +139,7 @@ def held_out_source(
         )
     prompts = ProbeSet.of(probe)
     if getattr(trainer, "rollout_func", None) is None:  # which gives reward functions columns of its own
-        prompts.require_columns(verifier.required_columns)
+        prompts.require_columns((*verifier.required_columns, *(metric.required_columns if metric else ())))
     _refuse_overlap(prompts, trainer, config.allow_overlap)
     if sampler is None:
         _refuse_another_kind(prompts, trainer.train_dataset)

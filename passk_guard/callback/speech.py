@@ -184,7 +184,7 @@ def what_to_do(alarm: Alarm, config: GuardConfig, mitigator: NoMitigation, has_o
             f"(`failed_refresh_alert`={config.failed_refresh_alert} refreshes in a row)"
         )
     acting = []
-    if mitigator.steps is not None:
+    if mitigator.steps is not None and mitigator.hold is None:
         acting.append(f"raise `gamma` above {config.gamma:g}")
     if mitigator.floor is not None:
         acting.append(f"raise `floor_gamma` above {config.floor_gamma:g} or `floor_max` above {config.floor_max:g}")

@@ -94,6 +94,10 @@ class Memory:
         """Replace what the windows add up to."""
         return replace(self, change=change)
 
+    def holding(self, metric: str) -> Memory:
+        """Hold this from here on; nothing is known of it yet."""
+        return replace(self, change=self.change.holding(metric), hold=None)
+
     def with_step(self, step: int) -> Memory:
         """A refresh without an angle, which ends a streak of failures."""
         return replace(self, failures=0, step=step)

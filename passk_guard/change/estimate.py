@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from passk_guard.change.per_prompt import adjusted, prompt_changes
+from passk_guard.change.per_prompt import adjusted, mean_changes, prompt_changes
 from passk_guard.change.samples import Samples, checked_samples
 from passk_guard.passk.closed_forms import pass_at_k
 from passk_guard.passk.importance import effective_share
@@ -175,6 +176,61 @@ def estimate_level(
     """pass@1 and pass@k of the policy that drew the samples; arguments and errors as in `estimate_change`."""
     samples = checked_samples(correct, k, mask=mask, keys=keys)
     return _levels(samples, k, _cluster_of_each(samples.prompt, clusters))[0]
+
+
+@dataclass(frozen=True)
+class MeanChange:
+    """Change of E[f] over one window of updates, f being a number that each completion has; means over prompts.
+
+    Attributes:
+        change: unbiased. change_se: its standard error over prompts, or over their clusters; infinite where a change
+            leaves the range of float64.
+        level: E[f] before the window, from the same samples. level_se: its standard error.
+        level_change_cov: covariance of the errors of both.
+        num_prompts: different prompts.
+    """
+
+    change: float
+    change_se: float
+    level: float
+    level_se: float
+    level_change_cov: float
+    num_prompts: int
+
+
+def estimate_mean_change(
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    keys: Sequence[Hashable] | None = None,
+    clusters: Sequence[Hashable] | None = None,
+    noise: float | None = None,
+    sampler: Tensor | None = None,
+) -> MeanChange:
+    r"""How much the mean of f changed from the policy that drew the samples to the one that scored them again.
+
+    $D_f = \frac1n \sum_i (\rho_i - 1)(f_i - b_i)$, $b_i$ the mean of the others', less control variates fitted on the
+    other prompts; then the mean over prompts. Exactly unbiased, since $E[\rho_i - 1] = 0$ and $b_i$ does not depend on
+    sample i. On 0/1 scores it is pass@1's change of `estimate_change`.
+
+    Args:
+        log_ratios: [m, n] log of new over old probability of each completion, whole sequences.
+        scores: [m, n] f of each completion, on a scale of about 1; one that is not finite does not count.
+        keys, clusters, noise, sampler: as of `estimate_change`.
+
+    Raises:
+        GuardError: as `estimate_change`.
+    """
+    noise = _checked_noise(noise) if sampler is None else 0.0
+    counts = torch.where(torch.as_tensor(scores).isfinite(), 0, -1)
+    more: dict[str, Any] = {"log_ratios": log_ratios, "sampler": sampler, "keys": keys, "noise": noise}
+    samples = checked_samples(counts, 1, scores=scores, **more)
+    cluster = _cluster_of_each(samples.prompt, clusters)
+    _require_prompts(len(samples.counted), len(samples.counted), 1)
+    level = samples.scores.sum(1) / samples.counted.sum(1)
+    change = mean_changes(samples.log_ratios, samples.scores, samples.counted, samples.sampler)
+    together = _covariance(level, change, cluster)
+    return MeanChange(*_mean_and_error(change, cluster), *_mean_and_error(level, cluster), together, len(level))
 
 
 def _cluster_of_each(prompt: Tensor, clusters: Sequence[Hashable] | None) -> Tensor:

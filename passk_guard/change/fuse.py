@@ -18,7 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from passk_guard.change.estimate import ChangeEstimate, LevelEstimate
+from torch import Tensor
+
+from passk_guard.change.estimate import ChangeEstimate, LevelEstimate, MeanChange
+
+PASS_AT_1 = "pass@1"
 
 _UNKNOWN = 1e4
 """Variance of a rate of which nothing is known yet."""
@@ -132,6 +136,49 @@ class Fused:
             self.pass_at_1.with_window(window.pass_at_1, one, window.level_1_change_cov),
             self.pass_at_k.with_window(window.pass_at_k, many, window.level_k_change_cov),
         )
+
+
+@dataclass(frozen=True)
+class HeldCurve:
+    """The level of what `mitigation="hold"` keeps, on a scale of about 1; immutable, and plain enough for a checkpoint.
+
+    Attributes:
+        name: "pass@1", or of a reward function.
+        low, scale: the level is low + scale times that of the curve. scale is 0 before the first sample.
+        curve: fused, in these units.
+    """
+
+    name: str = PASS_AT_1
+    low: float = 0.0
+    scale: float = 1.0
+    curve: FusedCurve = field(default_factory=FusedCurve)
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> HeldCurve:
+        """The state whose `asdict` this is."""
+        return cls(**{**saved, "curve": FusedCurve(**saved["curve"])})
+
+    def on_the_scale_of(self, values: Tensor) -> HeldCurve:
+        """The first sample's range is mapped to [0, 1], unless it lies there; later ones are mapped as the first."""
+        if self.scale or not values.numel():
+            return self
+        low, high = (float(end) for end in values.aminmax())
+        within = (low >= 0 and high <= 1) or low == high
+        return replace(self, low=0.0 if within else low, scale=1.0 if within else high - low)
+
+    def units(self, value: Tensor) -> Tensor:
+        """Values on the scale of the curve."""
+        return (value - self.low) / self.scale
+
+    def with_level(self, found: MeanChange) -> HeldCurve:
+        """A new sample, whose prompts never count as more precise than 1/m."""
+        return replace(self, curve=self.curve.with_level(found.level, max(found.level_se, 1 / found.num_prompts) ** 2))
+
+    def with_window(self, found: MeanChange | None) -> HeldCurve:
+        """The window after the newest sample; None, or an infinite error, for one without an estimate."""
+        if found is None or not math.isfinite(found.change_se):
+            return replace(self, curve=self.curve.with_gap())
+        return replace(self, curve=self.curve.with_window(found.change, found.change_se**2, found.level_change_cov))
 
 
 def _error(variance: float) -> float:

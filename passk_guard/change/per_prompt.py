@@ -146,17 +146,41 @@ def adjusted(prompts: PromptChanges) -> tuple[Tensor, Tensor]:
     pass@1 takes h = 1 and b and fits them sample by sample: the off-diagonal products it leaves out are smaller by
     1/n. pass@k is no sum over samples, and takes all four controls of each prompt as they are.
     """
-    one, many = prompts.change_1, prompts.change_k.clone()
-    if len(one) >= _FEWEST_PROMPTS:
-        features = prompts.step[..., None] * torch.stack([torch.ones_like(prompts.baseline), prompts.baseline], -1)
-        slope = fitted_on_others(prompts.step * prompts.advantage, features, prompts.size, _STRENGTH_1)
-        one = one - (slope * prompts.controls[:, :2]).sum(1)
+    many = prompts.change_k.clone()
+    one = _less_controls(prompts.change_1, prompts.step, prompts.advantage, prompts.baseline, prompts.size)
     enough = ~many.isnan()
     if int(enough.sum()) >= _FEWEST_PROMPTS and bool(many[enough].isfinite().all()):
         controls = prompts.controls[enough]
         slope = fitted_on_others(many[enough, None], controls[:, None], torch.ones(len(controls)), _STRENGTH_K)
         many[enough] -= (slope * controls).sum(1)
     return one, many
+
+
+def mean_changes(log_ratios: Tensor, scores: Tensor, counted: Tensor, sampler: Tensor) -> Tensor:
+    r"""[m] change of the mean of f for each prompt, less its fitted controls; unbiased for every real f.
+
+    $\frac1n \sum_i (\rho_i - 1)(f_i - b_i)$ with $b_i$ the mean of f over the other samples, 0 where there is none.
+    On 0/1 scores it is the change of p of `adjusted`, and takes the same controls, h = 1 and b.
+
+    Args:
+        log_ratios, sampler: [m, n] float64, finite, as of `prompt_changes`. counted: [m, n] bool.
+        scores: [m, n] float64 f, on a scale of about 1, since coefficients are cut to [-1, 1]; 0 where not counted.
+    """
+    size = counted.sum(1)
+    step = torch.where(counted, sampler.exp() * torch.expm1(log_ratios), 0.0) / size.clamp(min=1)[:, None]
+    others = (size - 1).clamp(min=1)[:, None]
+    baseline = (scores.sum(1, keepdim=True) - scores) / others * (size > 1)[:, None]
+    advantage = scores - baseline
+    return _less_controls((step * advantage).sum(1), step, advantage, baseline, size)
+
+
+def _less_controls(change: Tensor, step: Tensor, advantage: Tensor, baseline: Tensor, size: Tensor) -> Tensor:
+    """[m] change of a mean, less the controls h = 1 and b, fitted sample by sample on the other prompts."""
+    if len(change) < _FEWEST_PROMPTS:
+        return change
+    features = step[..., None] * torch.stack([torch.ones_like(baseline), baseline], -1)
+    slope = fitted_on_others(step * advantage, features, size, _STRENGTH_1)
+    return change - (slope * features.sum(1)).sum(1)
 
 
 def fitted_on_others(targets: Tensor, features: Tensor, sizes: Tensor, strength: float) -> Tensor:

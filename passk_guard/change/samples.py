@@ -22,6 +22,7 @@ class Samples:
     Attributes:
         log_ratios: [M, n'] float64, 0 where a sample does not count.
         right, counted: [M, n'] bool.
+        scores: [M, n'] float64, 0 where a sample does not count: 1 for a right sample, or numbers of any kind.
         sampler: [M, n'] float64, 0 where a sample does not count: log of the old policy's probability over that of what
             was sampled from; zeros where that is the old policy.
         prompt: [m] int64, which of the M prompts each row of the input belongs to.
@@ -32,6 +33,7 @@ class Samples:
     counted: Tensor
     prompt: Tensor
     sampler: Tensor
+    scores: Tensor
 
 
 def checked_samples(
@@ -43,8 +45,12 @@ def checked_samples(
     mask: Tensor | None = None,
     keys: Sequence[Hashable] | None = None,
     noise: float = 0.0,
+    scores: Tensor | None = None,
 ) -> Samples:
-    """The samples of `estimate_change`, which says what the arguments are and what is raised."""
+    """The samples of `estimate_change`, which says what the arguments are and what is raised.
+
+    `scores` [m, n] are finite numbers of the samples that count, in the place of their verdicts; None: the verdicts.
+    """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise GuardError(f"Expected a whole number `k` >= 1; found {brief(k)}.")
     verdicts = _matrix(correct, "correct")
@@ -67,7 +73,9 @@ def checked_samples(
         _require_ratios(given)
     logs = torch.where(counts, logs - noise**2 / 2, 0.0)
     prompt = _numbered(keys, len(verdicts))
-    samples = _together(Samples(logs, (verdicts == 1) & counts, counts, prompt, apart))
+    right = (verdicts == 1) & counts
+    values = right.double() if scores is None else torch.where(counts, scores.double(), 0.0)
+    samples = _together(Samples(logs, right, counts, prompt, apart, values))
     if not bool(samples.counted.any(1).all()):
         row = int((samples.prompt == int((~samples.counted.any(1)).nonzero()[0])).nonzero()[0])
         raise GuardError(
@@ -117,4 +125,11 @@ def _together(samples: Samples) -> Samples:
         room[prompt, place] = values
         return room.reshape(prompts, width * n)
 
-    return Samples(put(samples.log_ratios), put(samples.right), put(samples.counted), prompt, put(samples.sampler))
+    return Samples(
+        log_ratios=put(samples.log_ratios),
+        right=put(samples.right),
+        counted=put(samples.counted),
+        prompt=prompt,
+        sampler=put(samples.sampler),
+        scores=put(samples.scores),
+    )

@@ -5,6 +5,7 @@ from passk_guard.mitigation.floor import FloorSolution, FloorState, smooth_floor
 from passk_guard.mitigation.hold import HoldController, HoldMeasurement, HoldState, first_multiplier
 from passk_guard.mitigation.projection import (
     ProjectionResult,
+    plan_held,
     plan_projection,
     project_gradient,
     projection_coefficient,
@@ -19,6 +20,7 @@ __all__ = [
     "ProjectionResult",
     "combine",
     "first_multiplier",
+    "plan_held",
     "plan_projection",
     "project_gradient",
     "projection_coefficient",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from passk_guard.mitigation.engines import GradientEngine
-from passk_guard.mitigation.projection import plan_projection
+from passk_guard.mitigation.projection import plan_held, plan_projection
 from passk_guard.mitigation.protected_direction import DirectionNoise, Share
 from passk_guard.probe.out_of_memory import halved, largest, until_it_fits
 from passk_guard.sketch import TokenBatch, filler_batch
@@ -36,6 +36,7 @@ class StepGuard:
     Attributes:
         open: whether steps are guarded; where False, or without a protected direction, a step stays bit-for-bit.
         protected: this rank's parts of p, None before the first harvest.
+        hold: lambda of `plan_held`, which then gives c; None projects.
 
     Args:
         engine: how this trainer's gradient is reached.
@@ -60,6 +61,7 @@ class StepGuard:
     ) -> None:
         self.engine, self.open = engine, False
         self.protected: list[Tensor] | None = None
+        self.hold: float | None = None
         self._norm_sq: float | None = None  # of the protected direction; the same for all its steps
         self._noise = _EXACT  # of it, absolute
         self._proven = True  # whether the protected direction is known to be of this model
@@ -174,7 +176,8 @@ class StepGuard:
         inner, own, *norm_sq = self.engine.inner_products(pairs)
         if self._norm_sq is None:
             self._norm_sq = norm_sq[0]
-        plan = plan_projection(inner / scale, own / scale**2, self._norm_sq, self._gamma)
+        scalars = inner / scale, own / scale**2, self._norm_sq
+        plan = plan_projection(*scalars, self._gamma) if self.hold is None else plan_held(*scalars, self.hold)
         if plan.reason is not None:
             self._fail(f"steps stay unchanged where {plan.reason}")
             return

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from passk_guard.change import ChangeEstimate, FusedCurve
+from passk_guard.change import ChangeEstimate, FusedCurve, MeanChange
 from passk_guard.estimation.estimate import estimate_pooled
 from passk_guard.estimation.intervals import student_t_quantile
 from passk_guard.estimation.records import ProbeGram
@@ -79,7 +79,7 @@ class HoldMeasurement:
 
     @classmethod
     def of(
-        cls, fused: FusedCurve, window: ChangeEstimate | None, steps: int, level: float | None = None
+        cls, fused: FusedCurve, window: ChangeEstimate | MeanChange | None, steps: int, level: float | None = None
     ) -> HoldMeasurement | None:
         """From the fused curve of pass@1 after a window; None where window or level are unknown.
 
@@ -90,9 +90,13 @@ class HoldMeasurement:
             level: to hold; None for that at the start.
         """
         above = (fused.change, fused.change_se) if level is None else (fused.now - level, fused.now_se)
-        if window is None or steps < 1 or not math.isfinite(above[1] + window.pass_at_1_se):
+        if isinstance(window, ChangeEstimate):
+            change = window.pass_at_1, window.pass_at_1_se
+        elif window is not None:
+            change = window.change, window.change_se
+        if window is None or steps < 1 or not math.isfinite(above[1] + change[1]):
             return None
-        return cls(*above, window.pass_at_1, window.pass_at_1_se, steps)
+        return cls(*above, *change, steps)
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,16 @@ class _Advantages(ABC):
     Args:
         trainer: GRPOTrainer or RLOOTrainer.
         column: of the reward function that means *correct*.
-        adds: whether `advantages` are added to the trainer's own, which they replace otherwise.
+
+    Attributes:
+        keeps: what the trainer's own advantages are multiplied by before these are added; 0 to replace them.
     """
 
     needs = BatchTap.needs
+    keeps = 0.0
 
-    def __init__(self, trainer: Any, column: int, *, adds: bool) -> None:
-        self._trainer, self._column, self._adds = trainer, column, adds
+    def __init__(self, trainer: Any, column: int) -> None:
+        self._trainer, self._column = trainer, column
         self._rewards: Tensor | None = None
         owner = type(self).__name__
         self._patches = [
@@ -72,8 +75,8 @@ class _Advantages(ABC):
             local = output["advantages"]
             start = self._trainer.accelerator.process_index * local.shape[0]
             mine = everyone[start : start + local.shape[0]].to(local)
-            output["advantages"] = local + mine if self._adds else mine
-            _correct_completion_log(self._trainer, everyone, adds=self._adds)
+            output["advantages"] = self.keeps * local + mine if self.keeps else mine
+            _correct_completion_log(self._trainer, everyone, keeps=self.keeps)
             return output
 
         return generate_and_score
@@ -82,18 +85,27 @@ class _Advantages(ABC):
 class HeldAdvantages(_Advantages):
     r"""Adds $\lambda A_1$ to the advantages of a TRL trainer, whatever they are.
 
+    For a reward f that is not 0/1, `threshold=None`, it adds $\lambda A_f$: f less its mean over the other completions
+    of the prompt. The sum is divided by $\lambda$ times the range of f where that is above 1: a large $\lambda$ turns
+    the step and does not make it longer.
+
     Args:
         trainer: GRPOTrainer or RLOOTrainer.
-        column: of the reward function that means *correct*.
-        threshold: rewards at or above it count as correct.
+        column: of the reward function that means *correct*, or of f.
+        threshold: rewards at or above it count as correct; None takes them as they are.
 
     Attributes:
         hold: lambda, 0 at first.
+        unit: the range of f.
     """
 
-    def __init__(self, trainer: Any, column: int, threshold: float) -> None:
-        super().__init__(trainer, column, adds=True)
-        self.threshold, self.hold = threshold, 0.0
+    def __init__(self, trainer: Any, column: int, threshold: float | None) -> None:
+        super().__init__(trainer, column)
+        self.threshold, self.hold, self.unit = threshold, 0.0, 1.0
+
+    @property
+    def keeps(self) -> float:  # type: ignore[override]
+        return 1 / max(1.0, self.hold * self.unit)
 
     def install(self) -> HeldAdvantages:
         """Add to the advantages from here on."""
@@ -101,10 +113,12 @@ class HeldAdvantages(_Advantages):
         return self
 
     def advantages(self, rewards: Tensor, num_generations: int) -> Tensor:
-        """[B] float32 lambda A_1 of a batch; 0 where there is no reward."""
-        grouped = rewards.view(-1, num_generations)
+        """[B] float32 lambda A_1, or lambda A_f, of a batch, times `keeps`; 0 where there is no reward."""
+        grouped, factor = rewards.view(-1, num_generations), self.keeps * self.hold
+        if self.threshold is None:
+            return factor * max_at_k_advantages(grouped, 1, mask=grouped.isfinite()).view(-1)
         right = (grouped >= self.threshold).float()
-        return self.hold * passk_advantages(right, 1, mask=~torch.isnan(grouped)).view(-1)
+        return factor * passk_advantages(right, 1, mask=~torch.isnan(grouped)).view(-1)
 
 
 class PassKObjective(_Advantages):
@@ -153,7 +167,7 @@ class PassKObjective(_Advantages):
         _check_trainer(trainer, k)
         _check_bounds(floor, cap, threshold)
         self.k, self.threshold, self.floor, self.cap, self.hold = k, threshold, floor, cap, 0.0
-        super().__init__(trainer, _reward_column(trainer, correct), adds=False)
+        super().__init__(trainer, _reward_column(trainer, correct))
 
     @property
     def correct(self) -> Callable[..., Any]:
@@ -216,13 +230,14 @@ def too_few_samples(name: str, k: int) -> str:
     )
 
 
-def _correct_completion_log(trainer: Any, advantages: Tensor, *, adds: bool) -> None:
+def _correct_completion_log(trainer: Any, advantages: Tensor, *, keeps: float) -> None:
     """Show the advantages that are used in the table of completions, where TRL has put its own by now."""
     log = getattr(trainer, "_logs", {}).get("advantages")
     if log is None or len(log) < advantages.numel():
         return
     own = [log.pop() for _ in range(advantages.numel())][::-1]
-    log.extend([a + b for a, b in zip(own, advantages.tolist(), strict=True)] if adds else advantages.tolist())
+    mine = advantages.tolist()
+    log.extend([keeps * a + b for a, b in zip(own, mine, strict=True)] if keeps else mine)
 
 
 def _check_bounds(floor: float | None, cap: float | None, threshold: float | None) -> None:

@@ -27,6 +27,14 @@ up to terms in <g, e> and <q, e>, which are small in many dimensions. At s = -0.
 with rho p in the place of q, has the coefficient max(0, gamma |g||q| - <g, p>) / |p|^2. It is nearer to the true
 projection on average, and protects less (benchmarks/README.md, Noise in the protected direction).
 
+Held. Where a loss L is lowered and J_1 is to keep its level, the Lagrangian L - mu J_1 has the gradient g + mu p, with
+mu >= 0. `plan_held` takes mu = lambda |g| / |p|, so that lambda, which `HoldController` sets, is the length of what is
+added as a share of |g|: a loss has any unit, and the gains of the controller have one. It is the projection with
+gamma = s + lambda, the smallest change with <g', p> >= <g, p> + lambda |g||p|. gamma = lambda would not do: lambda = 0
+would change every step with s < 0, so that a surplus of J_1 is never released, and s > lambda would add nothing where
+J_1 is short. To first order J_1 stands still at lambda = -cos(g, q) / sqrt(rho): noise in p asks for a larger lambda,
+which the measured change of J_1 brings about, where it makes a fixed gamma protect less.
+
 Alternative. The constraint cos(g', p) >= gamma projects onto a circular cone. With e the unit vector of the part of g
 orthogonal to p, the solution is <g, u> u with u = gamma p / |p| + sqrt(1 - gamma^2) e, and 0 once
 s <= -sqrt(1 - gamma^2). It shortens the part of g that no conflict concerns, and stops training where the conflict is
@@ -37,7 +45,7 @@ tau = gamma takes the direction of this g' and gives it the length |g|.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,20 +101,39 @@ def plan_projection(inner: float, norm_g_sq: float, norm_p_sq: float, gamma: flo
     gamma, inner, norm_g_sq, norm_p_sq = (as_real(value, name) for name, value in given.items())
     if not 0.0 <= gamma < 1.0:
         raise GuardError(f"Expected `gamma` in [0, 1); found {gamma}. The usual value is 0.2.")
+    return _plan(inner, norm_g_sq, norm_p_sq, lambda cosine: gamma - cosine)
+
+
+def plan_held(inner: float, norm_g_sq: float, norm_p_sq: float, multiplier: float) -> ProjectionResult:
+    """g' = g + lambda (|g| / |p|) p, with the `multiplier` lambda of `HoldController`, from the same three scalars.
+
+    Raises:
+        GuardError: a multiplier that is negative or not finite.
+    """
+    given = {"multiplier": multiplier, "inner": inner, "norm_g_sq": norm_g_sq, "norm_p_sq": norm_p_sq}
+    multiplier, inner, norm_g_sq, norm_p_sq = (as_real(value, name) for name, value in given.items())
+    if not 0.0 <= multiplier < math.inf:
+        raise GuardError(f"Expected `multiplier` >= 0 and finite; found {multiplier}.")
+    return _plan(inner, norm_g_sq, norm_p_sq, lambda cosine: multiplier)
+
+
+def _plan(inner: float, norm_g_sq: float, norm_p_sq: float, share: Callable[[float], float]) -> ProjectionResult:
+    """g' = g + a (|g| / |p|) p with the a >= 0 that `share` gives for cos(g, p)."""
     reason = _no_answer(inner, norm_g_sq, norm_p_sq)
     norm_g = math.sqrt(norm_g_sq) if norm_g_sq >= 0.0 else math.nan
     if reason is not None:
         return ProjectionResult(0.0, None, None, norm_g, norm_g, reason)
     norm_p = math.sqrt(norm_p_sq)
     cosine = max(-1.0, min(1.0, inner / norm_g / norm_p))
-    if cosine >= gamma:
+    added = share(cosine)
+    if added <= 0.0:
         return ProjectionResult(0.0, cosine, cosine, norm_g, norm_g)
-    coefficient = (gamma - cosine) * (norm_g / norm_p)
+    coefficient = added * (norm_g / norm_p)
     if not _SMALLEST <= coefficient <= _LARGEST:  # the sum would take it for infinite or for zero
         reason = f"the coefficient {'over' if coefficient > 1 else 'under'}flows float32"
         return ProjectionResult(0.0, cosine, cosine, norm_g, norm_g, reason)
-    growth = math.sqrt(1.0 + gamma * gamma - cosine * cosine)
-    after = gamma / growth if growth > 0.0 else None  # gamma = 0 and opposite vectors: nothing is left
+    growth = math.sqrt(max(0.0, 1.0 + added * (2.0 * cosine + added)))
+    after = (cosine + added) / growth if growth > 0.0 else None  # opposite vectors of one length: nothing is left
     return ProjectionResult(coefficient, cosine, after, norm_g, norm_g * growth)
 
 

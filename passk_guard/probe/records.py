@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -58,12 +58,23 @@ class Outcomes:
         failures: number of samples whose reward call raised.
         reason: first exception met, as text; None when there was none.
         best_reward: largest reward seen, None when no sample had one.
+        rewards: [B] float32 that the verdicts are from, NaN for none; None where only verdicts are known.
+        scores: [B] the same of the reward function whose mean is held (`hold_metric`); None where none is.
     """
 
     correct: Tensor
     failures: int = 0
     reason: str | None = None
     best_reward: float | None = None
+    rewards: Tensor | None = None
+    scores: Tensor | None = None
+
+    def with_scores(self, of: Outcomes) -> Outcomes:
+        """The same with the rewards of another function, or of this one, as scores."""
+        if of is self:
+            return replace(self, scores=self.rewards)
+        failures, reason = self.failures + of.failures, self.reason or of.reason
+        return replace(self, scores=of.rewards, failures=failures, reason=reason)
 
 
 def check_rollouts(rollouts: Rollouts, *, vocabulary: int | None, context: int | None) -> None:

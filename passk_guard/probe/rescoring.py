@@ -49,6 +49,7 @@ class Window:
         noise: standard deviation in nats of log ratios from rounding alone; None for a model that computes in float32.
         sampler: [m, n] float64, `log_probs` less log mu of what was sampled from, 0 for samples that do not count; None
             where that is the model.
+        scores: [m, n] float64 of the reward function whose mean is held, NaN for none; None where none is held.
     """
 
     step: int
@@ -59,6 +60,7 @@ class Window:
     temperature: float
     noise: float | None = None
     sampler: Tensor | None = None
+    scores: Tensor | None = None
 
     @property
     def mismatch(self) -> dict[str, float | None]:
@@ -133,6 +135,9 @@ class Rescorer:
             temperature=rollouts.temperature,
         )
         window = self._scored(window)
+        if outcomes.scores is not None:  # on all ranks, as the settings say
+            scores = self.ranks.sum(_placed(outcomes.scores.tolist(), places, correct.numel())).view(correct.shape)
+            window = replace(window, scores=torch.where(correct >= 0, scores, torch.nan))
         if self.ranks.max(int(rollouts.log_probs is not None)):
             sampled = self.ranks.sum(_placed(rollouts.log_probs or (), places, correct.numel())).view(correct.shape)
             window = replace(window, sampler=torch.where(correct >= 0, window.log_probs - sampled, 0.0))
@@ -246,6 +251,7 @@ def save_window(window: Window, path: Path) -> None:
         "temperature": window.temperature,
         "noise": window.noise,
         "sampler": window.sampler,
+        "scores": window.scores,
         "batches": [
             [x.cpu() for x in (batch.input_ids, batch.attention_mask, batch.completion_mask, batch.slots)]
             for batch in window.batches
@@ -272,6 +278,7 @@ def load_window(path: Path, device: torch.device) -> Window | None:
             temperature=float(content["temperature"]),
             noise=content["noise"],
             sampler=content.get("sampler"),
+            scores=content.get("scores"),
         )
     except Exception:  # of a damaged file torch raises whatever its reader stumbles over
         return None

@@ -100,7 +100,7 @@ class Verifier:
         between = values[(values > 0) & (values < self.threshold)]
         if between.numel():
             self.partial = max(self.partial or 0.0, between.max().item())
-        return Outcomes(correct=correct, failures=failures, reason=reason, best_reward=best)
+        return Outcomes(correct=correct, failures=failures, reason=reason, best_reward=best, rewards=values)
 
     def _call(self, rollouts: Rollouts, scored: list[int], trainer_state: Any) -> tuple[list[float], int, str | None]:
         """Rewards of the samples in `scored`, how many of them raised, and the first reason."""

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ PROJECT = GUARD | {"mitigation": "project", "gate": "always", "gamma": 0.9, "max
 
 REUSE = {"refresh_steps": 1, "resample_refreshes": 4, "min_effective_samples": 0.01}
 GUARDS = {"project": PROJECT, "observe": GUARD, "rank_1_fails": PROJECT}
-GUARDS |= {"reuse": PROJECT | REUSE, "observe_reuse": GUARD | REUSE}
+HELD_ON = ("ddp", "zero2")  # the coefficient alone is another than that of the projection
+HELD = {"mitigation": "hold", "probe_prompts": 20, "min_effective_samples": 0.01, "max_probe_tokens": 64}
+GUARDS |= {"hold": GUARD | HELD, "reuse": PROJECT | REUSE, "observe_reuse": GUARD | REUSE}
 
 
 def deepspeed_config(stage):
@@ -117,6 +120,7 @@ def run(engine, variant, folder):
         "kept": guard._keeper.metrics() if guard else {},
         "windows": windows,
         "change": guard and change_of(guard),
+        "hold": guard and guard.memory.hold and asdict(guard.memory.hold),
         "steps": trainer.state.global_step,
     }
 
@@ -125,6 +129,8 @@ def run_all(engine, folder):
     """One start of the processes for all runs: starting them takes longer than running."""
     results = {}
     for variant in ("without", *GUARDS):
+        if variant == "hold" and engine not in HELD_ON:
+            continue
         unset_hf_deepspeed_config()
         AcceleratorState._reset_state()
         results[variant] = run(engine, variant, folder / variant)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What each of two ranks found in every scenario. To start the processes takes longer than a scenario."""
-    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget,lonely,environments,hold"
+    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget,lonely,environments,hold,metric"
     return launch(scenarios, tmp_path_factory.mktemp("two"), 2)
 
 
@@ -44,6 +44,15 @@ def test_ranks_hold_pass_at_1_by_one_multiplier(two_ranks):
     assert first["hold"]["multiplier"] not in (0.0, 0.5)
     assert first["hold"] == second["hold"]
     assert first["weights"] == second["weights"] != two_ranks[0]["without"]["weights"]
+
+
+def test_ranks_hold_a_metric_by_one_multiplier(two_ranks):
+    """Here it is the 0/1 reward, so that its level and change are those of pass@1."""
+    first, second = (rank["metric"] for rank in two_ranks)
+    assert first["hold"]["change"] is not None, "a window must have moved it"
+    for what in ("hold", "change", "weights"):
+        assert first[what] == second[what]
+    assert_close(first["change"]["metric"]["curve"], first["change"]["fused"]["pass_at_1"])
 
 
 def test_three_ranks_together_see_what_one_process_sees(tmp_path):

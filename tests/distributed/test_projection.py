@@ -96,6 +96,23 @@ def test_kept_rollouts_are_reweighted_and_projected_as_in_one_plain_process(engi
         assert rank["observe_reuse"]["misses"] is not None
 
 
+def test_pass_at_1_is_held_by_the_gradient_as_in_one_plain_process(engine, plain, tmp_path):
+    """Lambda is the same bits on every rank, as its windows are, and so is what is added to the gradient."""
+    if "hold" not in engine[0]:
+        pytest.skip("held on two engines")
+    first, second = (rank["hold"] for rank in engine)
+    single = run("plain", "hold", tmp_path)
+    assert first["hold"] == second["hold"]
+    assert first["weights"] == second["weights"]
+    assert single["hold"]["change"] is not None, "a window must have moved lambda"
+    assert_close(first["hold"], single["hold"], absolute=5e-4)
+    expected = flat(single["weights"])
+    assert float((flat(first["weights"]) - expected).norm() / plain["moved"]) < 2e-5
+    assert float((flat(engine[0]["without"]["weights"]) - expected).norm() / plain["moved"]) > 0.05
+    assert first["mitigated"] == single["mitigated"]
+    assert first["mitigated"][:2] == [1.0, 1.0]
+
+
 def test_a_harvest_that_fails_on_one_rank_leaves_all_steps_unguarded(engine):
     for rank in engine:
         assert rank["rank_1_fails"]["failures"] == 2

@@ -171,6 +171,7 @@ SCENARIOS = {
     "with": lambda folder: bit_for_bit(folder, True),
     "with_training_batch": lambda folder: bit_for_bit(folder, True, source="training_batch", num_samples=4),
     "hold": lambda folder: bit_for_bit(folder, True, mitigation="hold"),
+    "metric": lambda folder: bit_for_bit(folder, True, mitigation="hold", hold_metric="digit_reward"),
     "same_everywhere": lambda folder: same_everywhere(folder, steps=4, min_effective_samples=0.01),
     "resampled": lambda folder: same_everywhere(folder, resample_refreshes=3, min_effective_samples=1.0),
 }

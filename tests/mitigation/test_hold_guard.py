@@ -80,10 +80,12 @@ def test_pass_at_1_advantages_are_added_to_the_trainers_own(kind, tmp_path):
     own = advantages()
     held = HeldAdvantages(trainer, 0, 1.0).install()
     assert torch.equal(advantages(), own), "lambda is 0 at first"
-    held.hold = 0.7
-    expected = own + 0.7 * passk_advantages((held._rewards.view(-1, 4) >= 1).float(), 1).view(-1)
-    assert torch.allclose(advantages(), expected)
-    assert logged[-1] == pytest.approx(expected.tolist()), "the table of completions shows what was used"
+    for hold, longest in ((0.7, 1.0), (4.0, 4.0)):
+        held.hold = hold
+        added = passk_advantages((held._rewards.view(-1, 4) >= 1).float(), 1).view(-1)
+        expected = (own + hold * added) / longest
+        assert torch.allclose(advantages(), expected)
+        assert logged[-1] == pytest.approx(expected.tolist()), "the table of completions shows what was used"
     held.remove()
     assert torch.equal(advantages(), own)
     held.hold = 1.0
@@ -159,7 +161,7 @@ def other_reward(completions, **_):
 
 @pytest.mark.parametrize(
     ("make", "correct", "words"),
-    [(tiny_lm_trainer, digit_reward, "mitigation='project'"), (tiny_grpo_trainer, other_reward, "'digit_reward'")],
+    [(tiny_lm_trainer, digit_reward, "instruments='both'"), (tiny_grpo_trainer, other_reward, "'digit_reward'")],
 )
 def test_where_nothing_can_be_held(make, correct, words, tmp_path):
     trainer = make(tmp_path, max_steps=1)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passk_guard.mitigation import plan_projection, project_gradient, projection_coefficient
+from passk_guard.mitigation import plan_held, plan_projection, project_gradient, projection_coefficient
 from passk_guard.utils.errors import GuardError
 
 GAMMAS = (0.0, 0.2, 0.7)
@@ -72,6 +72,21 @@ def test_the_cosine_afterwards_is_what_the_docstring_says(cosine, gamma):
     if cosine <= -gamma:
         assert found >= gamma - 1e-12
     assert plan.norm_after >= gamma * (1 - 1e-12)
+
+
+@given(cosines, st.just(0.0) | st.floats(1e-3, 5), scales, scales)
+def test_held_it_adds_lambda_of_the_gradients_length_along_p(cosine, multiplier, norm_g, norm_p):
+    g, p = pair(cosine, norm_g, norm_p)
+    plan = plan_held(float(g @ p), float(g @ g), float(p @ p), multiplier)
+    after = g + plan.coefficient * p
+    assert float((after - g).norm()) == pytest.approx(multiplier * norm_g, rel=1e-6, abs=1e-12 * norm_g)
+    assert plan.norm_after == pytest.approx(float(after.norm()), rel=1e-6, abs=1e-6 * norm_g)
+    assert (plan.coefficient == 0) == (multiplier == 0)
+    if 0 <= cosine + multiplier < 1 and multiplier:
+        found = projection_coefficient(float(g @ p), float(g @ g), float(p @ p), cosine + multiplier)
+        assert plan.coefficient == pytest.approx(found, rel=1e-6)
+    with pytest.raises(GuardError, match="multiplier"):
+        plan_held(1.0, 1.0, 1.0, -0.1)
 
 
 @given(cosines, st.sampled_from(GAMMAS))
