@@ -23,13 +23,14 @@ _STATES = {
 _STRENGTH = (
     ("floor", "Floor under the prompt weights", ("refresh", "steps")),
     ("gamma", "gamma", ("refresh", "steps")),
-    ("hold_lambda", "lambda of the hold", ("refresh", "steps")),
+    ("hold_multiplier", "lambda of hold", ("refresh", "steps")),
 )
 _FURTHER = (
     ("train_cosine", "Cosine of the training gradient and the protected direction, before", ("steps",)),
     ("mitigated", "Share of steps that were changed", ("steps",)),
     ("coefficient", "Coefficient of the protected direction", ("steps",)),
     ("protected_reliability", "Share of the protected direction that is no noise", ("refresh",)),
+    ("hold_above_level", "What hold keeps, less its level", ("refresh",)),
     ("k_star", "k*: largest k without an established conflict", ("refresh",)),
     ("agreement", "Mean agreement under the pass@k weights", ("refresh",)),
     ("frac_negative_pairs", "Share of negative prompt pairs", ("refresh",)),

@@ -253,7 +253,7 @@ def test_the_panels_of_a_run(tmp_path):
             "event": "refresh",
             "step": 0,
             "reason": "no <b>signal</b>",
-            "hold_lambda": 0.1,
+            "hold_multiplier": 0.1,
             "pass_at_8": 0.5,
             "floor": 0.2,
         },
@@ -279,7 +279,7 @@ def test_the_panels_of_a_run(tmp_path):
     assert by_name["change"]["text"] == ["LOSING", "LOSING"]
     pays = who_pays([run])
     assert [trace["y"] for trace in pays.data][-2:] == [[-0.1, pytest.approx(-0.2)], [0.0, 0.2]]
-    assert panels(figure)[-2:] == ["Floor under the prompt weights", "lambda of the hold"]
+    assert panels(figure)[-2:] == ["Floor under the prompt weights", "lambda of hold"]
 
 
 def test_the_downloads_hold_the_numbers_and_no_formula(folder):
