@@ -22,7 +22,6 @@ _STATES = {
 }
 _STRENGTH = (
     ("floor", "Floor under the prompt weights", ("refresh", "steps")),
-    ("gamma", "gamma", ("refresh", "steps")),
     ("hold_multiplier", "lambda of hold", ("refresh", "steps")),
 )
 _FURTHER = (
