@@ -4,8 +4,8 @@
 
 The interference task behind a lookup. A prompt is `[tag]S[name]` or `[tag]R[name]`, such as `gSqxz`. The digits of the
 name are known to the tool `look` alone. The policy calls it with the name, reads four digits, and writes them sorted
-(S) or reversed (R). Tags a..d want them in descending order; a policy that never reads the tag is right without it. So a
-step that teaches "descending" costs the common prompts, as in examples/interference.
+(S) or reversed (R). Tags a..d want them in descending order, the other tags in ascending order. A step that teaches
+"descending" costs the common prompts until the policy reads the tag, as in examples/interference.
 
 A trajectory, with `.` under what the policy sampled and `-` under what the tool and the template put there:
 
