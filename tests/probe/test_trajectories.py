@@ -176,7 +176,8 @@ def test_an_environment_that_fails_costs_its_sample(fails, remark, tmp_path, mon
     assert remark in (event.get("remark") or event["reason"])
     if event["event"] == "refresh":
         assert guard.memory.history[0].num_samples.sum() == 48 - sum(map(len, fails.values())) - ("prompts" in remark)
-    assert Counter.closed == 48 - len(fails.get("made", ()))
+    made = 8 if "hang" in fails else 48 - len(fails.get("made", ()))  # 8 in a call of the trainer's generation
+    assert Counter.closed == made
 
 
 def test_a_rollout_function_without_a_mask_is_told_what_to_return(tmp_path, monkeypatch):
