@@ -30,6 +30,7 @@ from passk_guard.callback.setup import (
     choose_verifier,
     held_out_source,
     refuse_no_trainer,
+    refuse_what_passes_cannot_read,
 )
 from passk_guard.callback.state import Memory, save_memory
 from passk_guard.callback.voice import Voice
@@ -123,6 +124,7 @@ class PassKGuardCallback(TrainerCallback):
     def bind(self, trainer: Any) -> None:
         """Become the guard of this trainer, where it was made without one. Raises GuardError as the constructor."""
         refuse_no_trainer(trainer)
+        refuse_what_passes_cannot_read(trainer, angle=self.config.instruments != "change")
         probe, correct, sampler = self._given
         self._trainer = trainer
         self._attachment = Attachment(trainer, self)

@@ -18,6 +18,7 @@ from passk_guard.sketch.coverage import SHARDED_NEEDS
 from passk_guard.utils.errors import GuardError
 from passk_guard.utils.isolation import check_model
 from passk_guard.utils.private_api import OBSERVE, requires
+from passk_guard.utils.text import first_of
 
 logger = logging.getLogger(__name__)
 _KEY = "_passk_guard_attached"
@@ -87,6 +88,39 @@ def refuse_no_trainer(trainer: Any) -> None:
             f"Expected the guard to have a transformers Trainer; found {type(trainer).__name__}. In `callbacks=[...]` "
             "no callback is told its trainer. Take the guard out of there, and write after the trainer is made: "
             "`guard = passk_guard.watch(trainer, probe=..., correct=..., k=8)` and then `trainer.train()`."
+        )
+
+
+def refuse_what_passes_cannot_read(trainer: Any, *, angle: bool) -> None:
+    """Refuse trainers and models whose log-probabilities or gradients a pass over completions does not show.
+
+    Args:
+        trainer: a transformers Trainer.
+        angle: whether gradients are measured, and not the realised change alone.
+
+    Raises:
+        GuardError: TRL's AsyncGRPOTrainer, a model patched by unsloth, or hooks on the gradients of parameters.
+    """
+    if any(kind.__name__ == "AsyncGRPOTrainer" for kind in type(trainer).__mro__):
+        raise GuardError(
+            "Expected a trainer whose model reads padded batches; found AsyncGRPOTrainer, whose model has attention "
+            "for packed trees of samples alone, and whose samples a server makes while the policy moves on. Weights "
+            "for that lag would not help with the first. Train with GRPOTrainer, also with vLLM, or without the guard."
+        )
+    forwards = [getattr(module, "forward", None) for module in trainer.model.modules()]
+    makers = [getattr(f, "__module__", None) or "" for f in (type(trainer), *forwards)]
+    if any(maker.startswith("unsloth") for maker in makers):
+        raise GuardError(
+            "Expected a model whose layers run as modules; found one patched by unsloth. Its adapters are applied "
+            "inside fused functions that no hook sees, and its forward returns hidden states in the place of logits. "
+            "Train with PEFT and TRL as they are, also in 4 bit, or without the guard."
+        )
+    names = [name for name, p in trainer.model.named_parameters() if p.requires_grad and p._backward_hooks]
+    if angle and names:
+        raise GuardError(
+            f"Expected parameters without hooks on their gradients; found some on {first_of(names, 3)}. The sketch "
+            "takes the gradient before them, such as that of rows which a hook freezes. Freeze whole parameters with "
+            "requires_grad, or set instruments='change', which needs no gradient."
         )
 
 

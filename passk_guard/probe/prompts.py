@@ -355,6 +355,7 @@ class HeldOut:
             policy_masks=samples.policy_masks,
             columns=samples.columns,
             log_probs=samples.log_probs,
+            lost=samples.lost,
         )
 
 

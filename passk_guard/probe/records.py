@@ -31,6 +31,7 @@ class Rollouts:
             over the tokens with 1. None: the policy sampled all.
         columns: arguments of the reward function beside the columns of the rows, one value a sample, passed as it is.
         log_probs: log mu of each completion, as of `Samples`; None where the model itself was sampled.
+        lost: number and reason of those that are no sample, which get no verdict.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -43,6 +44,7 @@ class Rollouts:
     policy_masks: Sequence[Sequence[int]] | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     log_probs: Sequence[float] | None = None
+    lost: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompt_index)
@@ -54,8 +56,8 @@ class Outcomes:
 
     Attributes:
         correct: [B] int8: 1 correct, 0 wrong, -1 no verdict (the reward was None or NaN, its call raised, or
-            the sample is a filler).
-        failures: number of samples whose reward call raised.
+            the sample is a filler or lost).
+        failures: number of samples that were lost or whose reward call raised.
         reason: first exception met, as text; None when there was none.
         best_reward: largest reward seen, None when no sample had one.
         rewards: [B] float32 that the verdicts are from, NaN for none; None where only verdicts are known.

@@ -225,7 +225,7 @@ def _remark(outcomes: Outcomes, failures: int, num_correct: Tensor, *, dropped: 
     parts = []
     if failures:
         cause = f" ({outcomes.reason})" if outcomes.reason else ""
-        parts.append(f"the reward function raised on {failures} samples{cause}")
+        parts.append(f"{failures} samples have no reward{cause}")
     if dropped:
         parts.append(f"{dropped} prompts had fewer than {k} samples with a verdict")
     if not bool(num_correct.any()) and outcomes.best_reward is not None:

@@ -66,7 +66,7 @@ class Verifier:
     def score(self, rollouts: Rollouts, *, trainer_state: Any = None) -> Outcomes:
         """Call the function on all B samples at once; if that raises, sample by sample.
 
-        Fillers (prompt_index -1) are not scored. The function gets copies of rows and completions.
+        Fillers (prompt_index -1) and what is `lost` are not scored. The function gets copies of rows and completions.
 
         Args:
             rollouts: B samples.
@@ -77,10 +77,14 @@ class Verifier:
 
         Raises:
             FailedRefresh: the function raised on every sample, did not come back in time, or returned something else
-                than one number or None a sample.
+                than one number or None a sample; or all samples are lost.
         """
-        scored = [i for i, prompt in enumerate(rollouts.prompt_index) if prompt >= 0]
+        asked = [i for i, prompt in enumerate(rollouts.prompt_index) if prompt >= 0]
+        scored = [i for i in asked if i not in rollouts.lost]
+        lost = [rollouts.lost[i] for i in asked if i in rollouts.lost]
         rewards = [math.nan] * len(rollouts)
+        if lost and not scored:
+            raise FailedRefresh(f"{lost[0]}, and so each of {len(lost)}")
         if not scored:
             return self.outcomes(rewards)
         try:
@@ -89,7 +93,8 @@ class Verifier:
             raise FailedRefresh(f"`{self.name}` {late}") from None
         for i, reward in zip(scored, given, strict=True):
             rewards[i] = reward
-        return self.outcomes(rewards, failures=failures, reason=reason)
+        reason = "; ".join(filter(None, [*lost[:1], reason])) or None
+        return self.outcomes(rewards, failures=failures + len(lost), reason=reason)
 
     def outcomes(self, rewards: Sequence[float] | Tensor, *, failures: int = 0, reason: str | None = None) -> Outcomes:
         """Compare rewards [B], NaN for none, with the threshold; `failures` and `reason` are passed through."""

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What each of two ranks found in every scenario. To start the processes takes longer than a scenario."""
-    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget,lonely,environments,hold,metric"
+    scenarios = "without,with,with_training_batch,same_everywhere,resampled,budget,lonely,environments,hold,metric,"
+    scenarios += "lonely_zero2,environments_zero2"
     return launch(scenarios, tmp_path_factory.mktemp("two"), 2)
 
 
@@ -27,15 +28,18 @@ def test_training_on_two_ranks_is_bit_for_bit_the_same(guarded, two_ranks):
         assert first[what] == second[what], "ranks must decide the same"
 
 
-def test_an_environment_that_fails_on_one_rank_fails_the_refresh_on_both(two_ranks):
-    for rank in two_ranks:
-        assert rank["environments"]["weights"] == rank["lonely"]["weights"]
-        assert rank["environments"]["rows"] == rank["lonely"]["rows"]
-        assert len(rank["environments"]["good"]) == 2, "of three refreshes"
-    first, second = two_ranks
-    assert first["environments"]["closed"] == 72
-    assert 48 < second["environments"]["closed"] < 72, "in the second refresh those that were made before it failed"
-    assert first["environments"]["good"] == second["environments"]["good"]
+@pytest.mark.parametrize("engine", ["", "_zero2"])
+def test_an_environment_that_fails_on_one_rank_costs_one_sample_on_both(engine, two_ranks):
+    pairs = [(rank[f"environments{engine}"], rank[f"lonely{engine}"]) for rank in two_ranks]
+    for guarded, lonely in pairs:
+        assert guarded["weights"] == lonely["weights"]
+        assert guarded["rows"] == lonely["rows"]
+        assert guarded["engine"] == {"": "DistributedType.MULTI_CPU", "_zero2": "DistributedType.DEEPSPEED"}[engine]
+        assert guarded["samples"] == [48, 47, 48], "the 25th on the second rank is of its second refresh"
+        assert guarded["closed"] == 3 * 24, "as many as its share of completions, all closed"
+    first, second = (guarded for guarded, _ in pairs)
+    for what in ("gram", "num_correct", "inner_product", "change"):
+        assert first[what] == second[what] is not None
 
 
 def test_ranks_hold_pass_at_1_by_one_multiplier(two_ranks):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
 from passk_guard import GuardConfig, PassKGuardCallback
@@ -150,8 +151,9 @@ class World(Counter):
         return super().reset(**row)
 
 
-def environments(folder, guarded):
-    trainer = tool_trainer(folder, pytest.MonkeyPatch(), environment_factory=World, reward_funcs=[])
+def environments(folder, guarded, **args):
+    World.resets = Counter.closed = 0
+    trainer = tool_trainer(folder, pytest.MonkeyPatch(), environment_factory=World, reward_funcs=[], **args)
     guard = None
     if guarded:
         settings = {"k": 2, "num_samples": 4, "probe_prompts": 12, "refresh_steps": 1, "sketch_dim": 512}
@@ -159,13 +161,28 @@ def environments(folder, guarded):
         trainer.add_callback(guard)
     trainer.train()
     rows = [{k: r[k] for k in ("loss", "grad_norm", "reward")} for r in trainer.state.log_history if "loss" in r]
-    good = None if guard is None else [probe.num_correct.tolist() for probe in guard.memory.history]
-    return {"weights": weights(trainer), "rows": rows, "good": good, "closed": Counter.closed}
+    found = {"weights": weights(trainer), "rows": rows, "closed": Counter.closed}
+    found["engine"] = str(trainer.accelerator.distributed_type)
+    return found | (report(guard, trainer) | refreshes(guard) if guard else {})
+
+
+def refreshes(guard):
+    return {"samples": [int(probe.num_samples.sum()) for probe in guard.memory.history]}
+
+
+def on_zero2(folder, guarded):
+    """`environments` with the optimizer's state and the gradients in parts over the ranks."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    chosen = {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "2", "GRADIENT_CLIPPING": "1.0"}  # as accelerate launch
+    os.environ.update({f"ACCELERATE_{name}": value for name, value in chosen.items()})
+    return environments(folder, guarded, use_cpu=False, ddp_backend="gloo", optim="adamw_torch")
 
 
 SCENARIOS = {
     "lonely": lambda folder: environments(folder, False),
     "environments": lambda folder: environments(folder, True),
+    "lonely_zero2": lambda folder: on_zero2(folder, False),
+    "environments_zero2": lambda folder: on_zero2(folder, True),
     "budget": budget,
     "without": lambda folder: bit_for_bit(folder, False),
     "with": lambda folder: bit_for_bit(folder, True),

@@ -131,26 +131,60 @@ def test_a_tool_that_hangs_is_stopped_and_one_that_raises_answers(tmp_path, monk
 
 
 class Broken(Counter):
-    def reset(self, **row):
-        raise OSError("no world")
+    """The numbers of those that fail, counted from when the trainer was there: when made, when reset, or for ever."""
+
+    fails, before = {}, 0
+
+    def __init__(self):
+        super().__init__()
+        number = Counter.made - Broken.before
+        self.due = {name for name, numbers in Broken.fails.items() if number in numbers}
+        if "made" in self.due:
+            raise OSError("no room")
+
+    def reset(self, probe=False, **row):
+        if probe and "hang" in self.due:
+            time.sleep(60)
+        if probe and "reset" in self.due:
+            raise OSError("no world")
+        return super().reset(**row)
 
 
 @pytest.mark.parametrize(
-    ("args", "rows", "message"),
+    ("fails", "remark"),
     [
-        ({"environment_factory": Broken, "reward_funcs": []}, {}, "could not be reset: OSError: no world"),
         (
-            {"rollout_func": lambda p, t: {k: v for k, v in two_turns(p, t).items() if k != "env_mask"}},
-            {},
-            "`rollout_func` returned no `env_mask`: return beside",
+            {"made": {2}, "reset": {3, 9}},
+            "3 samples have no reward (an environment could not be made: OSError: no room)",
         ),
+        (
+            {"reset": range(2, 6)},
+            "4 samples have no reward (an environment could not be reset: OSError: no world); 1 prompts",
+        ),
+        ({"reset": range(99)}, "an environment could not be reset: OSError: no world, and so each of 48"),
+        ({"hang": {3}}, "the reset of an environment was still running after 0.05 s"),
     ],
 )
-def test_what_cannot_be_scored_fails_the_refresh(args, rows, message, tmp_path, monkeypatch):
-    sampler = TRLSampler(tool_trainer(tmp_path, monkeypatch, **args))
-    with pytest.raises(FailedRefresh, match=message):
-        sampler.sample(chat_probe(3, **rows), 2, seed=0)
-    sampler.finish()
+def test_an_environment_that_fails_costs_its_sample(fails, remark, tmp_path, monkeypatch, fresh_counter):
+    trainer = tool_trainer(tmp_path, monkeypatch, environment_factory=Broken, reward_funcs=[], max_steps=1)
+    monkeypatch.setattr(Broken, "fails", fails)
+    monkeypatch.setattr(Broken, "before", Counter.made)
+    settings = SETTINGS | {"verifier_timeout": 0.05} if "hang" in fails else SETTINGS
+    guard = passk_guard.watch(trainer, chat_probe(12, probe=True), "Broken", **settings)
+    trainer.train()
+    [event] = events(tmp_path, "refresh") + events(tmp_path, "failed_refresh")
+    assert remark in (event.get("remark") or event["reason"])
+    if event["event"] == "refresh":
+        assert guard.memory.history[0].num_samples.sum() == 48 - sum(map(len, fails.values())) - ("prompts" in remark)
+    made = 8 if "hang" in fails else 48 - len(fails.get("made", ()))  # 8 in a call of the trainer's generation
+    assert Counter.closed == made
+
+
+def test_a_rollout_function_without_a_mask_is_told_what_to_return(tmp_path, monkeypatch):
+    rollout = lambda p, t: {k: v for k, v in two_turns(p, t).items() if k != "env_mask"}  # noqa: E731
+    sampler = TRLSampler(tool_trainer(tmp_path, monkeypatch, rollout_func=rollout))
+    with pytest.raises(FailedRefresh, match="`rollout_func` returned no `env_mask`: return beside"):
+        sampler.sample(chat_probe(3), 2, seed=0)
 
 
 def test_a_row_names_its_environment(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ class Samples:
             the environments, what a rollout function returned.
         log_probs: m * n numbers, log mu of each completion under what it was sampled from, in nats, where that is
             computed apart from the model, as by vLLM. None: completions are samples of the model's own softmax.
+        lost: the entries that are no sample and get no reward, with the reason: an environment that failed.
     """
 
     prompt_ids: list[list[int]]
@@ -33,6 +34,7 @@ class Samples:
     policy_masks: list[list[int]] | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     log_probs: list[float] | None = None
+    lost: Mapping[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.completion_ids)

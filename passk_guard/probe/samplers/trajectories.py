@@ -8,6 +8,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from typing import Any
 
 from passk_guard.probe.samplers.protocol import Samples
@@ -63,18 +64,23 @@ class Trajectories:
     def sample(self, rows: Sequence[Row]) -> Samples:
         """One trajectory a row.
 
+        A row whose environment cannot be made or reset gets a trajectory without one, as one of `lost`: what is
+        sampled side by side stays of one shape, on every rank.
+
         Raises:
-            FailedRefresh: an environment that cannot be made or reset, a rollout function without `env_mask`, or
-                images in what came back.
+            FailedRefresh: a reset that hangs, a rollout function without `env_mask`, or images in what came back.
         """
         prompts, columns = [copy.deepcopy(row["prompt"]) for row in rows], dict[str, Any]()
-        batch = self._batch(rows)
+        batch, lost = self._batch(rows)
         if "environments" in batch:
             columns["environments"] = batch["environments"]
-            prompts = [
-                self._observed(prompt, environment, row)
-                for prompt, environment, row in zip(prompts, batch["environments"], rows, strict=True)
-            ]
+            for i in sorted(set(range(len(rows))) - set(lost)):
+                try:
+                    prompts[i] = self._observed(prompts[i], batch["environments"][i], rows[i])
+                except Overdue as error:  # the next one may hang as long
+                    raise FailedRefresh(f"the reset of an environment {error}") from None
+                except Exception as error:
+                    lost[i] = f"an environment could not be reset: {describe_error(error)}"
         found = self._generate(prompts, batch | {"_metrics": _metrics()})
         prompt_ids, completion_ids, masks, completions = found[:4]
         if any(part is not None and any(part) for part in found[6:]):
@@ -92,6 +98,7 @@ class Trajectories:
             list(completions),
             None if masks is None else [list(map(int, mask)) for mask in masks],
             columns,
+            lost=lost,
         )
 
     def _generate(self, prompts: Sequence[Any], batch: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -133,17 +140,21 @@ class Trajectories:
             )
         return names
 
-    def _batch(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """What the trainer sets for a batch before it generates, with environments of the probe's own."""
+    def _batch(self, rows: Sequence[Row]) -> tuple[dict[str, Any], dict[int, str]]:
+        """What the trainer sets for a batch before it generates, with environments of the probe's own.
+
+        Beside it why a row has none, for those that could not be made.
+        """
         trainer, batch, environments = self._trainer, dict[str, Any](), [None] * len(rows)
+        lost = dict[int, str]()
         if getattr(trainer, "environment_factories", None) is not None:
             names = self._names(rows)
             for i, name in enumerate(names):
                 try:
                     environments[i] = trainer.environment_factories[name]()
+                    self._made.append(environments[i])
                 except Exception as error:
-                    raise FailedRefresh(f"an environment could not be made: {describe_error(error)}") from None
-                self._made.append(environments[i])
+                    lost[i] = f"an environment could not be made: {describe_error(error)}"
             batch |= {"_batch_environments": names, "environments": environments}
         if trainer.tools:
             tools = [[*trainer._standalone_tools, *_methods(environment)] for environment in environments]
@@ -155,17 +166,14 @@ class Trajectories:
                 {tool.__name__: self._limited_async(tool) for tool in of if inspect.iscoroutinefunction(tool)}
                 for of in tools
             ]
-        return batch
+        return batch, lost
 
     def _observed(self, prompt: Any, environment: Any, row: Row) -> Any:
         """The prompt with what the environment says when it is reset for this row, as the trainer joins them."""
         columns = copy.deepcopy(dict(row))
         if self._trainer._multi_environment:
             columns.pop("environment")
-        try:
-            observation = self._limit.call(lambda: environment.reset(**columns))
-        except (Exception, Overdue) as error:
-            raise FailedRefresh(f"an environment could not be reset: {describe_error(error)}") from None
+        observation = self._limit.call(lambda: environment.reset(**columns))
         if observation is None:
             return prompt
         content = prompt[-1]["content"]
@@ -193,12 +201,14 @@ def joined(parts: Sequence[Samples]) -> Samples:
     masks = (
         None if any(part.policy_masks is None for part in parts) else [m for p in parts for m in p.policy_masks or ()]
     )
+    starts = [0, *accumulate(map(len, parts))]
     return Samples(
         [ids for part in parts for ids in part.prompt_ids],
         [ids for part in parts for ids in part.completion_ids],
         [completion for part in parts for completion in part.completions],
         masks,
         {name: [value for part in parts for value in part.columns[name]] for name in parts[0].columns},
+        lost={start + i: why for start, part in zip(starts, parts, strict=False) for i, why in part.lost.items()},
     )
 
 
