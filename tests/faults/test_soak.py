@@ -123,7 +123,7 @@ def test_observing(steps, tmp_path, monkeypatch):
     assert_same(soak.run, control.run)
     assert_nothing_is_left(soak, control)
     assert_reported(soak, refreshes=steps // 2)
-    assert_nothing_grows(soak.gauges, after=250 if steps == 600 else 500)
+    assert_nothing_grows(soak.gauges, after=300 if steps == 600 else 500)
 
 
 @pytest.mark.nightly
