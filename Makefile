@@ -21,7 +21,7 @@ PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest
 BY_FILE := -n 2 --dist loadfile
 
 .PHONY: help venv oldest demo benchmark pretrained bench-peers toy test wheel test-slow test-distributed test-resume test-soak \
-  fuzz browser test-browser test-oldest test-oldest-distributed test-bare test-vllm gpu gpu-files dist audit docs lint format \
+  test-nightly fuzz browser test-browser test-oldest test-oldest-distributed test-bare test-vllm gpu gpu-files dist audit docs lint format \
   venv-vllm clean
 
 help: ## this list
@@ -90,10 +90,13 @@ test-distributed: $(INSTALLED) ## two and three processes: DDP, FSDP2, ZeRO-0 to
 	$(PYTEST) $(BY_FILE) -m distributed
 
 test-resume: $(INSTALLED) ## runs that are killed at random moments and resumed, on one process, DDP and ZeRO
-	$(PYTEST) -m resume
+	$(PYTEST) -m "resume and not nightly"
 
-test-soak: $(INSTALLED) ## thousands of steps with faults all the way: four minutes of one core
-	$(PYTEST) -m soak
+test-soak: $(INSTALLED) ## hundreds of steps with faults all the way
+	$(PYTEST) -m "soak and not nightly"
+
+test-nightly: $(INSTALLED) ## more kills, and thousands of steps with faults: 10 minutes
+	$(PYTEST) $(BY_FILE) -m nightly
 
 fuzz: $(INSTALLED) ## tests/fuzz on new inputs, twenty times as many
 	$(PYTEST) -n 2 --hypothesis-profile=fuzz tests/fuzz
@@ -113,17 +116,20 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test]"
 	touch $@
 
-# torch is the same in both environments: what meets no other library is left out, and each property is tried on fewer
-# cases.
+# torch is the same in both environments: what meets no other library is left out, what meets them as another file does
+# (LIKE_OTHERS, which the nightly workflow runs too), and each property is tried on fewer cases.
 MEETS_OTHERS := analysis callback mitigation probe test_cli.py test_config.py
+LIKE_OTHERS := $(patsubst %,analysis/test_%.py,clusters compare measure page predict resume words) \
+  $(patsubst %,mitigation/test_%.py,combine floor hold projection) $(patsubst %,probe/test_%.py,pass_memory reuse score_sums)
 test-oldest: VENV := $(OLDEST)
 test-oldest: $(OLDEST)/.installed ## tests of what meets other libraries, on the oldest versions
-	$(PYTEST) -n 2 --hypothesis-profile=few $(MEETS_OTHERS:%=tests/%)
+	$(PYTEST) -n 2 --hypothesis-profile=few $(MEETS_OTHERS:%=tests/%) $(LIKE_OTHERS:%=--ignore=tests/%)
 
-# All distributed tests pass on the oldest versions. The whole guard on DDP and ZeRO-0 to 3 is what CI has time for.
+# The whole guard on DDP and ZeRO-0 to 3 is what CI has time for; the nightly workflow runs all distributed tests there.
+GUARD_ON_ENGINES := tests/distributed/test_projection.py
 test-oldest-distributed: VENV := $(OLDEST)
 test-oldest-distributed: $(OLDEST)/.installed ## the guard on DDP and ZeRO-0 to 3 on the oldest versions
-	$(PYTEST) -m distributed tests/distributed/test_projection.py
+	$(PYTEST) -m distributed $(GUARD_ON_ENGINES)
 
 # Nothing but what the package itself requires, and pytest.
 $(BARE)/.installed: pyproject.toml constraints.txt

@@ -40,8 +40,10 @@ def test_killed_in_the_middle_of_a_journal_line(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
-        *(("lm", mode) for mode in ("unguarded", "observe", "alert", "project", "gated")),
-        *(("grpo", mode) for mode in ("unguarded", "observe", "reweight", "both", "batch", "batch_reweight")),
+        *(("lm", mode) for mode in ("unguarded", "alert", "gated")),
+        *(("grpo", mode) for mode in ("unguarded", "observe", "both", "batch_reweight")),
+        *(pytest.param("lm", mode, marks=pytest.mark.nightly) for mode in ("observe", "project")),
+        *(pytest.param("grpo", mode, marks=pytest.mark.nightly) for mode in ("reweight", "batch")),
     ],
 )
 def test_a_killed_run_is_the_uninterrupted_one(kind, mode, tmp_path):

@@ -44,7 +44,7 @@ def observing(tmp_path_factory):
 def engine(request, tmp_path_factory):
     """What each of two ranks found in all runs on one engine."""
     folder = tmp_path_factory.mktemp(request.param)
-    return launch(request.param, folder, 2, worker="tests.distributed.projection_worker")
+    return launch(request.param, folder, 2, timeout=600, worker="tests.distributed.projection_worker")
 
 
 def test_a_guarded_run_is_that_of_one_plain_process(engine, plain):

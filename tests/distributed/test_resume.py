@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -13,16 +14,36 @@ from tests.helpers.resume_cases import put_to_work, same_steps, same_weights
 pytestmark = pytest.mark.resume
 
 
-@pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
+RUNS = {"ddp": ("unguarded", "both"), "zero2": ("unguarded", "both"), "zero3": ("unguarded", "observe", "both")}
+"""Modes that every change is tested with; `make test-nightly` has the others."""
+
+
+def on_engines(*modes):
+    cases = [(engine, mode) for engine in RUNS for mode in modes]
+    marks = {case: () if case[1] in RUNS[case[0]] else pytest.mark.nightly for case in cases}
+    return pytest.mark.parametrize(("engine", "mode"), [pytest.param(*case, marks=marks[case]) for case in cases])
+
+
+@pytest.fixture(scope="module")
 def found(request, tmp_path_factory):
-    """The results of every mode on one engine."""
-    folder = tmp_path_factory.mktemp(request.param)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    environment |= {"DS_ACCELERATOR": "cpu", "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}  # ninja
-    command = [sys.executable, "-m", "tests.distributed.resume_worker", request.param, str(folder)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=2400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return torch.load(folder / "found.pt", weights_only=False)
+    """By engine, the results of all modes that the selected tests look at."""
+    selected = [item.callspec.params for item in request.session.items if item.module is request.module]
+
+    @cache
+    def of(engine):
+        folder = tmp_path_factory.mktemp(engine)
+        modes = dict.fromkeys(["unguarded", *(case["mode"] for case in selected if case["engine"] == engine)])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+        environment |= {
+            "DS_ACCELERATOR": "cpu",
+            "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        }  # ninja
+        command = [sys.executable, "-m", "tests.distributed.resume_worker", engine, str(folder), *modes]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=2400)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        return torch.load(folder / "found.pt", weights_only=False)
+
+    return of
 
 
 def equal(mode):
@@ -34,14 +55,15 @@ def equal(mode):
     assert len(set(mode["begins"])) > 1, "some attempt must have gone on from a checkpoint"
 
 
-def test_a_run_without_a_guard_resumes_exactly(found):
+@on_engines("unguarded")
+def test_a_run_without_a_guard_resumes_exactly(engine, mode, found):
     """The trainer and the engine resume exactly themselves: all other equalities rest on this."""
-    equal(found["unguarded"])
+    equal(found(engine)[mode])
 
 
-@pytest.mark.parametrize("mode", ["observe", "both", "batch_reweight"])
-def test_a_killed_run_is_the_uninterrupted_one(found, mode):
-    run = found[mode]
+@on_engines("observe", "both", "batch_reweight")
+def test_a_killed_run_is_the_uninterrupted_one(engine, mode, found):
+    run = found(engine)[mode]
     equal(run)
     assert run["events"]["cut"] == run["events"]["whole"]
     assert len(run["events"]["whole"]) >= 4, "ten steps, a refresh in every third"
@@ -51,10 +73,9 @@ def test_a_killed_run_is_the_uninterrupted_one(found, mode):
     assert run["lines"] > len(run["events"]["whole"]), "the journal holds the killed attempts too"
 
 
-def test_the_fixtures_put_the_guard_to_work(found):
-    assert same_weights(found["observe"]["whole"][0], found["unguarded"]["whole"][0])
-    for mode in ("both", "batch_reweight"):
-        assert not same_weights(found[mode]["whole"][0], found["unguarded"]["whole"][0])
-    for mode, run in found.items():
-        for rank in run["whole"]:
-            put_to_work(mode, rank)
+@on_engines("unguarded", "observe", "both", "batch_reweight")
+def test_the_fixtures_put_the_guard_to_work(engine, mode, found):
+    whole, unguarded = (found(engine)[name]["whole"] for name in (mode, "unguarded"))
+    assert same_weights(whole[0], unguarded[0]) == (mode in ("unguarded", "observe"))
+    for rank in whole:
+        put_to_work(mode, rank)

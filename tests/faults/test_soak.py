@@ -1,4 +1,4 @@
-"""1,200 steps with faults all the way: nothing grows, nothing is left, and training is bit for bit unguarded."""
+"""600 to 1,200 steps with faults all the way: nothing grows, nothing is left, and training is bit for bit unguarded."""
 
 import gc
 import io
@@ -114,17 +114,19 @@ def assert_reported(soak, refreshes):
     assert {event["event"] for event in events} >= {"start", "refresh", "failed_refresh"}
 
 
-def test_observing(tmp_path, monkeypatch):
-    control = Soak(tmp_path / "control", monkeypatch, steps=1200, every=50, guarded=False)
-    soak = Soak(tmp_path / "guarded", monkeypatch, steps=1200, every=50, guarded=True)
+@pytest.mark.parametrize("steps", [600, pytest.param(1200, marks=pytest.mark.nightly)])
+def test_observing(steps, tmp_path, monkeypatch):
+    control = Soak(tmp_path / "control", monkeypatch, steps=steps, every=steps // 24, guarded=False)
+    soak = Soak(tmp_path / "guarded", monkeypatch, steps=steps, every=steps // 24, guarded=True)
     monkeypatch.undo()
     shown(control, soak)
     assert_same(soak.run, control.run)
     assert_nothing_is_left(soak, control)
-    assert_reported(soak, refreshes=600)
-    assert_nothing_grows(soak.gauges, after=500)
+    assert_reported(soak, refreshes=steps // 2)
+    assert_nothing_grows(soak.gauges, after=300 if steps == 600 else 500)
 
 
+@pytest.mark.nightly
 def test_projecting(tmp_path, monkeypatch):
     control = Soak(tmp_path / "control", monkeypatch, steps=4, every=2, guarded=False)
     soak = Soak(tmp_path / "guarded", monkeypatch, steps=600, every=25, guarded=True, **PROJECT)

@@ -24,7 +24,7 @@ def test_so_it_does_where_no_size_divides_by_the_ranks(launched, name):
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ROUNDED)
 def test_in_half_precision_the_guard_adds_no_error_of_its_own(launched, name):
-    ranks = launched("rounded", name)
+    ranks = launched("rounded", name, "rounded,overflow")
     recipe = recipe_of(name, len(ranks))
     unguarded = oracle.Recipe(**{**vars(recipe), "gamma": None})
     noise = error_of(ranks[0]["plain"], unguarded)
