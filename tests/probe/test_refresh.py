@@ -79,7 +79,7 @@ def test_prompts_with_too_few_verdicts_are_left_out():
     assert probe.prompt_keys == ["b"]
     assert sorted(sketcher.sketched) == [(13, 2), (14, 2)]
     assert probe.gram.diagonal().tolist() == [8 * 8.0**2, 8 * 16.0**2]
-    assert "raised on 3 samples (E: x)" in remark
+    assert "3 samples have no reward (E: x)" in remark
     assert "1 prompts had fewer than 2" in remark
 
 
