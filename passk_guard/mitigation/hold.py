@@ -1,15 +1,16 @@
 r"""Keep pass@1 where it was while pass@k is raised: the multiplier of a constraint, set from the measured change.
 
 "Raise J_k, keep J_1" has the Lagrangian $J_k + \lambda J_1$. So a run trains on the advantages $A_k + \lambda A_1$,
-divided by $\lambda$ where it is above 1, so that a large one turns the step and does not lengthen it; and a PID rule moves $\lambda \ge 0$ (PID Lagrangian: Stooke et al. 2020, arXiv 2007.03964, Sec. 4). With the shortfall
+divided by $\lambda$ where it is above 1: a large one turns the step and does not lengthen it. A PID rule moves
+$\lambda \ge 0$ (PID Lagrangian: Stooke et al. 2020, arXiv 2007.03964, Sec. 4). With the shortfall
 $e = \text{target} - (\hat J_1 - s/2)$, where s is the standard error of the estimate, and the smoothed rate v of pass@1
 per step, after a window of h steps
 
 $$ I \leftarrow [I + \kappa k_i h e]_0^{5}, \qquad \lambda = [I + \kappa (k_p e - k_d v)]_0^{5}. $$
 
 The part $k_p e - k_d v$ counts a quarter where it is negative: without that share, a lead of some hundredths lowers
-$\lambda$ to 0 at once, and the next window loses more than the lead (docs/hold.md). Where e < 0 and I is above 0.5, I is
-multiplied by $\exp(2 \kappa k_i h e)$ instead, which lowers it in proportion to itself.
+$\lambda$ to 0 at once, and the next window loses more than the lead (docs/hold.md). Where e < 0, I falls by the
+factor $\exp(2 \kappa k_i h e)$ at least: above 0.5 in proportion to itself.
 
 $\kappa \le 1$ keeps the loop stable where steps are large: two windows whose $\lambda$ differed say how much pass@1
 moves in a window for each unit of $\lambda$, and $\kappa k_p$ is at most 0.6 over that. Needs torch alone.
