@@ -30,10 +30,11 @@ COLUMNS = {
     "step": "a whole number",
 }
 """What each is; the first two are needed."""
+FEWEST_PROMPTS = 3
+"""Over which errors are taken."""
 _NEEDED = 2
 _SCORES = "logprob", "logprob_new"
 _MOST_GROUPS = 20
-_FEWEST_PROMPTS = 3
 _ROUNDING = 1e-3
 
 
@@ -111,9 +112,9 @@ def read_rollouts(
             )
         _add(prompts, found, threshold, where, names)
     kept = list(prompts.values())
-    if len(kept) < _FEWEST_PROMPTS:
+    if len(kept) < FEWEST_PROMPTS:
         raise GuardError(
-            f"Expected rollouts of at least {_FEWEST_PROMPTS} different prompts, over which errors are taken; found "
+            f"Expected rollouts of at least {FEWEST_PROMPTS} different prompts, over which errors are taken; found "
             f"{len(kept)} in {path.name}."
         )
     if len(labels := {prompt.group for prompt in kept}) > _MOST_GROUPS:

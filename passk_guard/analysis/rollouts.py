@@ -18,7 +18,7 @@ from torch import Tensor
 from passk_guard.analysis.estimates import mean, wilson, with_error
 from passk_guard.analysis.measure import weight_of
 from passk_guard.analysis.results import Number
-from passk_guard.analysis.rollout_file import DumpedPrompt, as_matrices, read_rollouts
+from passk_guard.analysis.rollout_file import FEWEST_PROMPTS, DumpedPrompt, as_matrices, read_rollouts
 from passk_guard.analysis.rollout_results import Part, PromptRates, RateAtK, RolloutAnalysis
 from passk_guard.change import change_by_solve_rate, estimate_change
 from passk_guard.estimation.intervals import student_t_quantile
@@ -28,7 +28,6 @@ from passk_guard.utils.clusters import error_parts, numbered
 from passk_guard.utils.errors import GuardError
 
 _HARD = 1 / 3
-_FEWEST_PROMPTS = 3
 _KEPT = 0.9
 
 
@@ -59,9 +58,9 @@ def analyze_rollouts(
     found = read_rollouts(path, columns, threshold=threshold, cluster_by=cluster_by)
     ks = _chosen(ks, sorted(prompt.num_samples for prompt in found))
     kept = [prompt for prompt in found if prompt.num_samples >= ks[-1]]
-    if len(kept) < _FEWEST_PROMPTS:
+    if len(kept) < FEWEST_PROMPTS:
         raise GuardError(
-            f"Expected at least {_FEWEST_PROMPTS} prompts with {ks[-1]} verdicts, the largest k; found {len(kept)} of "
+            f"Expected at least {FEWEST_PROMPTS} prompts with {ks[-1]} verdicts, the largest k; found {len(kept)} of "
             f"{len(found)}. Lower k."
         )
     measured = _Measured(kept, ks, confidence)

@@ -182,6 +182,7 @@ class StepGuard:
             self._fail(f"steps stay unchanged where {plan.reason}")
             return
         if plan.coefficient:
+            self.engine.add_(gradient, plan.keeps - 1)
             self.engine.add_(protected, plan.coefficient * scale)
         numbers = {
             "train_cosine": plan.cosine_before or 0.0,

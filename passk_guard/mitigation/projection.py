@@ -46,7 +46,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class ProjectionResult:
 
     Attributes:
         coefficient: c of g' = g + c p; 0.0 where g stays unchanged.
+        keeps: what g is multiplied by in that sum; below 1 in `plan_held` alone.
         cosine_before, cosine_after: cos(g, p) and cos(g', p); None where undefined.
         norm_before, norm_after: |g| and |g'|, the latter by the formula. Not finite when |g| is not.
         reason: why there is no answer and g stays unchanged; None when there is one.
@@ -75,6 +76,7 @@ class ProjectionResult:
     norm_before: float
     norm_after: float
     reason: str | None = None
+    keeps: float = 1.0
 
 
 def projection_coefficient(inner: float, norm_g_sq: float, norm_p_sq: float, gamma: float = 0.2) -> float:
@@ -107,6 +109,9 @@ def plan_projection(inner: float, norm_g_sq: float, norm_p_sq: float, gamma: flo
 def plan_held(inner: float, norm_g_sq: float, norm_p_sq: float, multiplier: float) -> ProjectionResult:
     """g' = g + lambda (|g| / |p|) p, with the `multiplier` lambda of `HoldController`, from the same three scalars.
 
+    The sum is divided by lambda where it is above 1, as that of advantages is (`passk_advantages`): a large one turns
+    the step and does not make it longer.
+
     Raises:
         GuardError: a multiplier that is negative or not finite.
     """
@@ -114,7 +119,12 @@ def plan_held(inner: float, norm_g_sq: float, norm_p_sq: float, multiplier: floa
     multiplier, inner, norm_g_sq, norm_p_sq = (as_real(value, name) for name, value in given.items())
     if not 0.0 <= multiplier < math.inf:
         raise GuardError(f"Expected `multiplier` >= 0 and finite; found {multiplier}.")
-    return _plan(inner, norm_g_sq, norm_p_sq, lambda cosine: multiplier)
+    plan, longest = _plan(inner, norm_g_sq, norm_p_sq, lambda cosine: multiplier), max(1.0, multiplier)
+    if not plan.coefficient:
+        return plan
+    return replace(
+        plan, coefficient=plan.coefficient / longest, norm_after=plan.norm_after / longest, keeps=1 / longest
+    )
 
 
 def _plan(inner: float, norm_g_sq: float, norm_p_sq: float, share: Callable[[float], float]) -> ProjectionResult:

@@ -42,7 +42,8 @@ def trained(cosine, reliability, plan, *, steps=400, every=5, length=0.02, seed=
             then, p = one, q + math.sqrt(1 / reliability - 1) * across()
         s = cosine(step)
         g = s * q + math.sqrt(1 - s**2) * across()
-        after = g + plan(state.multiplier, float(g @ p), float(g @ g), float(p @ p)).coefficient * p
+        found = plan(state.multiplier, float(g @ p), float(g @ g), float(p @ p))
+        after = found.keeps * g + found.coefficient * p
         one = min(max(one + length * float(after @ q), -0.6), 0.4)
         path.append(one)
         multipliers.append(state.multiplier)
@@ -76,12 +77,13 @@ def test_it_releases_when_the_conflict_is_gone():
 
 
 def test_lambda_is_the_coefficient_of_the_direction():
-    engine = Engine([1.0, -2.0], 1024.0)
-    made = guard(engine)
-    made.protected, made.hold = [torch.tensor([0.0, 3.0])], 0.7
-    engine.before_step()
-    expected = torch.tensor([1.0, -2.0]) + 0.7 * math.sqrt(5) * torch.tensor([0.0, 1.0])
-    torch.testing.assert_close(engine.parts[0] / 1024, expected)
+    for hold, longest in ((4.0, 4.0), (0.7, 1.0)):
+        engine = Engine([1.0, -2.0], 1024.0)
+        made = guard(engine)
+        made.protected, made.hold = [torch.tensor([0.0, 3.0])], hold
+        engine.before_step()
+        expected = (torch.tensor([1.0, -2.0]) + hold * math.sqrt(5) * torch.tensor([0.0, 1.0])) / longest
+        torch.testing.assert_close(engine.parts[0] / 1024, expected)
     made.hold = 0.0
     engine.before_step()
     torch.testing.assert_close(engine.parts[0] / 1024, expected)
@@ -105,7 +107,7 @@ def test_a_plain_trainer_is_held_and_resumed(tmp_path):
     assert len(rows) == 6, "whatever the gate of project"
     for row, lam in zip(rows, seen, strict=True):
         cosine, before = row["passk_guard/train_cosine"], row["passk_guard/grad_norm_before"]
-        after = before * math.sqrt(1 + 2 * lam * cosine + lam**2)
+        after = before * math.sqrt(1 + 2 * lam * cosine + lam**2) / max(1, lam)
         assert row["passk_guard/grad_norm_after"] == pytest.approx(after, rel=1e-5)
         assert row["passk_guard/mitigated"] == float(lam > 0)
     events = [e for e in journal(tmp_path / "whole") if e["event"] == "change"]

@@ -78,13 +78,14 @@ def test_the_cosine_afterwards_is_what_the_docstring_says(cosine, gamma):
 def test_held_it_adds_lambda_of_the_gradients_length_along_p(cosine, multiplier, norm_g, norm_p):
     g, p = pair(cosine, norm_g, norm_p)
     plan = plan_held(float(g @ p), float(g @ g), float(p @ p), multiplier)
-    after = g + plan.coefficient * p
-    assert float((after - g).norm()) == pytest.approx(multiplier * norm_g, rel=1e-6, abs=1e-12 * norm_g)
+    after, longest = plan.keeps * g + plan.coefficient * p, max(1, multiplier)
+    added = float((after - g / longest).norm())
+    assert added == pytest.approx(multiplier / longest * norm_g, rel=1e-6, abs=1e-12 * norm_g)
     assert plan.norm_after == pytest.approx(float(after.norm()), rel=1e-6, abs=1e-6 * norm_g)
     assert (plan.coefficient == 0) == (multiplier == 0)
     if 0 <= cosine + multiplier < 1 and multiplier:
         found = projection_coefficient(float(g @ p), float(g @ g), float(p @ p), cosine + multiplier)
-        assert plan.coefficient == pytest.approx(found, rel=1e-6)
+        assert plan.coefficient == pytest.approx(found / longest, rel=1e-6)
     with pytest.raises(GuardError, match="multiplier"):
         plan_held(1.0, 1.0, 1.0, -0.1)
 
